@@ -1,0 +1,29 @@
+"""Fused dense and sparse gradients for training language models with a teacher and a reward."""
+
+from hybrid_kernels.api import hybrid_loss, token_terms
+from hybrid_kernels.returns import returns_to_go, sparse_advantages
+from hybrid_kernels.types import (
+    Divergence,
+    HybridLoss,
+    LinearTeacher,
+    Mixture,
+    TokenTerms,
+    TopK,
+    available_divergences,
+)
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Divergence",
+    "HybridLoss",
+    "LinearTeacher",
+    "Mixture",
+    "TokenTerms",
+    "TopK",
+    "available_divergences",
+    "hybrid_loss",
+    "returns_to_go",
+    "sparse_advantages",
+    "token_terms",
+]

@@ -1,0 +1,411 @@
+"""The torch backend: the closed form in row blocks that stay in the processor's cache.
+
+Beside the gradient, nothing of size `[N, V]` ever exists: a block of rows is read once from memory
+and every intermediate lives in a few block-sized buffers. It runs on any device; on the CPU it also
+looks at its results, and so pays for the edge cases only in the blocks that hold one.
+
+Both sides are referred to their own row maxima before anything is exponentiated or subtracted: with
+x = z - max z and u = w - max w the log-ratio
+
+    l_v = log p_v - log q_v = (x_v - u_v)/T + (log sum e^(u/T) - log sum e^(x/T))
+
+carries no error from a constant offset between the models.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybrid_kernels.rows import (
+    FIELDS,
+    LOWEST,
+    SMALL_DIVERGENCE,
+    STATISTICS,
+    Coefficients,
+    Rows,
+)
+
+# Elements of a block, 640 KiB in fp32: its four buffers then share two L2 caches of 2 MiB.
+BLOCK_ELEMENTS = 160 * 1024
+
+
+def row_statistics(rows: Rows, statistics: Tensor) -> None:
+    for block in _blocks(rows, statistics):
+        block.measure()
+
+
+def row_gradient(
+    rows: Rows, statistics: Tensor, coefficients: Coefficients, gradient: Tensor
+) -> None:
+    # The buffers that the gradient reads cost as much to refill as the statistics to measure.
+    hybrid_rows(rows, torch.empty_like(statistics), coefficients, gradient)
+
+
+def hybrid_rows(
+    rows: Rows, statistics: Tensor, coefficients: Coefficients, gradient: Tensor
+) -> None:
+    for block in _blocks(rows, statistics, coefficients, gradient):
+        block.measure()
+        block.write_gradient()
+
+
+def scale_rows(gradient: Tensor, factor: Tensor) -> None:
+    if gradient.device.type == "cpu" and bool((factor == 1).all()):
+        return
+    inner, size = gradient.shape[1:]
+    step = max(1, BLOCK_ELEMENTS // size)
+    for o, plane in enumerate(gradient):
+        for start in range(0, inner, step):
+            piece = plane[start : start + step]
+            row = o * inner + start
+            own = factor if factor.numel() == 1 else factor[row : row + step, None]
+            # The product is taken in fp32 and rounded once, whatever the gradient's dtype.
+            piece.copy_(piece.float() * own)
+
+
+def _blocks(
+    rows: Rows,
+    statistics: Tensor,
+    coefficients: Coefficients | None = None,
+    gradient: Tensor | None = None,
+) -> Iterator["_Block"]:
+    """Blocks of consecutive rows, with the masked rows cleared.
+
+    On the CPU masked rows are not even read. Elsewhere the mask stays on the device and is applied
+    to each block after its arithmetic.
+    """
+    outer, inner, size = rows.student.shape
+    on_cpu = rows.student.device.type == "cpu"
+    step = max(1, min(BLOCK_ELEMENTS // size, inner))
+    buffers = torch.empty((4, step, size), dtype=torch.float32, device=rows.student.device).unbind()
+    if coefficients is not None:
+        # Every logit gradient has the factor 1/T.
+        columns = (None if c is None else (c / rows.temperature)[:, None] for c in coefficients)
+        coefficients = Coefficients(*columns)
+    for o in range(outer):
+        runs = [(0, inner)]
+        valid = None if rows.valid is None else rows.valid[o * inner : (o + 1) * inner]
+        if valid is not None and on_cpu:
+            runs = _runs(valid)
+            statistics[:, o * inner : (o + 1) * inner][:, ~valid] = 0.0
+            if gradient is not None:
+                gradient[o][~valid] = 0
+        for first, last in runs:
+            for start in range(first, last, step):
+                stop = min(start + step, last)
+                yield _Block(rows, statistics, coefficients, gradient, buffers, o, start, stop)
+                if valid is not None and not on_cpu:
+                    hidden = ~valid[start:stop]
+                    statistics[:, o * inner + start : o * inner + stop].masked_fill_(hidden, 0.0)
+                    if gradient is not None:
+                        gradient[o, start:stop].masked_fill_(hidden[:, None], 0.0)
+
+
+def _runs(valid: Tensor) -> list[tuple[int, int]]:
+    """The ranges of consecutive true entries."""
+    flips = torch.nn.functional.pad(valid.to(torch.int8), (1, 1)).diff().nonzero()[:, 0].tolist()
+    return list(zip(flips[::2], flips[1::2], strict=True))
+
+
+class _Block:
+    """A few consecutive rows: their logits, and four buffers in cache.
+
+    `x` holds z - max z, `log_ratio` l and then g, `p` and `q` the probabilities, which `p_factor`
+    and `q_factor` have still to normalise. What there is one of per row is a column `[r, 1]`.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        statistics: Tensor,
+        coefficients: Coefficients | None,
+        gradient: Tensor | None,
+        buffers: tuple[Tensor, ...],
+        outer: int,
+        start: int,
+        stop: int,
+    ) -> None:
+        self.rows = rows
+        offset = outer * rows.student.shape[1]
+        self.range = slice(offset + start, offset + stop)
+        self.statistics = statistics[:, self.range]
+        self.coefficients = coefficients
+        self.student = rows.student[outer, start:stop]
+        self.teacher = None if rows.teacher is None else rows.teacher[outer, start:stop]
+        self.gradient = None if gradient is None else gradient[outer, start:stop]
+        self.ids = None
+        if rows.token_ids is not None:
+            # Ids on masked rows may be anything; those on valid rows were checked on the CPU.
+            ids = rows.token_ids[self.range].long()
+            self.ids = ids.clamp_(0, rows.student.shape[-1] - 1)[:, None]
+        count = stop - start
+        if count < buffers[0].shape[0]:
+            buffers = tuple(buffer[:count] for buffer in buffers)
+        self.x, self.log_ratio, self.p, self.q = buffers
+        self.p_factor = self.q_factor = None
+        keeps_x = rows.teacher_floor is not None or (
+            coefficients and coefficients.entropy is not None
+        )
+        if not keeps_x:
+            self.q = self.x  # one buffer less in cache
+        self.on_cpu = rows.student.device.type == "cpu"
+        self.inv_t = 1.0 / rows.temperature
+        self.dropped: Tensor | None = None
+        self.form = None if self.teacher is None else _FORMS[rows.divergence]
+        self.columns: dict[int, Tensor] = {}
+
+    def measure(self) -> None:
+        """Fills the statistics, and the buffers that the gradient reads."""
+        # Where looking at a result would synchronise a device, every block counts as an edge case.
+        found = self._fill(guarded=not self.on_cpu)
+        if self.on_cpu and not bool(found.isfinite().all()):
+            found = self._fill(guarded=True)
+        self.statistics.copy_(found.T)
+
+    def _fill(self, guarded: bool) -> Tensor:
+        """Statistics `[r, STATISTICS]`. Unguarded, -inf among the logits makes some of them NaN."""
+        top, total = self._exponentials(self.student, self.x, self.p)
+        lse = total.log()
+        self.p_factor = total.reciprocal()
+        if guarded:
+            self.dropped = self.student == -torch.inf
+            self.x.masked_fill_(self.dropped, LOWEST)
+        zero = torch.zeros_like(lse)
+        columns = self.columns = dict.fromkeys(range(STATISTICS), zero)
+        columns[FIELDS.student_max] = top
+        columns[FIELDS.student_lse] = lse
+        columns[FIELDS.logsumexp] = top * self.inv_t + lse
+        columns[FIELDS.entropy] = lse - _row_dot(self.p, self.x) * (self.p_factor * self.inv_t)
+        if self.ids is not None:
+            log_prob = self.x.gather(1, self.ids) * self.inv_t - lse
+            if self.dropped is not None:
+                log_prob.masked_fill_(self.dropped.gather(1, self.ids), -torch.inf)
+            columns[FIELDS.log_prob] = log_prob
+        if self.teacher is not None:
+            self._compare(guarded)
+        return torch.cat(tuple(columns.values()), 1)
+
+    def _compare(self, guarded: bool) -> None:
+        """The teacher's statistics, the divergence and the sum of its slopes."""
+        assert self.teacher is not None
+        assert self.form is not None
+        columns, form, floor = self.columns, self.form, self.rows.teacher_floor
+        p, q, log_ratio = self.p, self.q, self.log_ratio
+        student_lse = columns[FIELDS.student_lse]
+        top, total = self._exponentials(self.teacher, log_ratio, q)
+        teacher_lse = total.log()
+        columns[FIELDS.teacher_max] = top
+        columns[FIELDS.teacher_lse] = teacher_lse
+        if self.ids is not None:
+            log_q = log_ratio.gather(1, self.ids) * self.inv_t - teacher_lse
+            columns[FIELDS.teacher_log_prob] = log_q if floor is None else log_q.clamp_(min=floor)
+        self.q_factor = total.reciprocal()
+        self._subtract(columns[FIELDS.student_max], top, teacher_lse - student_lse)
+        lost = None
+        if guarded or floor is not None or not form.linear:
+            self._normalise()
+        if floor is not None:
+            torch.minimum(log_ratio, self.x * self.inv_t - student_lse - floor, out=log_ratio)
+            q.clamp_(min=math.exp(floor))
+        if self.dropped is not None:
+            lost = torch.where(self.dropped, q, 0.0).sum(-1, keepdim=True)
+            q.masked_fill_(self.dropped, 0.0)
+            log_ratio.masked_fill_(self.dropped, LOWEST)
+            if not form.diverges:
+                log_ratio.clamp_(max=-LOWEST)
+        value, slope_sum = form.sums(p, q, log_ratio, self.rows.parameter)
+        if self.p_factor is not None:
+            value = slope_sum = value * self.p_factor
+        if guarded and form.diverges:
+            # 0 * inf where p underflows: with both normalisers sound, a NaN can mean only that the
+            # teacher forbids what the student may still say.
+            sound = student_lse.isfinite() & teacher_lse.isfinite()
+            infinite = (value.isnan() & sound) | (value == torch.inf)
+            value = torch.where(infinite, torch.inf, value)
+            slope_sum = torch.where(infinite, torch.inf, slope_sum)
+        columns[FIELDS.slope_sum] = slope_sum
+        # A floor leaves the teacher without a normaliser, on which the other form rests.
+        if floor is None and form.small_value is not None:
+            small = value < SMALL_DIVERGENCE
+            if guarded or bool(small.any()):
+                self._normalise()
+                refined = form.small_value(p, q, log_ratio)
+                if lost is not None:
+                    refined = refined + form.lost_sign * lost
+                value = torch.where(small, refined, value)
+        columns[FIELDS.divergence] = value
+
+    def _normalise(self) -> None:
+        if self.p_factor is not None:
+            self.p.mul_(self.p_factor)
+            self.q.mul_(self.q_factor)
+            self.p_factor = self.q_factor = None
+
+    def _exponentials(self, logits: Tensor, centred: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Fills z - max z and exp((z - max z)/T); returns max z and the sum of the latter."""
+        if logits.dtype == torch.float32:
+            top = logits.amax(-1, keepdim=True)
+            torch.sub(logits, top, out=centred)
+        else:
+            centred.copy_(logits)
+            top = centred.amax(-1, keepdim=True)
+            centred.sub_(top)
+        if self.inv_t == 1.0:
+            torch.exp(centred, out=out)
+        else:
+            torch.mul(centred, self.inv_t, out=out).exp_()
+        return top, out.sum(-1, keepdim=True)
+
+    def _subtract(self, student_max: Tensor, teacher_max: Tensor, shift: Tensor) -> None:
+        """Fills ((z - max z) - (w - max w))/T + shift, the difference exact for models that agree.
+
+        z - w is exact for close numbers, where z - max z and w - max w would each be rounded. So
+        the difference of the maxima goes last, all but its integer part, which is taken off the
+        larger side first: a large offset between the models must not cost digits either.
+        """
+        assert self.teacher is not None
+        log_ratio, student, teacher = self.log_ratio, self.student, self.teacher
+        coarse = (student_max - teacher_max).round_()
+        rest = student_max - teacher_max
+        plain = student.dtype == teacher.dtype == torch.float32 and self.on_cpu
+        if plain and not bool(coarse.any()):
+            torch.sub(student, teacher, out=log_ratio)
+        else:
+            larger = student_max.abs() > teacher_max.abs()
+            off_student = torch.where(larger, coarse, 0.0)
+            off_teacher = torch.where(larger, 0.0, -coarse)
+            log_ratio.copy_(teacher).sub_(off_teacher)
+            torch.sub(student - off_student, log_ratio, out=log_ratio)
+            rest = (student_max - off_student) - (teacher_max - off_teacher)
+        if self.inv_t == 1.0:
+            log_ratio.add_(shift - rest)
+        else:
+            log_ratio.sub_(rest).mul_(self.inv_t).add_(shift)
+
+    def write_gradient(self) -> None:
+        """dz = (1/T) (c_div (s - p sum s) + c_logp (1[v = y] - p) - c_ent p (log p + H))."""
+        assert self.gradient is not None
+        assert self.coefficients is not None
+        c_div, c_logp, c_ent = (self._own(c) for c in self.coefficients)
+        p, inner, form, columns = self.p, self.log_ratio, self.form, self.columns
+        factor = 1.0 if self.p_factor is None else self.p_factor
+        if c_div is not None and form is not None and form.has_g:
+            inner.mul_(c_div * factor)
+        else:
+            inner.zero_()
+        constant = 0.0
+        if c_div is not None:
+            constant = constant - c_div * columns[FIELDS.slope_sum]
+        if c_logp is not None:
+            constant = constant - c_logp
+        if c_ent is not None:
+            inner.sub_(self.x.mul_(c_ent * factor * self.inv_t))
+            constant = constant + c_ent * (columns[FIELDS.student_lse] - columns[FIELDS.entropy])
+        inner.add_(constant * factor)
+        out = self.gradient if self.gradient.dtype == torch.float32 else inner
+        torch.mul(p, inner, out=out)
+        if c_div is not None and form is not None and form.has_q:
+            out.sub_(self.q.mul_(c_div))
+        if c_logp is not None:
+            out.scatter_add_(1, self.ids, c_logp.expand_as(self.ids))
+        if out is not self.gradient:
+            self.gradient.copy_(out)
+
+    def _own(self, column: Tensor | None) -> Tensor | None:
+        return column if column is None or column.shape[0] == 1 else column[self.range]
+
+
+class _Form(NamedTuple):
+    """A divergence on block buffers, in terms of p, q and the log-ratio l.
+
+    The slopes of its terms are dt/dlog p = p g - q, up to a multiple of p (which changes no logit
+    gradient), where the g or the q may be absent.
+
+    Attributes:
+        sums: (p, q, l, parameter) -> the value and the sum of the slopes, each `[r, 1]`; leaves g
+            in the buffer of l.
+        linear: whether both sums are linear in p and do not read q: p may be unnormalised.
+        has_g: whether the slopes have p g.
+        has_q: whether the slopes have -q.
+        diverges: whether a term is infinite where q = 0 < p.
+        small_value: (p, q, l) -> `[r, 1]`, the value as a sum of positive terms, right near p = q.
+        lost_sign: the sign with which the teacher's mass on entries that take no part (z = -inf)
+            enters `small_value`.
+    """
+
+    sums: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    linear: bool = False
+    has_g: bool = True
+    has_q: bool = False
+    diverges: bool = False
+    small_value: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    lost_sign: float = 0.0
+
+
+def _row_dot(a: Tensor, b: Tensor) -> Tensor:
+    if a.shape[0] == 1 and a.device.type == "cpu":
+        return torch.dot(a[0], b[0]).view(1, 1)  # on one row twice as fast as vecdot
+    return torch.linalg.vecdot(a, b)[:, None]
+
+
+def _reverse_kl(p: Tensor, q: Tensor, log_ratio: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    value = _row_dot(p, log_ratio)
+    return value, value
+
+
+def _forward_kl(p: Tensor, q: Tensor, log_ratio: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    return -_row_dot(q, log_ratio), -q.sum(-1, keepdim=True)
+
+
+def _jeffreys(p: Tensor, q: Tensor, log_ratio: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    reverse = _row_dot(p, log_ratio)
+    return reverse - _row_dot(q, log_ratio), reverse - q.sum(-1, keepdim=True)
+
+
+def _jsd(p: Tensor, q: Tensor, log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    # log(m/p) = log(beta e^-l + 1 - beta), from the side where the exponential is at most 1.
+    up = torch.log1p(beta * torch.expm1(-log_ratio))
+    down = torch.log1p((1 - beta) * torch.expm1(log_ratio)) - log_ratio
+    log_m_over_p = torch.where(log_ratio > 0, up, down)
+    teacher_side = _row_dot(q, log_ratio.add_(log_m_over_p))
+    g = torch.mul(log_m_over_p, beta - 1, out=log_ratio)
+    student_side = _row_dot(p, g)
+    return student_side - beta * teacher_side, student_side
+
+
+def _excess(log_ratio: Tensor) -> Tensor:
+    """exp(-l) - 1 + l for |l| < 0.5, by its series: the difference itself would cancel."""
+    series = torch.full_like(log_ratio, 1.0 / 362880)
+    for factorial in (40320, 5040, 720, 120, 24, 6, 2):
+        series.mul_(-log_ratio).add_(1.0 / factorial)
+    return series.mul_(log_ratio).mul_(log_ratio)
+
+
+def _reverse_small(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+    near = log_ratio.abs() < 0.5
+    return torch.where(near, p * _excess(log_ratio), q - p + p * log_ratio).sum(-1, keepdim=True)
+
+
+def _forward_small(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+    return _reverse_small(q, p, -log_ratio)
+
+
+def _jeffreys_small(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+    near = log_ratio.abs() < 0.5
+    difference = torch.where(near, -p * torch.expm1(-log_ratio), p - q)
+    return (difference * log_ratio).sum(-1, keepdim=True)
+
+
+_FORMS = {
+    "reverse_kl": _Form(
+        _reverse_kl, linear=True, diverges=True, small_value=_reverse_small, lost_sign=1.0
+    ),
+    "forward_kl": _Form(
+        _forward_kl, has_g=False, has_q=True, small_value=_forward_small, lost_sign=-1.0
+    ),
+    "jeffreys": _Form(_jeffreys, has_q=True, diverges=True, small_value=_jeffreys_small),
+    "jsd": _Form(_jsd),
+}

@@ -1,0 +1,270 @@
+"""The operators: torch.library schemas, fakes, and the two autograd functions over them.
+
+Three operators do all the work on rows of logits, each with a Triton and a torch implementation:
+
+- `row_statistics`: one sweep (two for the divergences that need both normalisers first).
+- `row_gradient`: the closed-form gradient from those statistics and three per-row coefficients.
+- `hybrid_rows`: both in one launch.
+
+With c_div, c_logp and c_ent the coefficients of a row, the gradient they write is
+
+    dz = c_div * dD/dz + c_logp * dlog p(y)/dz + c_ent * dH(p)/dz
+
+so that a new loss is a new choice of coefficients and never a new kernel. A fourth operator,
+`scale_rows`, multiplies a finished gradient by the upstream one.
+
+Shapes and names are those of `rows.py`.
+"""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hybrid_kernels import validate
+from hybrid_kernels.rows import FIELDS, STATISTICS, Coefficients, Rows
+
+
+def _implementation(backend: str) -> ModuleType:
+    if backend == "triton":
+        from hybrid_kernels.kernels import rows
+
+        return rows
+    from hybrid_kernels import cpu
+
+    return cpu
+
+
+def _check_values(rows: Rows) -> None:
+    if rows.token_ids is not None and (rows.student.device.type == "cpu" or validate.debug()):
+        validate.token_ids_in_range(rows.token_ids, rows.valid, rows.student.shape[-1])
+
+
+@torch.library.custom_op("hybrid_kernels::row_statistics", mutates_args=())
+def row_statistics(
+    student: Tensor,
+    teacher: Tensor | None,
+    token_ids: Tensor | None,
+    valid: Tensor | None,
+    divergence: str,
+    parameter: float,
+    temperature: float,
+    teacher_floor: float | None,
+    backend: str,
+) -> Tensor:
+    rows = Rows(
+        student, teacher, token_ids, valid, divergence, parameter, temperature, teacher_floor
+    )
+    _check_values(rows)
+    statistics = student.new_empty((STATISTICS, rows.count), dtype=torch.float32)
+    _implementation(backend).row_statistics(rows, statistics)
+    return statistics
+
+
+@row_statistics.register_fake
+def _(student, *args) -> Tensor:
+    count = student.shape[0] * student.shape[1]
+    return student.new_empty((STATISTICS, count), dtype=torch.float32)
+
+
+@torch.library.custom_op("hybrid_kernels::row_gradient", mutates_args=("gradient",))
+def row_gradient(
+    gradient: Tensor,
+    statistics: Tensor,
+    divergence_coefficient: Tensor | None,
+    log_prob_coefficient: Tensor | None,
+    entropy_coefficient: Tensor | None,
+    student: Tensor,
+    teacher: Tensor | None,
+    token_ids: Tensor | None,
+    valid: Tensor | None,
+    divergence: str,
+    parameter: float,
+    temperature: float,
+    teacher_floor: float | None,
+    backend: str,
+) -> None:
+    rows = Rows(
+        student, teacher, token_ids, valid, divergence, parameter, temperature, teacher_floor
+    )
+    coefficients = Coefficients(divergence_coefficient, log_prob_coefficient, entropy_coefficient)
+    _implementation(backend).row_gradient(rows, statistics, coefficients, gradient)
+
+
+@row_gradient.register_fake
+def _(gradient, *args) -> None:
+    return None
+
+
+@torch.library.custom_op("hybrid_kernels::hybrid_rows", mutates_args=("gradient",))
+def hybrid_rows(
+    gradient: Tensor,
+    divergence_coefficient: Tensor | None,
+    log_prob_coefficient: Tensor | None,
+    entropy_coefficient: Tensor | None,
+    student: Tensor,
+    teacher: Tensor | None,
+    token_ids: Tensor | None,
+    valid: Tensor | None,
+    divergence: str,
+    parameter: float,
+    temperature: float,
+    teacher_floor: float | None,
+    backend: str,
+) -> Tensor:
+    rows = Rows(
+        student, teacher, token_ids, valid, divergence, parameter, temperature, teacher_floor
+    )
+    _check_values(rows)
+    coefficients = Coefficients(divergence_coefficient, log_prob_coefficient, entropy_coefficient)
+    statistics = student.new_empty((STATISTICS, rows.count), dtype=torch.float32)
+    _implementation(backend).hybrid_rows(rows, statistics, coefficients, gradient)
+    return statistics
+
+
+@hybrid_rows.register_fake
+def _(gradient, c_div, c_logp, c_ent, student, *args) -> Tensor:
+    count = student.shape[0] * student.shape[1]
+    return student.new_empty((STATISTICS, count), dtype=torch.float32)
+
+
+@torch.library.custom_op("hybrid_kernels::scale_rows", mutates_args=("gradient",))
+def scale_rows(gradient: Tensor, factor: Tensor, backend: str) -> None:
+    """Multiplies each row of `gradient` by `factor` (`[N]` or one element); 1 touches nothing."""
+    _implementation(backend).scale_rows(gradient, factor)
+
+
+@scale_rows.register_fake
+def _(gradient, *args) -> None:
+    return None
+
+
+class TokenTermsFunction(torch.autograd.Function):
+    """Statistics whose first rows are differentiable with any upstream gradient."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, token_ids, valid, config):
+        statistics = row_statistics(student, teacher, token_ids, valid, *config)
+        ctx.save_for_backward(student, teacher, token_ids, valid, statistics)
+        ctx.config = config
+        return statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        student, teacher, token_ids, valid, statistics = ctx.saved_tensors
+        gradient = _empty_gradient(student)
+        row_gradient(
+            gradient,
+            statistics,
+            upstream[FIELDS.divergence].contiguous() if teacher is not None else None,
+            upstream[FIELDS.log_prob].contiguous() if token_ids is not None else None,
+            upstream[FIELDS.entropy].contiguous(),
+            student,
+            teacher,
+            token_ids,
+            valid,
+            *ctx.config,
+        )
+        return gradient, None, None, None, None
+
+
+class HybridLossFunction(torch.autograd.Function):
+    """The loss and its gradient in one forward; backward scales the gradient by the upstream one.
+
+    `scale` is the normaliser, a scalar tensor. `summed` tells a scalar loss from one per row.
+    `statistics`, where given, are those of the same rows (a callable `advantages` needed them).
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        student,
+        teacher,
+        token_ids,
+        valid,
+        dense,
+        advantages,
+        entropy,
+        scale,
+        statistics,
+        summed,
+        inplace,
+        config,
+    ):
+        weights = Weights(dense, advantages, entropy)
+        # detach() shares storage and version counter: whoever saved the logits for their own
+        # backward is told by autograd that they were overwritten.
+        gradient = student.detach() if inplace else _empty_gradient(student)
+        coefficients = _coefficients(weights, scale)
+        problem = (student, teacher, token_ids, valid, *config)
+        if statistics is None:
+            statistics = hybrid_rows(gradient, *coefficients, *problem)
+        else:
+            row_gradient(gradient, statistics, *coefficients, *problem)
+        loss = row_losses(statistics, weights, valid)
+        if summed:
+            loss = (loss * scale).sum()
+        ctx.save_for_backward(gradient, valid)
+        ctx.backend = config[-1]
+        ctx.mark_non_differentiable(statistics)
+        return loss, statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, _):
+        gradient, valid = ctx.saved_tensors
+        if _graph_is_kept():
+            gradient = gradient.clone()
+        upstream = upstream.reshape(-1)
+        if valid is not None and upstream.shape == valid.shape:
+            upstream = torch.where(valid, upstream, 0.0)
+        scale_rows(gradient, upstream.contiguous(), ctx.backend)
+        return gradient, *(None,) * 11
+
+
+class Weights(NamedTuple):
+    """Per-row weights of the three terms of the loss: a number, a tensor `[N]` or `[]`, or None."""
+
+    dense: float | Tensor | None
+    advantages: Tensor | None
+    entropy: float | Tensor | None
+
+
+def row_losses(statistics: Tensor, weights: Weights, valid: Tensor | None) -> Tensor:
+    """`dense * D - advantages * log p(y) - entropy_weight * H` per row; 0 on masked rows."""
+    loss = None
+    if weights.dense is not None:
+        loss = weights.dense * statistics[FIELDS.divergence]
+    if weights.advantages is not None:
+        sparse = weights.advantages * statistics[FIELDS.log_prob]
+        loss = -sparse if loss is None else loss - sparse
+    if weights.entropy is not None:
+        bonus = weights.entropy * statistics[FIELDS.entropy]
+        loss = -bonus if loss is None else loss - bonus
+    if loss is None:
+        return torch.zeros_like(statistics[0])
+    return loss if valid is None else torch.where(valid, loss, 0.0)
+
+
+def _coefficients(weights: Weights, scale: Tensor) -> Coefficients:
+    """The gradient's coefficients: d(row loss)/d(term), times the normaliser of the reduction."""
+    dense, advantages, entropy = weights
+    return Coefficients(
+        None if dense is None else (dense * scale).reshape(-1),
+        None if advantages is None else -(advantages * scale).reshape(-1),
+        None if entropy is None else -(entropy * scale).reshape(-1),
+    )
+
+
+def _empty_gradient(student: Tensor) -> Tensor:
+    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+
+
+def _graph_is_kept() -> bool:
+    """Whether backward may run again (retain_graph=True), so that its buffer must survive."""
+    if torch.compiler.is_compiling():
+        return False  # the compiler functionalises: the saved tensor is never written
+    return torch._C._autograd._get_current_graph_task_keep_graph()

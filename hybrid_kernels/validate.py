@@ -1,0 +1,263 @@
+"""Every input check of the package.
+
+Each failure is a ValueError that names the argument, says what it got and how to mend it. Nothing
+here reads a tensor's values on a device, so nothing synchronises; the one check of values,
+`token_ids_in_range`, runs on CPU tensors and in debug mode.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hybrid_kernels.types import Divergence, LinearTeacher, Mixture, TopK
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REDUCTIONS = ("mean", "sum", "none")
+TAILS = ("bucket", "renormalize", "mask")
+BACKENDS = ("auto", "torch", "triton")
+
+
+def debug() -> bool:
+    """Whether `HYBRID_KERNELS_DEBUG=1` asks for the checks that synchronise the device."""
+    return os.environ.get("HYBRID_KERNELS_DEBUG", "0") not in ("", "0")
+
+
+def student(logits: Tensor) -> None:
+    _logits("student_logits", logits)
+
+
+def teacher(value: object, student_logits: Tensor) -> None:
+    """A teacher given as logits that match the student's."""
+    if isinstance(value, (TopK, LinearTeacher, Mixture)):
+        kind = type(value).__name__
+        raise ValueError(
+            f"teacher: {kind} is not yet supported; give the teacher's logits as a [..., V] tensor"
+        )
+    _logits("teacher", value)
+    assert isinstance(value, Tensor)
+    if value.shape[-1] != student_logits.shape[-1]:
+        raise ValueError(
+            f"teacher: vocabulary of {value.shape[-1]} entries, the student has "
+            f"{student_logits.shape[-1]}; where the models pad differently, slice both to the "
+            "shared prefix (logits[..., :V] needs no copy)"
+        )
+    _same_rows("teacher", value.shape[:-1], student_logits.shape[:-1])
+    _same_device("teacher", value, student_logits.device)
+    no_grad_wanted("teacher", value)
+
+
+def no_grad_wanted(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{name}: requires a gradient, and gets none here; pass {name}.detach(), or compute it "
+            "under torch.no_grad()"
+        )
+
+
+def token_ids(ids: object, rows: torch.Size, device: torch.device) -> None:
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"token_ids: expected an integer tensor, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"token_ids: expected int64 or int32, got {ids.dtype}; use .long()")
+    _same_rows("token_ids", ids.shape, rows)
+    _same_device("token_ids", ids, device)
+
+
+def token_ids_in_range(ids: Tensor, valid: Tensor | None, vocabulary: int) -> None:
+    """Every id on a valid row lies in [0, V). Reads values."""
+    wrong = (ids < 0) | (ids >= vocabulary)
+    if valid is not None:
+        wrong = wrong & valid
+    if bool(wrong.any()):
+        raise ValueError(
+            f"token_ids: {int(ids[wrong][0])} is outside the vocabulary [0, {vocabulary}); "
+            "mask such rows, or give them the id -100"
+        )
+
+
+def row_mask(mask: object, rows: torch.Size, device: torch.device) -> None:
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"mask: expected a bool or 0/1 integer tensor, got {type(mask).__name__}")
+    if mask.is_floating_point() or mask.is_complex():
+        raise ValueError(
+            f"mask: expected bool or 0/1 integers, got {mask.dtype}; use mask.bool(), and put "
+            "per-token weights into dense_weight and advantages"
+        )
+    _same_rows("mask", mask.shape, rows)
+    _same_device("mask", mask, device)
+
+
+def row_weight(name: str, value: object, rows: torch.Size, device: torch.device) -> None:
+    """A number, a scalar tensor, or one floating value per row."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise ValueError(f"{name}: expected a floating tensor, got {value.dtype}; use .float()")
+        if value.ndim:
+            _same_rows(name, value.shape, rows)
+        _same_device(name, value, device)
+        no_grad_wanted(name, value)
+    else:
+        number(name, value)
+
+
+def advantages(value: object, rows: torch.Size, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            "advantages: expected a tensor with one value per token, or a function "
+            f"TokenTerms -> tensor, got {type(value).__name__}"
+        )
+    if value.shape != rows:
+        raise ValueError(
+            f"advantages: shape {tuple(value.shape)}, expected {tuple(rows)}, one value per token; "
+            "one value per sequence goes through .unsqueeze(-1).expand(...)"
+        )
+    row_weight("advantages", value, rows, device)
+
+
+def num_tokens(value: object, reduction: str, device: torch.device) -> None:
+    if value is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"num_tokens: given with reduction={reduction!r}, but it only divides the mean; "
+            'leave it out, or use reduction="mean"'
+        )
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"num_tokens: expected one number, got shape {tuple(value.shape)}")
+        _same_device("num_tokens", value, device)
+    else:
+        number("num_tokens", value, low=0.0, open_low=True)
+
+
+def divergence(value: object) -> Divergence:
+    """The `Divergence` that a name or a `Divergence` stands for."""
+    if isinstance(value, str):
+        return Divergence(value)
+    if not isinstance(value, Divergence):
+        raise ValueError(f"divergence: expected a name or a Divergence, got {type(value).__name__}")
+    return value
+
+
+def teacher_floor(value: object) -> None:
+    if value is not None:
+        number("teacher_floor", value, high=0.0)
+
+
+def temperature(value: object) -> None:
+    number("temperature", value, low=0.0, open_low=True)
+
+
+def no_process_group(value: object) -> None:
+    if value is not None:
+        raise ValueError(
+            "process_group: a vocabulary sharded over several ranks is not yet supported; "
+            "gather the logits and leave it out"
+        )
+
+
+def inplace(student_logits: Tensor) -> None:
+    if student_logits.is_leaf and student_logits.requires_grad:
+        raise ValueError(
+            "inplace: student_logits is a leaf that requires a gradient, and writing over it "
+            "would destroy a parameter; use inplace=False"
+        )
+
+
+def choice(name: str, value: object, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(f"{name}: unknown value {value!r}; one of {', '.join(options)}")
+
+
+def number(
+    name: str,
+    value: object,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+) -> None:
+    """A finite number in the range; symbolic numbers under torch.compile count as numbers."""
+    kinds = (int, float, torch.SymInt, torch.SymFloat)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise ValueError(f"{name}: expected a number, got {type(value).__name__}")
+    below = value <= low if open_low else value < low
+    if below or value > high or value != value or value in (math.inf, -math.inf):
+        left = "(" if open_low or low == -math.inf else "["
+        right = ")" if high == math.inf else "]"
+        raise ValueError(f"{name}: {value!r} is not in {left}{low:g}, {high:g}{right}")
+
+
+def matrix(name: str, value: object) -> None:
+    """A floating `[B, T]` tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a [B, T] tensor, got {type(value).__name__}")
+    if value.ndim != 2 or not value.is_floating_point():
+        raise ValueError(
+            f"{name}: expected a floating [B, T] tensor, got {value.dtype} of shape "
+            f"{tuple(value.shape)}"
+        )
+
+
+def per_sequence(name: str, value: object, batch: int, device: torch.device) -> None:
+    """A real `[B]` tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a [B] tensor, got {type(value).__name__}")
+    if value.shape != (batch,):
+        raise ValueError(
+            f"{name}: shape {tuple(value.shape)}, expected ({batch},), one value per sequence"
+        )
+    _same_device(name, value, device)
+
+
+def group_size(value: int | None, batch: int, baseline: str) -> int:
+    """The size of a group, where None stands for the whole batch."""
+    size = batch if value is None else value
+    if not isinstance(size, int) or isinstance(size, bool) or (value is not None and size < 1):
+        raise ValueError(f"group_size: expected a positive integer or None, got {value!r}")
+    if batch and batch % size:
+        raise ValueError(
+            f"group_size: {size} does not divide the batch of {batch} sequences; every group must "
+            "be whole"
+        )
+    if batch and size < 2 and "leave_one_out" in baseline:
+        raise ValueError(
+            f'group_size: baseline="{baseline}" needs at least 2 responses in a group, got {size}; '
+            'use baseline="none"'
+        )
+    return max(size, 1)
+
+
+def _logits(name: str, logits: object) -> None:
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"{name}: expected a [..., V] tensor, got {type(logits).__name__}")
+    if logits.dtype not in LOGIT_DTYPES:
+        raise ValueError(
+            f"{name}: expected float32, bfloat16 or float16, got {logits.dtype}; cast it, or use "
+            "hybrid_kernels.reference for float64"
+        )
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"{name}: expected shape [..., V], V >= 1, got {tuple(logits.shape)}")
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(
+            f"{name}: the last (vocabulary) dimension has stride {logits.stride(-1)}, expected 1; "
+            "use .contiguous()"
+        )
+
+
+def _same_rows(name: str, shape: torch.Size, rows: torch.Size) -> None:
+    if shape != rows:
+        raise ValueError(
+            f"{name}: leading shape {tuple(shape)}, expected {tuple(rows)} as in the student's "
+            "logits without their vocabulary dimension"
+        )
+
+
+def _same_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(
+            f"{name}: on {tensor.device}, expected {device}; use {name}.to({str(device)!r})"
+        )
