@@ -204,14 +204,17 @@ class _Block:
             columns[FIELDS.teacher_log_prob] = log_q if floor is None else log_q.clamp_(min=floor)
         self.q_factor = total.reciprocal()
         self._subtract(columns[FIELDS.student_max], top, teacher_lse - student_lse)
-        lost = None
+        lost = 0.0
         if guarded or floor is not None or not form.linear:
             self._normalise()
         if floor is not None:
             torch.minimum(log_ratio, self.x * self.inv_t - student_lse - floor, out=log_ratio)
-            q.clamp_(min=math.exp(floor))
+            raised = (math.exp(floor) - q).clamp_(min=0.0)
+            q.add_(raised)
+            lost = -raised.sum(-1, keepdim=True)
         if self.dropped is not None:
-            lost = torch.where(self.dropped, q, 0.0).sum(-1, keepdim=True)
+            # What the identity sum p = sum q = 1 behind `small_value` has lost on this support.
+            lost = lost + torch.where(self.dropped, q, 0.0).sum(-1, keepdim=True)
             q.masked_fill_(self.dropped, 0.0)
             log_ratio.masked_fill_(self.dropped, LOWEST)
             if not form.diverges:
@@ -227,14 +230,11 @@ class _Block:
             value = torch.where(infinite, torch.inf, value)
             slope_sum = torch.where(infinite, torch.inf, slope_sum)
         columns[FIELDS.slope_sum] = slope_sum
-        # A floor leaves the teacher without a normaliser, on which the other form rests.
-        if floor is None and form.small_value is not None:
+        if form.small_value is not None:
             small = value < SMALL_DIVERGENCE
             if guarded or bool(small.any()):
                 self._normalise()
-                refined = form.small_value(p, q, log_ratio)
-                if lost is not None:
-                    refined = refined + form.lost_sign * lost
+                refined = form.small_value(p, q, log_ratio) + form.lost_sign * lost
                 value = torch.where(small, refined, value)
         columns[FIELDS.divergence] = value
 
@@ -332,8 +332,7 @@ class _Form(NamedTuple):
         has_q: whether the slopes have -q.
         diverges: whether a term is infinite where q = 0 < p.
         small_value: (p, q, l) -> `[r, 1]`, the value as a sum of positive terms, right near p = q.
-        lost_sign: the sign with which the teacher's mass on entries that take no part (z = -inf)
-            enters `small_value`.
+        lost_sign: the sign with which 1 - sum q of the entries that take part enters it.
     """
 
     sums: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -367,9 +366,9 @@ def _jeffreys(p: Tensor, q: Tensor, log_ratio: Tensor, _: float) -> tuple[Tensor
 
 def _jsd(p: Tensor, q: Tensor, log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     # log(m/p) = log(beta e^-l + 1 - beta), from the side where the exponential is at most 1.
-    up = torch.log1p(beta * torch.expm1(-log_ratio))
-    down = torch.log1p((1 - beta) * torch.expm1(log_ratio)) - log_ratio
-    log_m_over_p = torch.where(log_ratio > 0, up, down)
+    weight = torch.where(log_ratio > 0, beta, 1 - beta)
+    log_m_over_p = log_ratio.abs().neg_().expm1_().mul_(weight).log1p_()
+    log_m_over_p.sub_(log_ratio.clamp(max=0.0))
     teacher_side = _row_dot(q, log_ratio.add_(log_m_over_p))
     g = torch.mul(log_m_over_p, beta - 1, out=log_ratio)
     student_side = _row_dot(p, g)

@@ -12,6 +12,9 @@ from torch import Tensor
 # Stands for -inf in a log-ratio: 0 * -1e30 is 0, where 0 * -inf would be NaN.
 LOWEST = -1e30
 
+# The divergences that SMALL_DIVERGENCE is for.
+KL_FAMILY = ("reverse_kl", "forward_kl", "jeffreys")
+
 # Below this many nats the swept value of a KL, a difference of large sums with an absolute error of
 # a few 1e-7, is replaced by a sum of positive terms, which keeps its relative precision.
 SMALL_DIVERGENCE = 1e-2
