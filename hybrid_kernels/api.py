@@ -117,7 +117,7 @@ def hybrid_loss(
         validate.advantages(advantages, rows.shape, student_logits.device)
     weights = ops.Weights(
         dense=None if _is_zero(dense_weight) else _flat_weight(dense_weight),
-        advantages=None if advantages is None else _flat_weight(advantages),
+        advantages=None if advantages is None else advantages.reshape(-1).float(),
         entropy=None if _is_zero(entropy_weight) else _flat_weight(entropy_weight),
     )
     scale = _normaliser(reduction, num_tokens, rows)
@@ -216,21 +216,19 @@ class _Rows:
         self.count = self.shape.numel()
 
     def terms(self, statistics: Tensor, differentiable: bool = False) -> TokenTerms:
-        def field(index: int, wanted: bool, detached: bool) -> Tensor | None:
-            if not wanted:
-                return None
-            value = statistics[index].view(self.shape)
-            return value.detach() if detached else value
+        """The fields for the user, in the caller's shape."""
 
-        keep = not differentiable
+        def field(index: int, keeps_graph: bool) -> Tensor:
+            value = statistics[index].view(self.shape)
+            return value if keeps_graph else value.detach()
+
+        teacher, tokens = self.has_teacher, self.has_tokens
         return TokenTerms(
-            divergence=field(FIELDS.divergence, self.has_teacher, keep),
-            log_prob=field(FIELDS.log_prob, self.has_tokens, keep),
-            teacher_log_prob=field(
-                FIELDS.teacher_log_prob, self.has_teacher and self.has_tokens, True
-            ),
-            entropy=field(FIELDS.entropy, True, keep),
-            logsumexp=field(FIELDS.logsumexp, True, True),
+            divergence=field(FIELDS.divergence, differentiable) if teacher else None,
+            log_prob=field(FIELDS.log_prob, differentiable) if tokens else None,
+            teacher_log_prob=field(FIELDS.teacher_log_prob, False) if teacher and tokens else None,
+            entropy=field(FIELDS.entropy, differentiable),
+            logsumexp=field(FIELDS.logsumexp, False),
         )
 
 

@@ -57,11 +57,12 @@ def scale_rows(gradient: Tensor, factor: Tensor) -> None:
         return
     inner, size = gradient.shape[1:]
     step = max(1, BLOCK_ELEMENTS // size)
+    if factor.numel() > 1:
+        factor = factor.view(-1, inner, 1)
     for o, plane in enumerate(gradient):
         for start in range(0, inner, step):
             piece = plane[start : start + step]
-            row = o * inner + start
-            own = factor if factor.numel() == 1 else factor[row : row + step, None]
+            own = factor if factor.numel() == 1 else factor[o, start : start + step]
             # The product is taken in fp32 and rounded once, whatever the gradient's dtype.
             piece.copy_(piece.float() * own)
 
@@ -145,7 +146,8 @@ class _Block:
         if count < buffers[0].shape[0]:
             buffers = tuple(buffer[:count] for buffer in buffers)
         self.x, self.log_ratio, self.p, self.q = buffers
-        self.p_factor = self.q_factor = None
+        self.p_factor: Tensor | None = None
+        self.q_factor: Tensor | None = None
         keeps_x = rows.teacher_floor is not None or (
             coefficients and coefficients.entropy is not None
         )
@@ -239,10 +241,10 @@ class _Block:
         columns[FIELDS.divergence] = value
 
     def _normalise(self) -> None:
-        if self.p_factor is not None:
+        if self.p_factor is not None and self.q_factor is not None:
             self.p.mul_(self.p_factor)
             self.q.mul_(self.q_factor)
-            self.p_factor = self.q_factor = None
+            self.p_factor, self.q_factor = None, None
 
     def _exponentials(self, logits: Tensor, centred: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """Fills z - max z and exp((z - max z)/T); returns max z and the sum of the latter."""
@@ -309,7 +311,7 @@ class _Block:
         torch.mul(p, inner, out=out)
         if c_div is not None and form is not None and form.has_q:
             out.sub_(self.q.mul_(c_div))
-        if c_logp is not None:
+        if c_logp is not None and self.ids is not None:
             out.scatter_add_(1, self.ids, c_logp.expand_as(self.ids))
         if out is not self.gradient:
             self.gradient.copy_(out)

@@ -58,7 +58,7 @@ def row_statistics(
         student, teacher, token_ids, valid, divergence, parameter, temperature, teacher_floor
     )
     _check_values(rows)
-    statistics = student.new_empty((STATISTICS, rows.count), dtype=torch.float32)
+    statistics = student.new_empty((STATISTICS, rows.total), dtype=torch.float32)
     _implementation(backend).row_statistics(rows, statistics)
     return statistics
 
@@ -119,7 +119,7 @@ def hybrid_rows(
     )
     _check_values(rows)
     coefficients = Coefficients(divergence_coefficient, log_prob_coefficient, entropy_coefficient)
-    statistics = student.new_empty((STATISTICS, rows.count), dtype=torch.float32)
+    statistics = student.new_empty((STATISTICS, rows.total), dtype=torch.float32)
     _implementation(backend).hybrid_rows(rows, statistics, coefficients, gradient)
     return statistics
 
@@ -153,7 +153,7 @@ class TokenTermsFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream):
+    def backward(ctx, upstream):  # pyright: ignore[reportIncompatibleMethodOverride]
         student, teacher, token_ids, valid, statistics = ctx.saved_tensors
         gradient = _empty_gradient(student)
         row_gradient(
@@ -214,7 +214,7 @@ class HybridLossFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, _):
+    def backward(ctx, upstream, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         gradient, valid = ctx.saved_tensors
         if _graph_is_kept():
             gradient = gradient.clone()
@@ -267,4 +267,5 @@ def _graph_is_kept() -> bool:
     """Whether backward may run again (retain_graph=True), so that its buffer must survive."""
     if torch.compiler.is_compiling():
         return False  # the compiler functionalises: the saved tensor is never written
-    return torch._C._autograd._get_current_graph_task_keep_graph()
+    # What autograd's own compiler asks before it reuses a saved buffer.
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore

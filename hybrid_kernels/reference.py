@@ -123,12 +123,18 @@ def hybrid_loss(
         temperature=temperature,
         teacher_floor=teacher_floor,
     )
-    detached = TokenTerms(*(None if t is None else t.detach() for t in terms))
+    detached = TokenTerms(
+        divergence=None if terms.divergence is None else terms.divergence.detach(),
+        log_prob=None if terms.log_prob is None else terms.log_prob.detach(),
+        teacher_log_prob=terms.teacher_log_prob,
+        entropy=terms.entropy.detach(),
+        logsumexp=terms.logsumexp.detach(),
+    )
     valid = valid_rows(student_logits.shape[:-1], mask, token_ids, student_logits.device)
     loss = torch.zeros_like(terms.entropy)
     if terms.divergence is not None and not _is_zero(dense_weight):
         loss = loss + dense_weight * terms.divergence
-    if advantages is not None:
+    if advantages is not None and terms.log_prob is not None:
         if callable(advantages):
             advantages = advantages(detached)
         loss = loss - torch.where(valid, advantages, 0.0) * terms.log_prob

@@ -56,7 +56,7 @@ class Rows(NamedTuple):
     teacher_floor: float | None
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         return self.student.shape[0] * self.student.shape[1]
 
     @property

@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import triton
+from triton import knobs
 
 # Whether kernels run on the CPU, one program after another. Triton decides when it is imported.
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = bool(knobs.runtime.interpret)
 
 # Elements of the vocabulary that a program holds at once, in registers, and how many of them a
 # thread holds. tests/test_ahead_of_time.py forbids spills, which the Jensen-Shannon divergence has

@@ -563,11 +563,11 @@ def _launch(
     *,
     measure: bool,
 ) -> None:
-    if rows.count == 0:
+    if rows.total == 0:
         return
     launch = config.rows(rows.student.shape[-1], rows.one_sweep)
     with _on_device(rows.student):
-        rows_kernel[(rows.count,)](
+        rows_kernel[(rows.total,)](
             *kernel_arguments(rows, statistics, coefficients, gradient),
             **kernel_constants(rows, launch, measure=measure, write=gradient is not None),
             **launch.options(),
@@ -592,7 +592,7 @@ def kernel_arguments(
         div,
         logp,
         ent,
-        rows.count,
+        rows.total,
         rows.student.shape[1],
         *_row_strides(rows.student),
         *_row_strides(rows.teacher),

@@ -1,0 +1,49 @@
+# Two commands for users, `make demo` and `make test`; each sets up .venv if it is not there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A machine whose Python already has a suitable torch (a CUDA or ROCm build, say) keeps it.
+HAS_TORCH := $(shell $(PYTHON) -c "import torch, sys; \
+	sys.exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 9))" 2>/dev/null && echo yes)
+
+.PHONY: help setup test demo lint format bench doctor clean
+
+help:
+	@echo "make demo    train three arms on two-digit addition: imitation, reward, hybrid"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff and pyright"
+	@echo "make bench   benchmark the ops on this machine"
+	@echo "make doctor  what this machine will use, and whether it computes right"
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml requirements/torch.txt
+	$(PYTHON) -m venv $(if $(HAS_TORCH),--system-site-packages) $(VENV)
+	$(if $(HAS_TORCH),,$(BIN)/python -m pip install --quiet -r requirements/torch.txt)
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $@
+
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+demo: setup
+	$(BIN)/python -m train.demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python -m pytest bench --benchmark-only
+
+doctor: setup
+	$(BIN)/python -m hybrid_kernels
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

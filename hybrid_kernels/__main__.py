@@ -1,0 +1,139 @@
+"""The doctor: `python -m hybrid_kernels` says what this machine will use and checks every op.
+
+Exit status: 0 if every check passed, 1 otherwise.
+"""
+
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import hybrid_kernels
+from hybrid_kernels import Divergence, available_divergences, hybrid_loss, reference
+from hybrid_kernels.api import resolve_backend
+
+# Relative L2 error of a gradient in fp32 arithmetic; a healthy one is a few 1e-7.
+TOLERANCE = 1e-5
+ROWS, VOCABULARY = 5, 1003
+
+
+def main() -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backends = _describe(device)
+    healthy = True
+    for backend in backends:
+        print(f"\nAgainst float64, backend {backend}, relative gradient error:")
+        for name, error in _checks(device, backend):
+            passed = error <= TOLERANCE
+            healthy &= passed
+            print(f"  {name:34} {error:8.1e}  {'ok' if passed else 'WRONG'}")
+    if device.type == "cuda":
+        _print_bandwidth(device)
+    print("\nAll checks passed." if healthy else "\nSome checks FAILED.")
+    return 0 if healthy else 1
+
+
+def _describe(device: torch.device) -> list[str]:
+    """Prints what is here; returns the backends that can run."""
+    triton = "not installed"
+    if importlib.util.find_spec("triton") is not None:
+        triton = importlib.metadata.version("triton")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU"
+    print(f"hybrid_kernels  {hybrid_kernels.__version__}")
+    print(f"python          {platform.python_version()} on {platform.system()}")
+    print(f"torch           {torch.__version__}")
+    print(f"triton          {triton}")
+    print(f"device          {device.type}: {name}")
+    if device.type == "cpu":
+        print(f"threads         {torch.get_num_threads()}")
+    probe = torch.empty(1, device=device)
+    print(f"backend         {resolve_backend('auto', probe)} (what backend='auto' takes here)")
+    backends = ["torch"]
+    try:
+        resolve_backend("triton", probe)
+        backends.append("triton")
+    except ValueError as error:
+        print(f"triton kernels  not run here: {error}")
+    return backends
+
+
+def _checks(device: torch.device, backend: str) -> list[tuple[str, float]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    student = 3 * normal(ROWS, VOCABULARY)
+    teacher = student + normal(ROWS, VOCABULARY)
+    ids = torch.randint(VOCABULARY, (ROWS,), generator=generator).to(device)
+    advantages, upstream = normal(ROWS), normal(ROWS)
+
+    def hybrid(divergence: Divergence) -> float:
+        def run(module, logits: Tensor, **options) -> Tensor:
+            result = module.hybrid_loss(
+                logits,
+                teacher.to(logits.dtype),
+                ids,
+                advantages.to(logits.dtype),
+                entropy_weight=0.1,
+                divergence=divergence,
+                **options,
+            )
+            return result.loss
+
+        return _gradient_error(run, student, backend)
+
+    def terms(module, logits: Tensor, **options) -> Tensor:
+        result = module.token_terms(logits, teacher.to(logits.dtype), ids, **options)
+        weights = upstream.to(logits.dtype)
+        return (weights * (result.divergence + result.log_prob - result.entropy)).sum()
+
+    found = [(f"hybrid_loss {name}", hybrid(Divergence(name))) for name in available_divergences()]
+    found.append(("token_terms reverse_kl", _gradient_error(terms, student, backend)))
+    return found
+
+
+def _gradient_error(run: Callable[..., Tensor], student: Tensor, backend: str) -> float:
+    """||gradient - oracle|| / ||oracle||, the oracle being float64 autograd of the reference."""
+    ours = student.clone().requires_grad_()
+    run(hybrid_kernels, ours, backend=backend).backward()
+    oracle = student.double().requires_grad_()
+    run(reference, oracle).backward()
+    assert ours.grad is not None
+    assert oracle.grad is not None
+    return float((ours.grad.double() - oracle.grad).norm() / oracle.grad.norm())
+
+
+def _print_bandwidth(device: torch.device) -> None:
+    """Achieved bandwidth on the bytes that must move: both logits read, the gradient written."""
+    rows, vocabulary = 4096, 128256
+    print(f"\nBandwidth, {rows} x {vocabulary} bf16:")
+    student = torch.randn(rows, vocabulary, device=device, dtype=torch.bfloat16)
+    teacher = torch.randn_like(student)
+    student.requires_grad_()
+    moved = 2 * student.numel() * student.element_size()
+    copy = _median_seconds(lambda: teacher.clone())
+    loss = _median_seconds(lambda: hybrid_loss(student, teacher).loss)
+    print(f"  copy         {moved / copy / 1e12:6.2f} TB/s")
+    print(f"  hybrid_loss  {1.5 * moved / loss / 1e12:6.2f} TB/s of 3 N V, {loss * 1e3:.2f} ms")
+
+
+def _median_seconds(run: Callable[[], object], repeats: int = 20) -> float:
+    times = []
+    for index in range(repeats + 3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        if index >= 3:
+            times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
