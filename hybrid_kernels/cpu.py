@@ -12,7 +12,10 @@ x = z - max z and u = w - max w the log-ratio
 carries no error from a constant offset between the models.
 """
 
+import ctypes
 import math
+import mmap
+import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -31,6 +34,8 @@ from hybrid_kernels.rows import (
 # Elements of a block, 640 KiB in fp32: its four buffers then share two L2 caches of 2 MiB.
 BLOCK_ELEMENTS = 160 * 1024
 
+HUGE_PAGE = 2 << 20  # bytes
+
 
 def row_statistics(rows: Rows, statistics: Tensor) -> None:
     for block in _blocks(rows, statistics):
@@ -47,6 +52,7 @@ def row_gradient(
 def hybrid_rows(
     rows: Rows, statistics: Tensor, coefficients: Coefficients, gradient: Tensor
 ) -> None:
+    _prefer_huge_pages(gradient)
     for block in _blocks(rows, statistics, coefficients, gradient):
         block.measure()
         block.write_gradient()
@@ -65,6 +71,22 @@ def scale_rows(gradient: Tensor, factor: Tensor) -> None:
             own = factor if factor.numel() == 1 else factor[o, start : start + step]
             # The product is taken in fp32 and rounded once, whatever the gradient's dtype.
             piece.copy_(piece.float() * own)
+
+
+def _prefer_huge_pages(gradient: Tensor) -> None:
+    """Asks Linux to back a large new gradient by huge pages, as NumPy does for its arrays.
+
+    Touching fresh memory in pages of 4 KiB takes a quarter of the whole op otherwise. A hint only:
+    where it is not understood, nothing changes.
+    """
+    size = gradient.numel() * gradient.element_size()
+    if sys.platform != "linux" or gradient.device.type != "cpu" or size < HUGE_PAGE:
+        return
+    start = -(-gradient.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (gradient.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    ctypes.CDLL(None).madvise(
+        ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_HUGEPAGE)
+    )
 
 
 def _blocks(
@@ -179,10 +201,11 @@ class _Block:
         columns = self.columns = dict.fromkeys(range(STATISTICS), zero)
         columns[FIELDS.student_max] = top
         columns[FIELDS.student_lse] = lse
-        columns[FIELDS.logsumexp] = top * self.inv_t + lse
-        columns[FIELDS.entropy] = lse - _row_dot(self.p, self.x) * (self.p_factor * self.inv_t)
+        columns[FIELDS.logsumexp] = self._over_t(top) + lse
+        mean_x = _row_dot(self.p, self.x).mul_(self.p_factor)
+        columns[FIELDS.entropy] = lse - self._over_t(mean_x)
         if self.ids is not None:
-            log_prob = self.x.gather(1, self.ids) * self.inv_t - lse
+            log_prob = self._over_t(self.x.gather(1, self.ids)) - lse
             if self.dropped is not None:
                 log_prob.masked_fill_(self.dropped.gather(1, self.ids), -torch.inf)
             columns[FIELDS.log_prob] = log_prob
@@ -202,7 +225,7 @@ class _Block:
         columns[FIELDS.teacher_max] = top
         columns[FIELDS.teacher_lse] = teacher_lse
         if self.ids is not None:
-            log_q = log_ratio.gather(1, self.ids) * self.inv_t - teacher_lse
+            log_q = self._over_t(log_ratio.gather(1, self.ids)) - teacher_lse
             columns[FIELDS.teacher_log_prob] = log_q if floor is None else log_q.clamp_(min=floor)
         self.q_factor = total.reciprocal()
         self._subtract(columns[FIELDS.student_max], top, teacher_lse - student_lse)
@@ -210,7 +233,7 @@ class _Block:
         if guarded or floor is not None or not form.linear:
             self._normalise()
         if floor is not None:
-            torch.minimum(log_ratio, self.x * self.inv_t - student_lse - floor, out=log_ratio)
+            torch.minimum(log_ratio, self._over_t(self.x) - (student_lse + floor), out=log_ratio)
             raised = (math.exp(floor) - q).clamp_(min=0.0)
             q.add_(raised)
             lost = -raised.sum(-1, keepdim=True)
@@ -240,6 +263,9 @@ class _Block:
                 value = torch.where(small, refined, value)
         columns[FIELDS.divergence] = value
 
+    def _over_t(self, value: Tensor) -> Tensor:
+        return value if self.inv_t == 1.0 else value * self.inv_t
+
     def _normalise(self) -> None:
         if self.p_factor is not None and self.q_factor is not None:
             self.p.mul_(self.p_factor)
@@ -255,10 +281,7 @@ class _Block:
             centred.copy_(logits)
             top = centred.amax(-1, keepdim=True)
             centred.sub_(top)
-        if self.inv_t == 1.0:
-            torch.exp(centred, out=out)
-        else:
-            torch.mul(centred, self.inv_t, out=out).exp_()
+        torch.exp(self._over_t(centred), out=out)
         return top, out.sum(-1, keepdim=True)
 
     def _subtract(self, student_max: Tensor, teacher_max: Tensor, shift: Tensor) -> None:
@@ -270,12 +293,12 @@ class _Block:
         """
         assert self.teacher is not None
         log_ratio, student, teacher = self.log_ratio, self.student, self.teacher
-        coarse = (student_max - teacher_max).round_()
         rest = student_max - teacher_max
         plain = student.dtype == teacher.dtype == torch.float32 and self.on_cpu
-        if plain and not bool(coarse.any()):
+        if plain and bool((rest.abs() < 0.5).all()):
             torch.sub(student, teacher, out=log_ratio)
         else:
+            coarse = rest.round()
             larger = student_max.abs() > teacher_max.abs()
             off_student = torch.where(larger, coarse, 0.0)
             off_teacher = torch.where(larger, 0.0, -coarse)
