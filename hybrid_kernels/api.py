@@ -13,6 +13,8 @@ from hybrid_kernels import ops, validate
 from hybrid_kernels.rows import FIELDS
 from hybrid_kernels.types import IGNORED_TOKEN, Divergence, HybridLoss, Teacher, TokenTerms
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 def hybrid_loss(
     student_logits: Tensor,
@@ -248,11 +250,10 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
         ValueError: an unknown name, or "triton" where it can't run on the tensor's device.
     """
     validate.choice("backend", backend, validate.BACKENDS)
-    has_triton = importlib.util.find_spec("triton") is not None
     if backend == "auto":
-        return "triton" if tensor.is_cuda and has_triton else "torch"
+        return "triton" if tensor.is_cuda and HAS_TRITON else "torch"
     if backend == "triton":
-        if not has_triton:
+        if not HAS_TRITON:
             raise ValueError('backend: "triton" is not installed here; use backend="torch"')
         from hybrid_kernels.kernels import config
 

@@ -5,7 +5,7 @@ Everything here is plain data: no arithmetic on tensors, no kernel.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -132,7 +132,6 @@ def available_divergences() -> tuple[str, ...]:
     return tuple(_FAMILIES)
 
 
-@dataclass(frozen=True, init=False)
 class Divergence:
     """A divergence between the student p and the teacher q, with its parameters.
 
@@ -155,9 +154,6 @@ class Divergence:
         ValueError: unknown name or parameter, or a parameter outside its range.
     """
 
-    name: str
-    params: dict[str, float] = field(default_factory=dict)
-
     def __init__(self, name: str, **params: float) -> None:
         if name not in _FAMILIES:
             names = ", ".join(_FAMILIES)
@@ -173,11 +169,18 @@ class Divergence:
                     f"divergence: {name!r} got {key}={value!r}, which must be a number in "
                     f"[{family.low:g}, {family.high:g}]"
                 )
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "params", dict(params))
+        self.name = name
+        self.params = params
+
+    def __repr__(self) -> str:
+        params = "".join(f", {key}={value!r}" for key, value in self.params.items())
+        return f"Divergence({self.name!r}{params})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Divergence) and self.canonical() == other.canonical()
 
     def __hash__(self) -> int:
-        return hash((self.name, tuple(self.params.items())))
+        return hash(self.canonical())
 
     def canonical(self) -> tuple[str, float]:
         """The kernel's name of this divergence and its parameter (0 where it has none)."""

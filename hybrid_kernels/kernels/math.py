@@ -41,9 +41,10 @@ def offsets(student_max, teacher_max):
 
 @triton.jit
 def difference(z, w, student_max, teacher_max):
-    """(z - m) - (w - m_w), at least `LOWEST`, which also stands for -inf minus -inf."""
+    """(z - m) - (w - m_w), and `LOWEST` for an entry that takes no part."""
     off_student, off_teacher, rest = offsets(student_max, teacher_max)
-    return tl.maximum((z - off_student) - (w - off_teacher) - rest, LOWEST)
+    d = (z - off_student) - (w - off_teacher) - rest
+    return tl.where(z == -float("inf"), LOWEST, d)
 
 
 # -- one online sweep ---------------------------------------------------------------------------
@@ -152,16 +153,19 @@ def swept_divergence(
 
 
 @triton.jit
-def forbidden(value, slope_sum, shift, DIVERGENCE: tl.constexpr):
-    """+inf where the teacher forbids what the student may say: there 0 * inf may have made a NaN.
+def settle(value, slope_sum, shift, DIVERGENCE: tl.constexpr):
+    """What the edge cases make of a row's sums; `shift` is the difference of the log-sums.
 
-    With both normalisers sound (`shift` is their difference) a NaN can mean nothing else.
+    +inf where the teacher forbids what the student may say: there 0 * inf may have made a NaN,
+    which with both normalisers sound can mean nothing else. NaN where a normaliser is not sound,
+    even if a minimum or maximum has dropped the NaN of an entry.
     """
     if DIVERGENCE == "reverse_kl" or DIVERGENCE == "jeffreys":
-        infinite = ((value != value) | (value == float("inf"))) & (shift == shift)
+        infinite = (value != value) | (value == float("inf"))
         value = tl.where(infinite, float("inf"), value)
         slope_sum = tl.where(infinite, float("inf"), slope_sum)
-    return value, slope_sum
+    sound = shift == shift
+    return tl.where(sound, value, float("nan")), tl.where(sound, slope_sum, float("nan"))
 
 
 # -- one entry, once both normalisers are known --------------------------------------------------

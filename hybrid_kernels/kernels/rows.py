@@ -15,11 +15,11 @@ from torch import Tensor
 from hybrid_kernels.kernels import config
 from hybrid_kernels.kernels.math import (
     LOG2E,
-    forbidden,
     log_sum,
     logit_gradient,
     online_step,
     point,
+    settle,
     slopes,
     small_terms,
     start_sweep,
@@ -239,7 +239,7 @@ def _measure(
                 z_ptr, w_ptr, a, b, student_lse, teacher_lse, inv_t, scale, floor, parameter, V,
                 BLOCK_V, HAS_FLOOR, DIVERGENCE, False,
             )  # fmt: skip
-        value, slope_sum = forbidden(value, slope_sum, shift, DIVERGENCE)
+        value, slope_sum = settle(value, slope_sum, shift, DIVERGENCE)
         if HAS_SMALL:
             if value < _SMALL:
                 value, _ = _second_sweep(
