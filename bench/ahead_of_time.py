@@ -98,7 +98,7 @@ def compile_rows(
     )
     constants = kernels.kernel_constants(rows, launch, measure=measure, write=write)
     source = _source(kernels.rows_kernel, arguments, constants)
-    return triton.compile(source, target=TARGETS[target], options=launch.options())
+    return _compile(source, target, launch)
 
 
 def compile_scale(target: str, vocabulary: int, dtype: torch.dtype) -> CompiledKernel:
@@ -109,7 +109,12 @@ def compile_scale(target: str, vocabulary: int, dtype: torch.dtype) -> CompiledK
     arguments = (gradient, factor, 8192, gradient.stride(0), gradient.stride(1), 0)
     constants = {"V": vocabulary, "BLOCK_V": launch.block_v}
     source = _source(kernels.scale_kernel, arguments, constants)
-    return triton.compile(source, target=TARGETS[target], options=launch.options())
+    return _compile(source, target, launch)
+
+
+def _compile(source: ASTSource, target: str, launch: config.Launch) -> CompiledKernel:
+    gpu = TARGETS[target]
+    return triton.compile(source, target=gpu, options=launch.options(hip=gpu.backend == "hip"))
 
 
 def _source(kernel, arguments: tuple, constants: dict) -> ASTSource:

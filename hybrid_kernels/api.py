@@ -115,7 +115,8 @@ def hybrid_loss(
         with torch.no_grad():
             statistics = ops.row_statistics(*rows.tensors, *config)
             advantages = advantages(rows.terms(statistics))
-    if advantages is not None:
+        validate.advantages(advantages, rows.shape, student_logits.device)
+    elif advantages is not None:
         validate.advantages(advantages, rows.shape, student_logits.device)
     weights = ops.Weights(
         dense=None if _is_zero(dense_weight) else _flat_weight(dense_weight),

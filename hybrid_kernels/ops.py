@@ -16,12 +16,12 @@ so that a new loss is a new choice of coefficients and never a new kernel. A fou
 Shapes and names are those of `rows.py`.
 """
 
+import functools
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hybrid_kernels import validate
 from hybrid_kernels.rows import FIELDS, STATISTICS, Coefficients, Rows
@@ -141,6 +141,39 @@ def _(gradient, *args) -> None:
     return None
 
 
+class _NoSecondDerivative(torch.autograd.Function):
+    """The identity, whose own derivative is an error."""
+
+    @staticmethod
+    def forward(ctx, gradient):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        raise RuntimeError(
+            "hybrid_kernels: the gradient is a closed form and has no second derivative; use "
+            "hybrid_kernels.reference where you need one"
+        )
+
+
+def _first_order(backward):
+    """A backward whose first result can't be differentiated again without an error.
+
+    Under create_graph=True it would otherwise count as a constant, and silently so.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx, *upstream):
+        keeps_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with torch.no_grad():
+            gradient, *others = backward(ctx, *upstream)
+        if keeps_graph:
+            gradient = _NoSecondDerivative.apply(gradient.requires_grad_())
+        return gradient, *others
+
+    return wrapped
+
+
 class TokenTermsFunction(torch.autograd.Function):
     """Statistics whose first rows are differentiable with any upstream gradient."""
 
@@ -152,7 +185,7 @@ class TokenTermsFunction(torch.autograd.Function):
         return statistics
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, upstream):  # pyright: ignore[reportIncompatibleMethodOverride]
         student, teacher, token_ids, valid, statistics = ctx.saved_tensors
         gradient = _empty_gradient(student)
@@ -213,7 +246,7 @@ class HybridLossFunction(torch.autograd.Function):
         return loss, statistics
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, upstream, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         gradient, valid = ctx.saved_tensors
         if _graph_is_kept():

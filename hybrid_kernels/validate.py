@@ -165,6 +165,12 @@ def inplace(student_logits: Tensor) -> None:
             "inplace: student_logits is a leaf that requires a gradient, and writing over it "
             "would destroy a parameter; use inplace=False"
         )
+    sizes_and_strides = zip(student_logits.shape, student_logits.stride(), strict=True)
+    if any(size > 1 and stride == 0 for size, stride in sizes_and_strides):
+        raise ValueError(
+            "inplace: student_logits is expanded, so that several rows share one memory, which can "
+            "hold one gradient only; use inplace=False"
+        )
 
 
 def choice(name: str, value: object, options: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 import triton
 from triton import knobs
 
@@ -16,6 +17,9 @@ MAX_BLOCK_V_TWO_SWEEPS = 2048
 PER_THREAD = 16
 PER_THREAD_TWO_SWEEPS = 8
 
+# Left to itself, ptxas spills a few scalars to fit a third program of 80 registers on an SM.
+MAX_REGISTERS = 128
+
 # The interpreter pays per operation, not per element.
 INTERPRETED_BLOCK_V = 65536
 
@@ -26,9 +30,10 @@ class Launch(NamedTuple):
     block_v: int
     num_warps: int
 
-    def options(self) -> dict[str, int | bool]:
+    def options(self, hip: bool = torch.version.hip is not None) -> dict[str, int | bool]:
         """Compiler options. Contraction to fused multiply-add is on, whatever Triton's default."""
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        return options if hip else {**options, "maxnreg": MAX_REGISTERS}
 
 
 def rows(vocabulary: int, one_sweep: bool = True) -> Launch:

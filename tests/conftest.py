@@ -1,0 +1,107 @@
+"""Where a test runs: `backend` and `device`, and memory whose stale content would show.
+
+A test that asks for `backend` runs on the torch backend, and where there is a GPU also there, on
+both backends (mark `gpu`). `--backend triton` runs nothing but those tests, on the Triton kernels
+in the CPU interpreter; `test_interpreter.py` starts that run.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import hypothesis
+import pytest
+import torch
+
+# The tensors are small, and threads that wait for each other spin where cores are shared.
+torch.set_num_threads(1)
+
+
+class Target(NamedTuple):
+    backend: str
+    device: str
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        choices=("torch", "triton"),
+        default="torch",
+        help="triton: only the tests that take a backend, on the CPU under TRITON_INTERPRET=1",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _interpreted(config) and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError("--backend triton runs on the CPU: set TRITON_INTERPRET=1")
+    examples = 6 if _interpreted(config) else 20
+    hypothesis.settings.register_profile(
+        "suite", deadline=None, max_examples=examples, derandomize=True
+    )
+    hypothesis.settings.load_profile("suite")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target" not in metafunc.fixturenames:
+        return
+    if _interpreted(metafunc.config):
+        targets = [pytest.param(Target("triton", "cpu"), id="triton")]
+    else:
+        targets = [pytest.param(Target("torch", "cpu"), id="torch")]
+        # Not one skip for every test where there is no GPU: those of test_gpu.py say it.
+        for name in ("torch", "triton") if torch.cuda.is_available() else ():
+            mark = pytest.mark.gpu
+            targets.append(pytest.param(Target(name, "cuda"), id=f"{name}-cuda", marks=mark))
+    metafunc.parametrize("target", targets, indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _interpreted(config):
+        others = [item for item in items if "target" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
+
+
+def _interpreted(config: pytest.Config) -> bool:
+    return config.getoption("--backend") == "triton"
+
+
+@pytest.fixture(scope="session")
+def target(request: pytest.FixtureRequest) -> Target:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def backend(target: Target) -> str:
+    return target.backend
+
+
+@pytest.fixture(scope="session")
+def device(target: Target) -> str:
+    return target.device
+
+
+@pytest.fixture(scope="session")
+def native(target: Target) -> None:
+    """For tests of speed, memory or compilation, of which the interpreter says nothing."""
+    if target == ("triton", "cpu"):
+        pytest.skip("says nothing in the interpreter")
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fills new tensors with NaN (the largest integer, true), so that an unwritten entry shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_tiles(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the kernels sweep a short row in several tiles, as they do a vocabulary."""
+    if target.backend == "triton":
+        from hybrid_kernels.kernels import config
+
+        for name in ("MAX_BLOCK_V", "MAX_BLOCK_V_TWO_SWEEPS", "INTERPRETED_BLOCK_V"):
+            monkeypatch.setattr(config, name, 32)

@@ -1,0 +1,334 @@
+"""Every bad input is a ValueError that names the argument, what it got, and the mend."""
+
+import re
+
+import pytest
+import torch
+
+from hybrid_kernels import (
+    Divergence,
+    LinearTeacher,
+    Mixture,
+    TopK,
+    hybrid_loss,
+    returns_to_go,
+    sparse_advantages,
+    token_terms,
+)
+
+V = 7
+LOGITS = torch.randn(2, 3, V)
+TEACHER = torch.randn(2, 3, V)
+IDS = torch.zeros(2, 3, dtype=torch.long)
+ROWS = torch.ones(2, 3)
+MASK = torch.ones(2, 3, dtype=torch.bool)
+META = torch.device("meta")
+
+# Of hybrid_loss and token_terms: changed arguments, and what the message must contain, in order.
+SHARED = {
+    "student list": ({"student_logits": [1.0]}, "student_logits: expected", "got list"),
+    "student float64": (
+        {"student_logits": LOGITS.double()},
+        "student_logits: expected float32",
+        "got torch.float64",
+        "cast it",
+    ),
+    "student scalar": ({"student_logits": torch.tensor(1.0)}, "student_logits", "got ()"),
+    "student without vocabulary": (
+        {"student_logits": torch.zeros(2, 3, 0)},
+        "student_logits",
+        "V >= 1",
+        "(2, 3, 0)",
+    ),
+    "student transposed": (
+        {"student_logits": torch.randn(2, V, 3).mT},
+        "student_logits",
+        "stride 3",
+        ".contiguous()",
+    ),
+    "student of three row strides": (
+        {
+            "student_logits": torch.randn(4, 4, 4, V)[:2, :2, :2],
+            "teacher": torch.randn(2, 2, 2, V),
+            "token_ids": None,
+        },
+        "student_logits: leading dimensions",
+        "(2, 2, 2)",
+        ".flatten(0, -2)",
+    ),
+    "teacher float64": ({"teacher": TEACHER.double()}, "teacher: expected", "got torch.float64"),
+    "teacher list": ({"teacher": [1.0]}, "teacher: expected", "got list"),
+    "teacher vocabulary": (
+        {"teacher": torch.randn(2, 3, V + 2)},
+        "teacher: vocabulary of 9",
+        "the student has 7",
+        "slice both",
+    ),
+    "teacher rows": ({"teacher": torch.randn(2, 4, V)}, "teacher: leading shape (2, 4)", "(2, 3)"),
+    "teacher transposed": (
+        {"teacher": torch.randn(2, V, 3).mT},
+        "teacher",
+        "stride 3",
+        ".contiguous()",
+    ),
+    "teacher device": (
+        {"teacher": TEACHER.to(META)},
+        "teacher: on meta",
+        "expected cpu",
+        "teacher.to('cpu')",
+    ),
+    "teacher with gradient": (
+        {"teacher": TEACHER.clone().requires_grad_()},
+        "teacher: requires a gradient",
+        "teacher.detach()",
+    ),
+    "teacher top-k": ({"teacher": TopK(IDS, ROWS)}, "teacher: TopK is not yet", "[..., V]"),
+    "teacher linear": (
+        {"teacher": LinearTeacher(ROWS, ROWS)},
+        "teacher: LinearTeacher is not yet",
+        "[..., V]",
+    ),
+    "teacher mixture": (
+        {"teacher": Mixture([(1.0, TEACHER)])},
+        "teacher: Mixture is not yet",
+        "[..., V]",
+    ),
+    "process group": (
+        {"process_group": object()},
+        "process_group:",
+        "not yet supported",
+        "gather the logits",
+    ),
+    "ids list": ({"token_ids": [0]}, "token_ids: expected", "got list"),
+    "ids float": (
+        {"token_ids": IDS.float()},
+        "token_ids: expected int64",
+        "got torch.float32",
+        ".long()",
+    ),
+    "ids shape": ({"token_ids": IDS[:, :2]}, "token_ids: leading shape (2, 2)", "(2, 3)"),
+    "ids device": ({"token_ids": IDS.to(META)}, "token_ids: on meta", "token_ids.to('cpu')"),
+    "id too large": (
+        {"token_ids": IDS + V},
+        "token_ids: 7 is outside the vocabulary [0, 7)",
+        "-100",
+    ),
+    "id negative": ({"token_ids": IDS - 1}, "token_ids: -1 is outside", "-100"),
+    "mask list": ({"mask": [True]}, "mask: expected", "got list"),
+    "mask float": ({"mask": ROWS}, "mask: expected bool", "got torch.float32", "mask.bool()"),
+    "mask shape": ({"mask": MASK[0]}, "mask: leading shape (3,)", "(2, 3)"),
+    "mask device": ({"mask": MASK.to(META)}, "mask: on meta", "mask.to('cpu')"),
+    "divergence name": (
+        {"divergence": "kl"},
+        "divergence: unknown name 'kl'",
+        "reverse_kl, forward_kl",
+    ),
+    "divergence kind": ({"divergence": 3}, "divergence: expected a name", "got int"),
+    "temperature zero": ({"temperature": 0.0}, "temperature: 0.0 is not in (0, inf)"),
+    "temperature negative": ({"temperature": -1}, "temperature: -1 is not in"),
+    "temperature nan": ({"temperature": float("nan")}, "temperature: nan is not in"),
+    "temperature infinite": ({"temperature": float("inf")}, "temperature: inf is not in"),
+    "temperature tensor": ({"temperature": ROWS}, "temperature: expected a number", "got Tensor"),
+    "floor positive": ({"teacher_floor": 0.5}, "teacher_floor: 0.5 is not in", "0]"),
+    "floor string": ({"teacher_floor": "low"}, "teacher_floor: expected a number", "got str"),
+    "tail": ({"tail": "cut"}, "tail: unknown value 'cut'", "bucket"),
+    "backend name": ({"backend": "cuda"}, "backend: unknown value 'cuda'", "auto, torch, triton"),
+}
+
+# Of hybrid_loss alone.
+LOSS = {
+    "no teacher": (
+        {"teacher": None},
+        "teacher: None with dense_weight=1.0",
+        "dense_weight=0",
+    ),
+    "advantages without ids": ({"token_ids": None}, "token_ids: None", "give both"),
+    "advantages number": ({"advantages": 1.0}, "advantages: expected a tensor", "got float"),
+    "advantages shape": (
+        {"advantages": ROWS[:, 0]},
+        "advantages: shape (2,)",
+        "(2, 3)",
+        ".unsqueeze(-1)",
+    ),
+    "advantages integer": (
+        {"advantages": ROWS.long()},
+        "advantages: expected a floating tensor",
+        "torch.int64",
+        ".float()",
+    ),
+    "advantages device": ({"advantages": ROWS.to(META)}, "advantages: on meta", ".to('cpu')"),
+    "advantages with gradient": (
+        {"advantages": ROWS.clone().requires_grad_()},
+        "advantages: requires a gradient",
+        "advantages.detach()",
+    ),
+    "advantages function of a wrong shape": (
+        {"advantages": lambda terms: terms.entropy[0]},
+        "advantages: shape (3,)",
+        "(2, 3)",
+    ),
+    "advantages function of no tensor": (
+        {"advantages": lambda terms: None},
+        "advantages: expected a tensor",
+        "got NoneType",
+    ),
+    "dense weight shape": ({"dense_weight": ROWS[0]}, "dense_weight: leading shape (3,)", "(2, 3)"),
+    "dense weight integer": (
+        {"dense_weight": IDS},
+        "dense_weight: expected a floating",
+        ".float()",
+    ),
+    "dense weight string": ({"dense_weight": "1"}, "dense_weight: expected a number", "got str"),
+    "dense weight nan": ({"dense_weight": float("nan")}, "dense_weight: nan"),
+    "dense weight with gradient": (
+        {"dense_weight": ROWS.clone().requires_grad_()},
+        "dense_weight: requires a gradient",
+        "dense_weight.detach()",
+    ),
+    "entropy weight shape": ({"entropy_weight": ROWS[0]}, "entropy_weight: leading shape (3,)"),
+    "entropy weight bool": ({"entropy_weight": True}, "entropy_weight: expected a number", "bool"),
+    "reduction": ({"reduction": "avg"}, "reduction: unknown value 'avg'", "mean, sum, none"),
+    "num_tokens of a sum": (
+        {"num_tokens": 3, "reduction": "sum"},
+        "num_tokens: given with reduction='sum'",
+        'reduction="mean"',
+    ),
+    "num_tokens zero": ({"num_tokens": 0}, "num_tokens: 0 is not in (0, inf)"),
+    "num_tokens shape": ({"num_tokens": torch.ones(2)}, "num_tokens: expected one number", "(2,)"),
+    "num_tokens device": (
+        {"num_tokens": torch.tensor(3.0, device=META)},
+        "num_tokens: on meta",
+        ".to('cpu')",
+    ),
+    "inplace on a leaf": (
+        {"inplace": True, "student_logits": LOGITS.clone().requires_grad_()},
+        "inplace: student_logits is a leaf",
+        "inplace=False",
+    ),
+    "inplace on an expanded tensor": (
+        {
+            "inplace": True,
+            "student_logits": torch.randn(1, 1, V, requires_grad=True).exp().expand(2, 3, V),
+        },
+        "inplace",
+        "inplace=False",
+    ),
+}
+
+
+def message_of(function, *arguments, **options):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011, the caller looks at the message
+        function(*arguments, **options)
+    return str(caught.value)
+
+
+def assert_says(message, parts):
+    """The parts stand in the message, in this order."""
+    assert re.search(".*".join(re.escape(part) for part in parts), message, re.DOTALL), message
+
+
+@pytest.mark.parametrize("function", [hybrid_loss, token_terms], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("bad", SHARED)
+def test_logits_and_rows(bad, function):
+    change, *parts = SHARED[bad]
+    good = {"student_logits": LOGITS, "teacher": TEACHER, "token_ids": IDS}
+    function(**good)
+    assert_says(message_of(function, **(good | change)), parts)
+
+
+@pytest.mark.parametrize("bad", LOSS)
+def test_the_loss(bad):
+    change, *parts = LOSS[bad]
+    good = {"student_logits": LOGITS, "teacher": TEACHER, "token_ids": IDS, "advantages": ROWS}
+    hybrid_loss(**good)
+    assert_says(message_of(hybrid_loss, **(good | change)), parts)
+
+
+def test_triton_is_refused_on_the_cpu(monkeypatch):
+    config = pytest.importorskip("hybrid_kernels.kernels.config", reason="Triton is not installed")
+    monkeypatch.setattr(config, "INTERPRETED", False)
+    message = message_of(hybrid_loss, LOGITS, TEACHER, backend="triton")
+    assert_says(message, ('backend: "triton" can\'t run on cpu', "TRITON_INTERPRET=1", "torch"))
+
+
+def test_ids_that_nobody_reads_may_be_anything():
+    mask = MASK.clone()
+    mask[0, 1] = False
+    ids = IDS.clone()
+    ids[0, 1], ids[1, 1] = 10**9, -100
+    assert hybrid_loss(LOGITS, TEACHER, ids, ROWS, mask=mask).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "parts"),
+    [
+        ("kl", {}, ("divergence: unknown name 'kl'", "reverse_kl")),
+        ("jsd", {"alpha": 0.5}, ("'jsd' got 'alpha'", "only 'beta'")),
+        ("reverse_kl", {"beta": 0.5}, ("'reverse_kl' got 'beta'", "no parameter")),
+        ("jsd", {"beta": 1.5}, ("'jsd' got beta=1.5", "[0, 1]")),
+        ("jsd", {"beta": float("nan")}, ("'jsd' got beta=nan", "[0, 1]")),
+        ("jsd", {"beta": "half"}, ("'jsd' got beta='half'", "number")),
+    ],
+)
+def test_divergences(name, parameters, parts):
+    assert_says(message_of(Divergence, name, **parameters), parts)
+
+
+COSTS, REWARDS = torch.zeros(4, 5), torch.zeros(4)
+RETURNS = {
+    "costs list": ({"costs": [0.0]}, "costs: expected a [B, T] tensor", "got list"),
+    "costs vector": ({"costs": REWARDS}, "costs: expected a floating [B, T]", "(4,)"),
+    "costs integer": ({"costs": COSTS.long()}, "costs: expected a floating", "torch.int64"),
+    "mask shape": ({"mask": COSTS[0].bool()}, "mask: leading shape (5,)", "(4, 5)"),
+    "mask float": ({"mask": COSTS}, "mask: expected bool", "torch.float32", "mask.bool()"),
+    "gamma": ({"gamma": 1.1}, "gamma: 1.1 is not in [0, 1]"),
+    "gamma string": ({"gamma": "1"}, "gamma: expected a number", "got str"),
+}
+ADVANTAGES = {
+    "log_ratio vector": ({"log_ratio": REWARDS}, "log_ratio: expected a floating [B, T]", "(4,)"),
+    "rewards shape": ({"rewards": COSTS}, "rewards", "shape (4, 5)", "(4,)"),
+    "rewards list": ({"rewards": [1.0]}, "rewards: expected a [B] tensor", "got list"),
+    "rewards empty": ({"rewards": {}}, "rewards", "non-empty"),
+    "rewards without weight": ({"rewards": {"a": REWARDS}}, "rewards['a']", "weight"),
+    "rewards weight": ({"rewards": {"a": (REWARDS, "1")}}, "rewards['a'] weight", "got str"),
+    "rewards device": ({"rewards": REWARDS.to(META)}, "rewards", "on meta", ".to('cpu')"),
+    "mask": ({"mask": COSTS}, "mask: expected bool", "torch.float32"),
+    "gamma": ({"gamma": -0.1}, "gamma: -0.1 is not in [0, 1]"),
+    "reward weight": ({"reward_weight": None}, "reward_weight: expected a number", "NoneType"),
+    "dense weight": ({"dense_weight": COSTS}, "dense_weight: expected a number", "got Tensor"),
+    "baseline": ({"baseline": "critic"}, "baseline: unknown value 'critic'", "leave_one_out"),
+    "group size": ({"group_size": 3}, "group_size: 3 does not divide", "4 sequences", "whole"),
+    "group size zero": ({"group_size": 0}, "group_size: expected a positive integer", "got 0"),
+    "group size float": ({"group_size": 2.0}, "group_size: expected a positive integer", "2.0"),
+    "group of one": (
+        {"group_size": 1},
+        'group_size: baseline="leave_one_out" needs at least 2',
+        "got 1",
+        'baseline="none"',
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", RETURNS)
+def test_returns(bad):
+    change, *parts = RETURNS[bad]
+    good = {"costs": COSTS, "mask": COSTS == 0}
+    returns_to_go(**good)
+    assert_says(message_of(returns_to_go, **(good | change)), parts)
+
+
+@pytest.mark.parametrize("bad", ADVANTAGES)
+def test_advantages(bad):
+    change, *parts = ADVANTAGES[bad]
+    good = {"log_ratio": COSTS, "rewards": REWARDS, "mask": COSTS == 0, "reward_weight": 1.0}
+    sparse_advantages(**good)
+    assert_says(message_of(sparse_advantages, **(good | change)), parts)
+
+
+def test_nothing_is_refused_that_should_pass():
+    """Bounds are inclusive, integers are numbers, and a leaf may go in place without a gradient."""
+    logits = LOGITS.clone()
+    hybrid_loss(logits, TEACHER, teacher_floor=0, temperature=2, num_tokens=1, inplace=True)
+    assert torch.equal(logits, LOGITS)
+    sparse_advantages(COSTS, REWARDS, COSTS == 0, reward_weight=0, gamma=1, group_size=2)
+    hybrid_loss(LOGITS, None, IDS, ROWS, dense_weight=0)

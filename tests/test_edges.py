@@ -1,0 +1,252 @@
+"""What infinities, NaN, masks and empty inputs give: the same on every backend."""
+
+import math
+
+import pytest
+import torch
+
+import cases
+from cases import DIVERGENCES, divergence_id
+from hybrid_kernels import hybrid_loss, reference, token_terms
+from tolerance import assert_matches_reference
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_tiles")
+
+every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
+DIVERGING = [d for d in DIVERGENCES if d.canonical()[0] in ("reverse_kl", "jeffreys")]
+BOUNDED = [d for d in DIVERGENCES if d not in DIVERGING]
+INF, NAN = math.inf, math.nan
+
+
+def run(student, teacher, backend, **options):
+    """The loss per row of `[N, V]` logits, its terms and its gradient."""
+    leaf = student.clone().requires_grad_()
+    result = hybrid_loss(leaf, teacher, reduction="none", backend=backend, **options)
+    result.loss.backward(torch.linspace(0.5, 2.0, len(student), device=student.device))
+    return result, leaf.grad
+
+
+@every_divergence
+@pytest.mark.parametrize("teacher_value", [0.5, -INF], ids=["allowed", "forbidden"])
+def test_an_entry_that_the_student_forbids_takes_no_part(
+    teacher_value, divergence, backend, device
+):
+    """The same as without the entry, but for the teacher's mass on it, which stays lost."""
+    case = cases.make(7, (3,), device=device)
+    case.student[:, 2] = -INF
+    case.teacher[:, 2] = teacher_value
+    case.token_ids[:] = 1
+    options = {"divergence": divergence, "entropy_weight": 0.3, "reduction": "none"}
+    outcome = assert_matches_reference(case, backend, **options)
+    assert not outcome.gradient[:, 2].any()
+    assert outcome.gradient.isfinite().all()
+    assert outcome.result.loss.isfinite().all()
+    if teacher_value == -INF:
+        rest = [0, 1, 3, 4, 5, 6]
+        case.student, case.teacher = case.student[:, rest], case.teacher[:, rest]
+        case.view = lambda stored: stored
+        without = case.hybrid_loss(backend=backend, **options)
+        torch.testing.assert_close(outcome.result.loss, without.result.loss)
+        torch.testing.assert_close(outcome.gradient[:, rest], without.gradient)
+
+
+def test_a_sampled_token_that_the_student_forbids(backend, device):
+    case = cases.make(7, (3,), device=device)
+    case.student[1, 2] = -INF
+    case.token_ids[:] = 2
+    terms = token_terms(case.student, case.teacher, case.token_ids, backend=backend)
+    assert terms.log_prob[1] == -INF
+    assert terms.log_prob[[0, 2]].isfinite().all()
+    assert terms.divergence.isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGING, ids=divergence_id)
+@pytest.mark.parametrize("vocabulary", [7, 127])
+@pytest.mark.parametrize("gap", [0.0, 40.0, 500.0], ids=["likely", "unlikely", "underflows"])
+def test_a_token_that_only_the_teacher_forbids_costs_infinity(
+    gap, vocabulary, divergence, backend, device
+):
+    """However little the student gives it, it is never silently free."""
+    case = cases.make(vocabulary, (3,), device=device)
+    case.student[1, 2] = case.student[1].max() - gap
+    case.teacher[1, 2] = -INF
+    result, gradient = run(case.student, case.teacher, backend, divergence=divergence)
+    assert result.divergence[1] == INF
+    assert result.loss[1] == INF
+    assert not gradient[1].isfinite().all()
+    for row in (0, 2):
+        assert result.loss[row].isfinite()
+        assert gradient[row].isfinite().all()
+
+
+@every_divergence
+def test_a_teacher_floor_makes_it_finite(divergence, backend, device):
+    case = cases.make(127, (3,), device=device)
+    case.teacher[1, 2] = -INF
+    options = {"divergence": divergence, "teacher_floor": -20.0, "reduction": "none"}
+    outcome = assert_matches_reference(case, backend, **options)
+    assert outcome.result.loss.isfinite().all()
+    assert outcome.gradient.isfinite().all()
+    if divergence in DIVERGING:
+        p = case.student[1].softmax(-1)[2]
+        assert outcome.result.divergence[1] > p * (p.log() + 20) - 1
+
+
+def test_a_teacher_floor_bounds_the_sampled_log_prob_too(backend, device):
+    case = cases.make(127, (3,), device=device)
+    case.teacher[1, 2] = -INF
+    case.token_ids[1] = 2
+    terms = token_terms(case.student, case.teacher, case.token_ids, backend=backend)
+    assert terms.teacher_log_prob[1] == -INF
+    terms = token_terms(
+        case.student, case.teacher, case.token_ids, teacher_floor=-20.0, backend=backend
+    )
+    assert terms.teacher_log_prob[1] == -20
+
+
+@pytest.mark.parametrize("divergence", BOUNDED, ids=divergence_id)
+def test_a_token_that_only_the_teacher_forbids_has_a_limit_elsewhere(divergence, backend, device):
+    """Forward KL and JSD stay finite: they do not ask for log q where q = 0."""
+    case = cases.make(127, (3,), device=device)
+    case.teacher[:, 2] = -INF
+    options = {"divergence": divergence, "reduction": "none", "advantages": None}
+    outcome = assert_matches_reference(case, backend, **options)
+    assert outcome.result.loss.isfinite().all()
+    assert outcome.gradient.isfinite().all()
+    almost = cases.make(127, (3,), device=device)
+    almost.teacher[:, 2] = -80.0
+    nearby = almost.hybrid_loss(backend=backend, **options)
+    torch.testing.assert_close(outcome.gradient, nearby.gradient, rtol=1e-4, atol=1e-6)
+
+
+@every_divergence
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("position", [5, 126])
+@pytest.mark.parametrize("value", [NAN, INF], ids=["nan", "inf"])
+def test_nan_and_plus_infinity_make_their_own_row_nan(
+    value, position, side, divergence, backend, device
+):
+    case = cases.make(127, (3,), device=device)
+    clean, clean_gradient = run(case.student, case.teacher, backend, divergence=divergence)
+    getattr(case, side)[1, position] = value
+    result, gradient = run(case.student, case.teacher, backend, divergence=divergence)
+    assert result.loss[1].isnan()
+    assert result.divergence[1].isnan()
+    assert gradient[1].isnan().all()
+    assert result.entropy[1].isnan() == (side == "student")
+    for row in (0, 2):
+        torch.testing.assert_close(result.loss[row], clean.loss[row])
+        torch.testing.assert_close(gradient[row], clean_gradient[row])
+
+
+@pytest.mark.parametrize("value", [NAN, INF], ids=["nan", "inf"])
+def test_nan_and_plus_infinity_in_the_policy_gradient(value, backend, device):
+    case = cases.make(127, (3,), device=device)
+    case.student[1, 5] = value
+    case.teacher = None
+    outcome = case.hybrid_loss(backend=backend, dense_weight=0, reduction="none")
+    assert outcome.result.loss.isnan().tolist() == [False, True, False]
+    assert outcome.gradient.isnan().all(-1).tolist() == [False, True, False]
+    assert outcome.gradient[[0, 2]].isfinite().all()
+
+
+@every_divergence
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+def test_a_whole_row_of_minus_infinity_is_nan(side, divergence, backend, device):
+    case = cases.make(127, (3,), device=device)
+    for name in ("student", "teacher") if side == "both" else (side,):
+        getattr(case, name)[1] = -INF
+    result, gradient = run(case.student, case.teacher, backend, divergence=divergence)
+    assert result.loss.isnan().tolist() == [False, True, False]
+    assert gradient[1].isnan().all()
+    assert gradient[[0, 2]].isfinite().all()
+
+
+@every_divergence
+@pytest.mark.parametrize("hidden", [NAN, INF, -INF], ids=str)
+@pytest.mark.parametrize(
+    ("by", "dtype"), [("mask", torch.float32), ("id", torch.bfloat16)], ids=["mask", "id"]
+)
+def test_a_masked_row_is_exactly_zero(dtype, by, hidden, divergence, backend, device):
+    case = cases.make(127, (3,), dtype=dtype, device=device)
+    case.student[1] = hidden
+    case.teacher[1] = hidden
+    weight = torch.ones(3, device=device)
+    for tensor in (case.advantages, case.upstream, weight):
+        tensor[1] = NAN
+    if by == "mask":
+        case.mask = torch.tensor([True, False, True], device=device)
+        case.token_ids[1] = -(10**9)
+    else:
+        case.token_ids[1] = -100
+    for floor in (None, -5.0):
+        outcome = case.hybrid_loss(
+            backend=backend,
+            divergence=divergence,
+            dense_weight=weight,
+            entropy_weight=weight,
+            teacher_floor=floor,
+            reduction="none",
+        )
+        for name, field in outcome.result._asdict().items():
+            if field is not None:
+                assert field[1] == 0, name
+                assert field[[0, 2]].isfinite().all(), name
+        assert not outcome.gradient[1].any()
+        assert outcome.gradient[[0, 2]].isfinite().all()
+        assert outcome.gradient[[0, 2]].any()
+    terms = case.token_terms(backend=backend, divergence=divergence)
+    assert all(field[1] == 0 for field in terms.result)
+    assert not terms.gradient[1].any()
+    assert terms.gradient[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_all_rows_masked(reduction, backend, device):
+    case = cases.make(127, (3,), device=device)
+    case.student[:] = NAN
+    case.mask = torch.zeros(3, dtype=torch.bool, device=device)
+    outcome = case.hybrid_loss(backend=backend, reduction=reduction, entropy_weight=1.0)
+    assert not outcome.result.loss.any()
+    assert not outcome.gradient.any()
+
+
+@pytest.mark.parametrize("rows", [(0,), (2, 0), (0, 3)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_no_rows(inplace, reduction, rows, backend, device):
+    case = cases.make(127, rows, device=device)
+    outcome = case.hybrid_loss(backend=backend, reduction=reduction, inplace=inplace)
+    assert outcome.result.loss.shape == (rows if reduction == "none" else ())
+    assert not outcome.result.loss.any()
+    assert outcome.result.log_prob.shape == rows
+    assert outcome.gradient.shape == (*rows, 127)
+    terms = case.token_terms(backend=backend)
+    assert terms.result.divergence.shape == rows
+
+
+@every_divergence
+def test_a_vocabulary_of_one(divergence, backend, device):
+    case = cases.make(1, (3,), device=device)
+    for offset in (0.0, 1e4):
+        case.student += offset
+        outcome = case.hybrid_loss(backend=backend, divergence=divergence, reduction="none")
+        assert not any(t.any() for t in outcome.result if t is not None)
+        assert (outcome.gradient.abs() < 1e-6).all()
+
+
+def test_more_rows_than_a_grid_dimension_holds(native, backend, device):
+    case = cases.make(3, (70_000,), device=device)
+    assert_matches_reference(case, backend, reduction="none")
+
+
+def test_the_reference_agrees_about_infinite_values(backend, device):
+    """Values alone: autograd's gradients through infinities are not a specification."""
+    student = torch.tensor([[0.0, 1.0, -INF], [0.0, 1.0, 2.0], [0.0, NAN, 1.0]], device=device)
+    teacher = torch.tensor([[0.0, 2.0, -INF], [-INF, 1.0, 0.0], [0.0, 1.0, 1.0]], device=device)
+    for divergence in DIVERGENCES:
+        got = token_terms(student, teacher, divergence=divergence, backend=backend)
+        expected = reference.token_terms(student.double(), teacher, divergence=divergence)
+        for value, truth in zip(got, expected, strict=True):
+            if value is not None:
+                torch.testing.assert_close(value, truth.float(), equal_nan=True)

@@ -1,0 +1,34 @@
+"""The Triton kernels, on the CPU: every test that takes a backend, in a process of its own.
+
+Triton decides when it is imported whether it interprets, and this process has imported it.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_kernels_pass_in_the_interpreter():
+    files = sorted(str(path) for path in TESTS.glob("test_*.py"))
+    options = ["--backend=triton", "-m", "not interpreter", "-q", "-W", "ignore::RuntimeWarning"]
+    # numpy warns of overflows that are meant; what is skipped is no news here.
+    options += ["-o", "addopts=--strict-markers"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *files],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    print(run.stdout, run.stderr)
+    assert run.returncode == 0, "see the output below"
+    assert " passed" in run.stdout

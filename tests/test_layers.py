@@ -1,0 +1,144 @@
+"""Imports run downward only, and the package works where Triton is not installed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hybrid_kernels
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "hybrid_kernels"
+
+# What each module may import from the package: those of the lines above it, if named here.
+ALLOWED = {
+    "types": set(),
+    "rows": set(),
+    "reference": {"types"},
+    "validate": {"types"},
+    "returns": {"validate"},
+    "kernels": set(),
+    "kernels.config": set(),
+    "kernels.math": {"rows"},
+    "kernels.rows": {"rows", "kernels.math", "kernels.config"},
+    "cpu": {"rows"},
+    "ops": {"types", "rows", "validate", "cpu", "kernels.rows"},
+    "api": {"types", "rows", "validate", "ops", "kernels.config"},
+    "": {"types", "returns", "api"},
+    "__main__": {"", "types", "reference", "returns", "api", "kernels.config"},
+}
+
+
+def sources(folder):
+    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def name_of(path):
+    """`kernels.rows` for hybrid_kernels/kernels/rows.py, and the empty name for the package."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+NAMES = {name_of(path) for path in sources(PACKAGE)}
+
+
+def imports(tree):
+    """Dotted names of what a tree imports; of `from a import b`, a.b where that is a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            own = node.module.partition("hybrid_kernels")[2].strip(".")
+            for alias in node.names:
+                deeper = f"{own}.{alias.name}".strip(".")
+                in_package = node.module.split(".")[0] == "hybrid_kernels"
+                is_module = in_package and deeper in NAMES
+                yield f"hybrid_kernels.{deeper}" if is_module else node.module
+
+
+def at_import(tree):
+    """The statements that run when a module is imported."""
+    body = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return ast.Module(body=body, type_ignores=[])
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE), ids=name_of)
+def test_imports_run_downward(path):
+    name = name_of(path)
+    if name.startswith("integrations"):
+        return  # they are users of the public names: see below
+    assert name in ALLOWED, f"{path.name} is new: say in ALLOWED what it may import"
+    tree = ast.parse(path.read_text())
+    own = {i for i in imports(tree) if i.split(".")[0] == "hybrid_kernels"}
+    found = {i.removeprefix("hybrid_kernels").strip(".") for i in own}
+    assert found <= ALLOWED[name], f"{name} imports {found - ALLOWED[name]}"
+    if not name.startswith("kernels"):
+        eager = {i.removeprefix("hybrid_kernels.") for i in imports(at_import(tree))}
+        assert not any(i.split(".")[0] in ("triton", "kernels") for i in eager)
+
+
+def test_the_table_has_no_cycle_and_no_stranger():
+    names = list(ALLOWED)
+    for position, (name, below) in enumerate(ALLOWED.items()):
+        assert below <= set(names[:position]), name
+    assert set(names) - {"__main__"} <= NAMES
+
+
+def test_the_reference_knows_nothing_of_the_package_but_its_types():
+    tree = ast.parse((PACKAGE / "reference.py").read_text())
+    roots = {i.split(".")[0] for i in imports(tree)} - {"hybrid_kernels"}
+    assert roots <= {"torch", "collections", "__future__"}
+
+
+@pytest.mark.parametrize("folder", [ROOT / "train", PACKAGE / "integrations"], ids=lambda p: p.name)
+def test_users_take_public_names_only(folder):
+    for path in sources(folder):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                inner = [a.name for a in node.names if a.name.startswith("hybrid_kernels.")]
+                assert not inner, f"{path.name} imports {inner}"
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == (
+                "hybrid_kernels"
+            ):
+                assert node.module == "hybrid_kernels", f"{path.name} imports {node.module}"
+                names = {alias.name for alias in node.names}
+                public = {*hybrid_kernels.__all__, "__version__"}
+                assert names <= public, f"{path.name} imports {names - public}"
+
+
+def test_the_public_names_are_there():
+    assert sorted(hybrid_kernels.__all__) == hybrid_kernels.__all__
+    for name in hybrid_kernels.__all__:
+        assert getattr(hybrid_kernels, name) is not None
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # any import of it now fails
+import torch
+import hybrid_kernels as hk
+logits = torch.randn(2, 3, 50, requires_grad=True)
+teacher, ids = torch.randn(2, 3, 50), torch.zeros(2, 3, dtype=torch.long)
+result = hk.hybrid_loss(logits, teacher, ids, torch.ones(2, 3))
+result.loss.backward()
+assert logits.grad.any()
+assert hk.token_terms(logits, teacher).divergence.requires_grad
+try:
+    hk.hybrid_loss(logits, teacher, backend="triton")
+except ValueError as error:
+    assert "not installed" in str(error), error
+else:
+    raise AssertionError("a silent fallback")
+loaded = [name for name in sys.modules if name.startswith("hybrid_kernels.kernels")]
+assert not loaded, loaded
+"""
+
+
+def test_the_package_works_without_triton():
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,99 @@
+"""What is allocated: no copy of the logits, one gradient at most, nothing of its size beside it."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import cases
+from cases import DIVERGENCES, divergence_id
+from hybrid_kernels import hybrid_loss, token_terms
+
+pytestmark = pytest.mark.usefixtures("native")
+
+ROWS, VOCABULARY = 100, 50_000
+
+
+def peak_bytes(function, device):
+    """The most memory that was held at once during a call, beyond what was held before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def size(case):
+    return case.logits.numel() * case.logits.element_size()
+
+
+def loss(case, logits, backend, **options):
+    return hybrid_loss(
+        logits, case.teacher_logits, case.token_ids, case.advantages, backend=backend, **options
+    ).loss
+
+
+def test_the_measure_sees_a_copy(device):
+    case = cases.make(VOCABULARY, (ROWS,), device=device)
+    assert peak_bytes(lambda: case.student.clone().exp(), device) >= 2 * size(case)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "expanded"])
+def test_statistics_need_no_copy_and_no_gradient(layout, divergence, backend, device):
+    case = cases.make(VOCABULARY, (2, ROWS // 2), layout=layout, device=device)
+    options = {"backend": backend, "divergence": divergence}
+    with torch.no_grad():
+        wanted = case.student.requires_grad_()
+        for compute in (
+            lambda: loss(case, case.view(wanted), **options),
+            lambda: token_terms(case.view(wanted), case.teacher_logits, **options),
+        ):
+            compute()
+            assert peak_bytes(compute, device) < 0.5 * size(case)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("advantages", ["tensor", "function"])
+def test_one_gradient_and_nothing_beside_it(advantages, masked, layout, backend, device):
+    case = cases.make(VOCABULARY, (2, ROWS // 2), layout=layout, masked=masked, device=device)
+    logits = case.logits.detach().requires_grad_()
+    if advantages == "function":
+        given, case.advantages = case.advantages, lambda terms: given * terms.log_prob
+
+    def forward():
+        loss(case, logits, backend, mask=case.mask, entropy_weight=0.1)
+
+    forward()
+    assert size(case) <= peak_bytes(forward, device) < 1.5 * size(case)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+def test_inplace_needs_no_gradient_buffer(layout, backend, device):
+    case = cases.make(VOCABULARY, (2, ROWS // 2), layout=layout, device=device)
+    logits = case.view(case.student.requires_grad_() * 1.0)
+    peak = peak_bytes(lambda: loss(case, logits, backend, inplace=True), device)
+    assert peak < 0.5 * size(case)
+
+
+def test_backward_scales_in_place(backend, device):
+    case = cases.make(VOCABULARY, (ROWS,), device=device)
+    logits = case.student.requires_grad_()
+    total = 3 * loss(case, logits, backend)
+    assert peak_bytes(total.backward, device) < 0.5 * size(case)
+    assert logits.grad is not None
+
+
+def test_half_precision_is_widened_in_blocks(backend, device):
+    case = cases.make(VOCABULARY, (ROWS,), dtype=torch.bfloat16, device=device)
+    logits = case.student.requires_grad_()
+    loss(case, logits, backend)
+    assert peak_bytes(lambda: loss(case, logits, backend), device) < 1.5 * size(case)

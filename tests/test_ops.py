@@ -1,0 +1,199 @@
+"""The operators as PyTorch sees them: opcheck, torch.compile, derivatives, determinism."""
+
+import shutil
+
+import pytest
+import torch
+
+import cases
+from cases import DIVERGENCES, divergence_id
+from hybrid_kernels import hybrid_loss, ops, token_terms
+
+every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def several_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(threads)
+
+
+def problem(case, divergence, backend):
+    """The arguments that the operators share: rows `[O, I, V]`, and the constants."""
+    name, parameter = divergence.canonical()
+    ids, valid = case.token_ids.reshape(-1), case.valid.reshape(-1)
+    return (case.logits, case.teacher_logits, ids, valid, name, parameter, 0.7, None, backend)
+
+
+@every_divergence
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+def test_opcheck(layout, divergence, backend, device):
+    case = cases.make(7, (2, 3), layout=layout, masked=True, device=device)
+    arguments = problem(case, divergence, backend)
+    gradient = torch.zeros_like(case.logits)
+    coefficients = (torch.ones(6, device=device), torch.ones(1, device=device), None)
+    torch.library.opcheck(ops.row_statistics, arguments)
+    torch.library.opcheck(ops.hybrid_rows, (gradient, *coefficients, *arguments))
+    statistics = ops.row_statistics(*arguments)
+    torch.library.opcheck(ops.row_gradient, (gradient, statistics, *coefficients, *arguments))
+    torch.library.opcheck(ops.scale_rows, (gradient, torch.full((1,), 3.0, device=device), backend))
+    torch.library.opcheck(ops.scale_rows, (gradient, torch.rand(6, device=device), backend))
+
+
+def loss_of(case, backend, **options):
+    def compute(logits, teacher, token_ids, advantages):
+        loss = hybrid_loss(logits, teacher, token_ids, advantages, backend=backend, **options).loss
+        return (loss * 1.5).sum()
+
+    return compute, (case.teacher, case.token_ids, case.advantages)
+
+
+def terms_of(case, backend):
+    def compute(logits, teacher, token_ids, advantages):
+        terms = token_terms(logits, teacher, token_ids, backend=backend)
+        return (advantages * (terms.log_prob + terms.divergence.square()) + terms.entropy).sum()
+
+    return compute, (case.teacher, case.token_ids, case.advantages)
+
+
+def assert_compiles(case, compute, others, compiler="aot_eager", dynamic=None):
+    """Compiled without a break, it returns what eager does, in value and gradient."""
+    compiled = torch.compile(compute, fullgraph=True, backend=compiler, dynamic=dynamic)
+    outcomes = []
+    for function in (compute, compiled):
+        leaf = case.student.clone().requires_grad_()
+        loss = function(leaf * 1.0, *others)
+        loss.backward()
+        outcomes.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-5, atol=1e-7)
+    return compiled
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduction": "none"},
+        {"advantages": "function"},
+        {"inplace": True},
+        {"inplace": True, "reduction": "none", "entropy_weight": 0.1},
+        {"divergence": "jsd", "num_tokens": 23, "temperature": 0.7, "teacher_floor": -5.0},
+    ],
+    ids=["mean", "none", "function", "inplace", "inplace-none", "all-options"],
+)
+def test_compiled_loss(options, native, backend, device, fresh_compiler):
+    case = cases.make(128, (2, 5), device=device)
+    options = dict(options)
+    if options.pop("advantages", None):
+
+        def compute(logits, teacher, token_ids, advantages):
+            def weighted(terms):
+                return advantages * (terms.log_prob - terms.teacher_log_prob)
+
+            return hybrid_loss(logits, teacher, token_ids, weighted, backend=backend).loss
+
+        others = (case.teacher, case.token_ids, case.advantages)
+    else:
+        compute, others = loss_of(case, backend, **options)
+    assert_compiles(case, compute, others)
+
+
+def test_compiled_loss_with_a_mask_and_a_device_count(native, backend, device, fresh_compiler):
+    case = cases.make(128, (2, 5), masked=True, device=device)
+    count = torch.tensor(23.0, device=device)
+    compute, others = loss_of(case, backend, mask=case.mask, num_tokens=count)
+    assert_compiles(case, compute, others)
+
+
+def test_compiled_terms(native, backend, device, fresh_compiler):
+    case = cases.make(128, (2, 5), device=device)
+    assert_compiles(case, *terms_of(case, backend))
+
+
+def test_compiled_with_dynamic_shapes(native, backend, device, fresh_compiler):
+    """One graph for every batch and vocabulary."""
+    case = cases.make(128, (2, 5), device=device)
+    compiled = assert_compiles(case, *loss_of(case, backend), dynamic=True)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for vocabulary, rows in ((300, (3, 4)), (77, (5, 2))):
+            other = cases.make(vocabulary, rows, device=device)
+            compute, others = loss_of(other, backend)
+            leaf = other.student.clone().requires_grad_()
+            loss = compiled(leaf * 1.0, *others)
+            torch.testing.assert_close(loss, compute(other.student, *others))
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="inductor needs a C compiler")
+def test_compiled_by_inductor(native, backend, device, fresh_compiler):
+    case = cases.make(128, (2, 5), device=device)
+    assert_compiles(case, *loss_of(case, backend, inplace=True), compiler="inductor")
+    assert_compiles(case, *terms_of(case, backend), compiler="inductor")
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_backward_twice(compiler, native, backend, device, fresh_compiler):
+    """Compiled code must not scale the buffer that the second backward reads."""
+    if compiler == "inductor" and shutil.which("cc") is None:
+        pytest.skip("inductor needs a C compiler")
+    case = cases.make(128, (2, 5), device=device)
+    compute, others = loss_of(case, backend)
+    compiled = torch.compile(compute, fullgraph=True, backend=compiler)
+    leaf = case.student.clone().requires_grad_()
+    loss = compiled(leaf, *others)
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, leaf)
+    assert first.any()
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("function", ["hybrid_loss", "token_terms"])
+def test_second_derivatives_raise(function, backend, device):
+    case = cases.make(7, device=device)
+    leaf = case.student.requires_grad_()
+
+    def backward_through_a_penalty_on_the_gradient():
+        if function == "hybrid_loss":
+            value = hybrid_loss(leaf, case.teacher, backend=backend).loss
+        else:
+            value = token_terms(leaf, case.teacher, backend=backend).divergence.sum()
+        (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+        (gradient.square().sum() + leaf.sum()).backward()
+
+    # It must not quietly count as a constant.
+    with pytest.raises(RuntimeError, match=r"differentiate twice|second derivative"):
+        backward_through_a_penalty_on_the_gradient()
+
+
+@every_divergence
+def test_results_are_the_same_run_to_run(divergence, backend, device, several_threads):
+    case = cases.make(50257, (5,), masked=True, device=device)
+    first, second = (
+        case.hybrid_loss(backend=backend, divergence=divergence, entropy_weight=0.1)
+        for _ in range(2)
+    )
+    assert torch.equal(first.result.loss, second.result.loss)
+    assert torch.equal(first.gradient.nan_to_num(7), second.gradient.nan_to_num(7))
+
+
+def test_gradients_are_checked_by_autograd_itself(backend, device):
+    """Finite differences of the loss itself, which share no formula with the gradient."""
+    case = cases.make(7, (3,), device=device)
+    compute, others = loss_of(case, backend, entropy_weight=0.3)
+    leaf = case.student.requires_grad_()
+    compute(leaf, *others).backward()
+    step = 1e-2
+    for row, entry in ((0, 0), (1, 3), (2, 6)):
+        shift = torch.zeros_like(case.student)
+        shift[row, entry] = step
+        with torch.no_grad():
+            slope = (compute(leaf + shift, *others) - compute(leaf - shift, *others)) / (2 * step)
+        torch.testing.assert_close(slope, leaf.grad[row, entry], rtol=1e-2, atol=1e-3)

@@ -1,0 +1,110 @@
+"""`token_terms`: values, and gradients through all of its fields at once."""
+
+import pytest
+import torch
+
+import cases
+from cases import DIVERGENCES, divergence_id
+from hybrid_kernels import TokenTerms, reference, token_terms
+from tolerance import assert_close, assert_matches_reference
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
+
+
+@every_divergence
+@pytest.mark.parametrize("teacher_floor", [None, -4.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_any_upstream_through_every_field(divergence, temperature, teacher_floor, backend, device):
+    case = cases.make(127, masked=True, device=device)
+    assert_matches_reference(
+        case,
+        backend,
+        "token_terms",
+        divergence=divergence,
+        temperature=temperature,
+        teacher_floor=teacher_floor,
+    )
+
+
+@pytest.mark.parametrize("style", cases.STYLES)
+def test_styles(style, backend, device):
+    case = cases.make(1000, (4,), style=style, device=device)
+    assert_matches_reference(case, backend, "token_terms")
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_layouts_and_dtypes(layout, dtype, backend, device):
+    case = cases.make(1000, layout=layout, dtype=dtype, device=device)
+    assert_matches_reference(case, backend, "token_terms")
+
+
+@pytest.mark.parametrize("missing", ["teacher", "token_ids", "both"])
+def test_what_was_not_asked_for_is_none(missing, backend, device):
+    case = cases.make(127, device=device)
+    if missing in ("teacher", "both"):
+        case.teacher = None
+    if missing in ("token_ids", "both"):
+        case.token_ids = None
+    terms = assert_matches_reference(case, backend, "token_terms").result
+    assert isinstance(terms, TokenTerms)
+    assert (terms.divergence is None) == (missing in ("teacher", "both"))
+    assert (terms.log_prob is None) == (missing in ("token_ids", "both"))
+    assert terms.teacher_log_prob is None
+
+
+def test_one_field_alone(backend, device):
+    """An upstream into one field leaves the others' share of the gradient at 0."""
+    case = cases.make(127, masked=True, device=device)
+
+    def gradient(function, dtype, field):
+        leaf = case.student.to(dtype, copy=True).requires_grad_()
+        terms = function(leaf, case.teacher, case.token_ids, mask=case.mask)
+        getattr(terms, field).sum().backward()
+        return leaf.grad
+
+    for field in ("divergence", "log_prob", "entropy"):
+        got = gradient(lambda *a, **k: token_terms(*a, backend=backend, **k), torch.float32, field)
+        truth = gradient(reference.token_terms, torch.float64, field)
+        eager = gradient(reference.token_terms, torch.float32, field)
+        assert_close(got, truth, eager, f"gradient of {field}")
+
+
+def test_only_the_student_side_is_differentiable(backend, device):
+    case = cases.make(127, device=device)
+    logits = case.student.requires_grad_()
+    terms = token_terms(logits, case.teacher, case.token_ids, backend=backend)
+    wanted = {"divergence", "log_prob", "entropy"}
+    assert {name for name, field in terms._asdict().items() if field.requires_grad} == wanted
+    assert not any(t.requires_grad for t in token_terms(logits.detach(), None, backend=backend)[3:])
+
+
+def test_a_clipped_policy_loss(backend, device):
+    """The use that it is for: a loss written in torch on top of the terms."""
+    case = cases.make(127, masked=True, device=device)
+    old = (case.upstream * 0.1).nan_to_num()
+    advantages = case.advantages.nan_to_num()
+
+    def gradient(function, dtype):
+        leaf = case.student.to(dtype, copy=True).requires_grad_()
+        terms = function(leaf, case.teacher, case.token_ids, mask=case.mask)
+        ratio = (terms.log_prob - terms.log_prob.detach() + old).exp()
+        clipped = torch.minimum(ratio * advantages, ratio.clamp(0.9, 1.1) * advantages)
+        (terms.divergence.square() - clipped - 0.1 * terms.entropy).mean().backward()
+        return leaf.grad
+
+    got = gradient(lambda *a, **k: token_terms(*a, backend=backend, **k), torch.float32)
+    truth = gradient(reference.token_terms, torch.float64)
+    assert_close(got, truth, gradient(reference.token_terms, torch.float32), "gradient")
+
+
+def test_backward_twice(backend, device):
+    case = cases.make(127, device=device)
+    leaf = case.student.requires_grad_()
+    total = token_terms(leaf, case.teacher, backend=backend).divergence.sum()
+    (once,) = torch.autograd.grad(total, leaf, retain_graph=True)
+    (twice,) = torch.autograd.grad(2 * total, leaf)
+    assert once.any()
+    assert torch.equal(2 * once, twice)

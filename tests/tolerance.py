@@ -1,0 +1,101 @@
+"""One assertion of numerical closeness, and the comparison with the eager specification."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from cases import Case, Outcome
+from hybrid_kernels import reference
+
+# The largest relative error of rounding to a dtype, and the largest absolute one near zero.
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SUBNORMAL = {torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 2.0**-25}
+
+# What fp32 arithmetic may lose, relative to the largest entry of a row, where eager was lucky: the
+# entries are differences of larger terms. `test_precision.py` is stricter.
+ARITHMETIC = 64 * ROUNDING[torch.float32]
+
+
+def assert_close(
+    got: Tensor,
+    truth: Tensor,
+    eager: Tensor,
+    name: str = "value",
+    *,
+    scale: float = 0.0,
+    roundings: int = 1,
+) -> None:
+    """`got` is as close to `truth` as can be asked of its dtype.
+
+    The bound of an entry is twice the largest error of `eager`, plus the rounding band: `roundings`
+    roundings of the entry to the dtype of `got`, and `ARITHMETIC` of the largest entry in its row
+    (or of `scale`, the size of the terms that the entry is a sum of).
+
+    Args:
+        got: the result under test.
+        truth: float64, from the same rounded inputs.
+        eager: the same computation as `truth`, in fp32.
+    """
+    assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(truth.shape)}"
+    if not got.numel():
+        return
+    value, truth, eager = (torch.atleast_1d(t.detach().double()) for t in (got, truth, eager))
+    finite = truth.isfinite()
+    magnitude = torch.where(finite, truth, 0.0).abs()
+    eager_error = torch.where(finite, (eager - truth).abs(), 0.0).max()
+    largest = magnitude.amax(-1, keepdim=True).clamp(min=scale)
+    bound = (
+        2 * eager_error
+        + ARITHMETIC * largest
+        + roundings * (ROUNDING[got.dtype] * magnitude + SUBNORMAL[got.dtype])
+    )
+    same = (value == truth) | (value.isnan() & truth.isnan())
+    error = torch.where(same, 0.0, (value - truth).abs())
+    excess = torch.where(error <= bound, 0.0, (error - bound).nan_to_num(torch.inf))
+    if bool((excess > 0).any()):
+        index = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
+        raise AssertionError(
+            f"{name}: {int((excess > 0).sum())} of {excess.numel()} entries are off, worst at "
+            f"{index}: got {value[index]:.9g}, expected {truth[index]:.9g}, error "
+            f"{error[index]:.3g}, allowed {bound[index]:.3g}"
+        )
+
+
+def assert_matches_reference(
+    case: Case, backend: str, method: str = "hybrid_loss", **options
+) -> Outcome:
+    """Every field and the gradient of `method` are right; returns them."""
+    run, function = getattr(case, method), getattr(reference, method)
+    specified = {key: value for key, value in options.items() if key != "inplace"}
+    truth = run(function, torch.float64, **specified)
+    eager = run(function, torch.float32, **specified)
+    outcome = run(backend=backend, **options)
+    for field, got in outcome.result._asdict().items():
+        expected = getattr(truth.result, field)
+        assert (got is None) == (expected is None), field
+        if got is not None:
+            assert got.dtype == torch.float32, field
+            # Values are sums of terms of the size of a log-probability.
+            scale = 1 + math.log(case.vocabulary)
+            assert_close(got, expected, getattr(eager.result, field), field, scale=scale)
+    assert outcome.gradient.dtype == case.student.dtype
+    # One rounding where the gradient is written, and one where the upstream scales it; each counts
+    # double in the interpreter, which truncates to bf16 (a GPU rounds to nearest).
+    interpreted = backend == "triton" and case.student.device.type == "cpu"
+    roundings = 4 if interpreted else 2
+    # The scale matters where probabilities of order 1 cancel to nothing, such as a single entry.
+    assert_close(
+        outcome.gradient,
+        truth.gradient,
+        eager.gradient,
+        "gradient",
+        scale=0.05,
+        roundings=roundings,
+    )
+    return outcome
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """Relative L2 error."""
+    return float((got.double() - truth).norm() / truth.norm())
