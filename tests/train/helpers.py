@@ -1,0 +1,113 @@
+"""Tiny checkpoints of two families, a word tokenizer and a prompt file, made on the spot."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from train.config import TrainConfig, make_config
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnop"]
+END = WORDS.index("</s>")
+
+
+def make_tokenizer(pad: str = "<pad>") -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token=pad,
+    )
+
+
+def make_model(family: str, seed: int, vocab: int = len(WORDS), dropout: float = 0.0):
+    torch.manual_seed(seed)
+    ids = {"bos_token_id": 1, "eos_token_id": END, "pad_token_id": 0}
+    if family == "gpt2":
+        config = GPT2Config(
+            vocab_size=vocab,
+            n_positions=64,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            attn_pdrop=dropout,
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            **ids,
+        )
+        model: PreTrainedModel = GPT2LMHeadModel(config)
+    else:
+        config = LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            **ids,
+        )
+        model = LlamaForCausalLM(config)
+    # The usual initialisation is nearly uniform over the vocabulary; these have opinions.
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def save(folder: Path, family: str, seed: int, **options) -> Path:
+    make_model(family, seed, **options).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+PROMPTS = ["a b c", "d", "e f g h i j", "k l", "m n o p a b c d", "b b", "c a b", "p"]
+
+
+def write_prompts(path: Path, rows: list[dict] | None = None) -> Path:
+    if rows is None:
+        rows = [{"prompt": text, "answer": text.split()[0]} for text in PROMPTS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def options(folder: Path, family: str = "gpt2", **changes) -> dict:
+    """The options of a small run in `folder`; makes what they point to."""
+    for seed, name in enumerate(("student", "teacher")):
+        if not (folder / name).exists():
+            save(folder / name, family, seed)
+    data = write_prompts(folder / "data.jsonl")
+    values = {
+        "output_dir": str(folder / "run"),
+        "student": str(folder / "student"),
+        "teacher": str(folder / "teacher"),
+        "train_file": str(data),
+        "rewards": ["train.rewards:exact_match"],
+        "num_generations": 4,
+        "max_completion_length": 5,
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+    }
+    return {**values, **changes}
+
+
+def config(folder: Path, family: str = "gpt2", **changes) -> TrainConfig:
+    return make_config(options(folder, family, **changes))
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,98 @@
+"""Every wrong option is told by name, and schedules do what their table says."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from train.config import UserError, load_config, make_config
+from train.schedules import Schedule, parse_schedule
+
+REQUIRED = {"output_dir": "out", "student": "s", "teacher": "t", "train_file": "f"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rte": 1e-3}, "learning_rte: unknown option; did you mean learning_rate?"),
+        ({"xyzzy": 1}, "xyzzy: unknown option; the options are in train/config.py"),
+        ({"learning_rate": "fast"}, "learning_rate: got 'fast', expected a finite number"),
+        ({"learning_rate": True}, "learning_rate: got True, expected a finite number"),
+        ({"learning_rate": ".inf"}, "learning_rate: got '.inf', expected a finite number"),
+        ({"max_steps": 1.5}, "max_steps: got 1.5, expected a whole number"),
+        ({"max_steps": 0}, "max_steps: got 0, expected at least 1"),
+        ({"bf16": 1}, "bf16: got 1, expected true or false"),
+        ({"student": 7}, "student: got 7 (int), expected text"),
+        ({"student": None}, "student: missing"),
+        ({"baseline": "mean"}, "baseline: got 'mean', expected one of none, leave_one_out"),
+        ({"divergence": "kl"}, "divergence: unknown name 'kl'"),
+        ({"divergence": {"name": "jsd", "beta": 2}}, "beta=2, which must be a number in [0, 1]"),
+        ({"rewards": [3]}, "rewards: got 3, expected `module:function`"),
+        ({"rewards": [{"function": "a:b", "wait": 1}]}, "rewards: unknown key 'wait'"),
+        ({"rewards": [{"function": "a:b", "weight": "x"}]}, "weight of a:b: got 'x'"),
+        (
+            {"teachers": ["a", "b"], "teacher": None},
+            "teachers: got 2; several teachers are not yet",
+        ),
+        ({"teachers": ["a"]}, "teachers: given together with teacher"),
+        ({"gamma": 1.5}, "gamma: reaches 1.5, expected in [0, 1]"),
+        ({"dense_weight": {"kind": "cosine", "start": 1, "end": -1}}, "dense_weight: reaches -1"),
+        ({"gamma": {"kind": "step"}}, "gamma: unknown schedule kind 'step'"),
+        (
+            {"gamma": {"kind": "cosine", "start": 1}},
+            "gamma: cosine needs start, end; end is missing",
+        ),
+        ({"gamma": {"kind": "cosine", "start": 1, "end": 0, "alpha": 1}}, "cosine got 'alpha'"),
+        ({"reward_weight": {"kind": "geometric", "start": 0, "end": 1}}, "neither of them 0"),
+        ({"per_device_train_batch_size": 12}, "got 12 completions, not a multiple of num_gen"),
+        ({"warmup_steps": 5}, "warmup_steps: got 5, but lr_scheduler_type=constant has no warm-up"),
+        ({"num_generations": 1}, "num_generations: got 1, but baseline=leave_one_out compares"),
+        ({"temperature": 0}, "temperature: got 0.0, expected more than 0"),
+        ({"top_p": 0}, "top_p: got 0.0, expected a number in (0, 1]"),
+        ({"teacher_floor": 3}, "teacher_floor: got 3.0, expected a log-probability"),
+    ],
+)
+def test_wrong_options_are_named(changes, message):
+    with pytest.raises(UserError) as error:
+        make_config({**REQUIRED, **changes})
+    assert message in str(error.value)
+
+
+def test_file_and_overrides(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({**REQUIRED, "train_file": "{output_dir}/x", "seed": 1}))
+    overrides = ["output_dir=there", "learning_rate=1e-3", "gamma={kind: cosine, start: 0, end: 1}"]
+    config = load_config(file, [*overrides, "rewards=a.b:c", "teachers=[q]", "teacher="])
+    assert (config.output_dir, config.train_file, config.seed) == ("there", "there/x", 1)
+    assert config.learning_rate == 1e-3
+    assert config.gamma == Schedule(0.0, "cosine", end=1.0)
+    assert (config.teacher, config.rewards[0].function) == ("q", "a.b:c")
+    # What a run writes down is what it would be started with.
+    assert make_config({**config.as_options(), "environment": {"torch": "2"}}) == config
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        (2, [2, 2, 2, 2, 2]),
+        ({"kind": "linear", "start": 2, "alpha": 0.5, "cap": 4.5}, [2, 3, 4, 4.5, 4.5]),
+        ({"kind": "linear", "start": 1, "alpha": -0.3, "cap": 0.5}, [1, 0.7, 0.5, 0.5, 0.5]),
+        ({"kind": "geometric", "start": 1, "end": 16}, [1, 2, 4, 8, 16]),
+        ({"kind": "geometric", "start": 4, "end": 1, "steps": 2}, [4, 2, 1, 1, 1]),
+        ({"kind": "cosine", "start": 0, "end": 2}, [0, 1 - 0.5**0.5, 1, 1 + 0.5**0.5, 2]),
+    ],
+)
+def test_schedules(option, values):
+    schedule = parse_schedule("x", option)
+    assert [schedule.at(step, 5) for step in range(5)] == pytest.approx(values)
+    assert parse_schedule("x", schedule.as_option()) == schedule
+
+
+def test_command_line_prints_no_traceback(tmp_path: Path):
+    command = [sys.executable, "-m", "train", "--config", "train/configs/tiny.yaml"]
+    command += [f"output_dir={tmp_path}", "max_stepz=3"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: max_stepz: unknown option; did you mean max_steps?\n"

@@ -1,0 +1,85 @@
+"""The demo's parts: the task, the arms, and one short run of everything."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from train import addition, demo
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_biased_teacher_is_right_without_a_carry_only():
+    assert addition.sum_without_carry((27, 48)) == "065"
+    assert addition.true_sum((27, 48)) == "075"
+    problems = addition.all_problems(seed=0)
+    assert len(set(problems)) == 10_000
+    right = [addition.sum_without_carry(item) == addition.true_sum(item) for item in problems]
+    assert sum(right) == 5_500
+    assert all(
+        is_right == (a % 10 + b % 10 < 10) for is_right, (a, b) in zip(right, problems, strict=True)
+    )
+
+
+def test_noisy_sums_keep_about_half_of_the_digits():
+    noise = random.Random(0)
+    noisy = [addition.noisy_sum((12, 34), noise) for _ in range(2000)]
+    share = sum(text[2] == "6" for text in noisy) / len(noisy)
+    assert 0.5 < share < 0.6  # a half, and a tenth of the other half by chance
+    assert all(len(text) == 3 for text in noisy)
+
+
+def test_tokenizer_has_one_token_per_character():
+    tokenizer = addition.make_tokenizer()
+    ids = tokenizer("27+48=075")["input_ids"]
+    assert len(tokenizer) == 16
+    assert len(ids) == 9
+    assert tokenizer.decode(ids) == "27+48=075"
+
+
+def summary(hybrid):
+    accuracy = {"imitation": [0.5, 0.5], "reward": [0.4, 0.6], "hybrid": hybrid}
+    return {"heldout_accuracy": accuracy, "teacher_accuracy": 0.55}
+
+
+def test_the_verdict_is_honest():
+    assert demo.verdict(summary([0.7, 0.7])).endswith("by 0.100 or more.")
+    assert "NOT above" in demo.verdict(summary([0.7, 0.59]))
+    assert "+0.150, -0.010" in demo.verdict(summary([0.7, 0.59]))
+    assert "NOT above" in demo.verdict(summary([0.54, 0.7]))  # below the teacher
+
+
+def test_quick_demo(tmp_path):
+    command = [sys.executable, "-m", "train.demo", "--quick", "--seeds", "1"]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "demo")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    output = tmp_path / "demo"
+    written = json.loads((output / "summary.json").read_text())
+    assert {arm: len(values) for arm, values in written["heldout_accuracy"].items()} == {
+        "imitation": 1,
+        "reward": 1,
+        "hybrid": 1,
+    }
+    assert {"teacher_accuracy", "start_accuracy", "seeds", "steps", "seconds"} <= written.keys()
+    assert (output / "learning_curves.png").stat().st_size > 10_000
+    assert "| hybrid |" in (output / "report.md").read_text()
+    prompts = {
+        name: {json.loads(line)["prompt"] for line in (output / "assets" / name).open()}
+        for name in ("train.jsonl", "eval.jsonl")
+    }
+    assert len(prompts["eval.jsonl"]) == 1000
+    assert prompts["train.jsonl"].isdisjoint(prompts["eval.jsonl"])
+    # The arms differ in the two weights and in nothing else.
+    configs = {
+        arm: yaml.safe_load((output / f"{arm}-0/config.yaml").read_text()) for arm in demo.ARMS
+    }
+    for arm, options in configs.items():
+        differing = {key for key in options if options[key] != configs["hybrid"][key]}
+        expected = {"imitation": {"reward_weight"}, "reward": {"dense_weight"}, "hybrid": set()}
+        assert differing - {"output_dir"} == expected[arm]

@@ -1,0 +1,322 @@
+"""A step's gradient, its guards, and what a run leaves behind."""
+
+import json
+import math
+
+import pytest
+import torch
+from helpers import END, config, make_tokenizer, options, read_lines, save, write_prompts
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hybrid_kernels import sparse_advantages
+from train import loop, report
+from train.config import UserError, make_config
+from train.data import PromptStream, read_examples
+from train.loop import (
+    NonFiniteError,
+    StepStatistics,
+    Weights,
+    collect,
+    gradient_norms,
+    micro_batch_loss,
+    train,
+)
+from train.models import load_models
+from train.rewards import Scorer
+from train.rollout import Rollout, Sampler
+
+REWARD = """
+def length(prompts, completions):
+    return [len(text.split()) / 5 for text in completions]
+"""
+
+
+def prepared(tmp_path, **changes):
+    """A config, its models and one micro-batch of rollouts."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    changed = {"rewards": [f"{tmp_path}/reward.py:length"], "reward_weight": 2.0, **changes}
+    run = config(tmp_path, **changed)
+    models = load_models(run, run.student)
+    sampler = Sampler.create(run, models.student, models.tokenizer, models.vocab_size)
+    prompts = PromptStream(read_examples("train_file", run.train_file, models.tokenizer), seed=0)
+    torch.manual_seed(0)
+    batch = collect(run, models, sampler, Scorer("rewards", run.rewards), prompts)
+    return run, models, batch
+
+
+def part(batch, rows):
+    """Some of a micro-batch's responses, with the padding they had."""
+    fields = {
+        name: None if value is None else value[rows] for name, value in vars(batch.rollout).items()
+    }
+    return loop.MicroBatch(
+        examples=batch.examples[rows],
+        completions=batch.completions[rows],
+        rollout=Rollout(**fields),
+        mask=batch.mask[rows],
+        scores={name: values[rows] for name, values in batch.scores.items()},
+        reward=batch.reward[rows],
+    )
+
+
+def gradient(models):
+    flat = torch.cat([weight.grad.flatten() for weight in models.student.parameters()])
+    models.student.zero_grad()
+    return flat
+
+
+def test_two_micro_batches_give_the_gradient_of_one(tmp_path):
+    run, models, batch = prepared(tmp_path, per_device_train_batch_size=16)
+    weights, count = Weights(2.0, 0.9, 0.7), int(batch.mask.sum())
+    micro_batch_loss(run, models, batch, weights, count).loss.backward()
+    whole = gradient(models)
+    halves = [part(batch, slice(0, 8)), part(batch, slice(8, 16))]
+    assert halves[0].mask.sum() != halves[1].mask.sum()  # else local normalisers would do, too
+    for half in halves:
+        micro_batch_loss(run, models, half, weights, count).loss.backward()
+    torch.testing.assert_close(gradient(models), whole, atol=1e-6, rtol=0)
+    assert whole.norm() > 0.1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradient_is_that_of_the_formula(tmp_path, temperature):
+    """Against plain autograd: dense KL, and advantages written from the objective's definition."""
+    run, models, batch = prepared(tmp_path, temperature=temperature, teacher_temperature=2.0)
+    weights, count = Weights(2.0, 0.9, 0.7), int(batch.mask.sum())
+    micro_batch_loss(run, models, batch, weights, count).loss.backward()
+    got = gradient(models)
+
+    rollout, mask = batch.rollout, batch.mask
+    positions = (rollout.attention_mask.cumsum(1) - 1).clamp(min=0)
+    inputs = {"attention_mask": rollout.attention_mask, "position_ids": positions}
+    length = rollout.tokens.shape[1]
+    log_p = models.student(rollout.input_ids, **inputs).logits[:, -length - 1 : -1] / temperature
+    log_q = models.teacher(rollout.input_ids, **inputs).logits[:, -length - 1 : -1] / 2.0
+    log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    log_prob = log_p.gather(2, rollout.tokens[..., None]).squeeze(2)
+    teacher_log_prob = log_q.gather(2, rollout.tokens[..., None]).squeeze(2)
+    costs = ((log_prob - teacher_log_prob) * mask).detach()
+    returns = torch.zeros_like(costs)
+    for t in reversed(range(length - 1)):
+        returns[:, t] = 0.9 * (costs[:, t + 1] + returns[:, t + 1])
+    total = 2.0 * batch.reward - costs[:, 0] - returns[:, 0]
+    own = 2.0 * batch.reward[:, None] - returns - 0.3 * costs
+    groups = total.view(-1, 4)
+    others = ((groups.sum(1, keepdim=True) - groups) / 3).view(-1, 1)
+    loss = ((0.7 * kl - (own - others) * log_prob) * mask).sum() / count
+    loss.backward()
+    torch.testing.assert_close(got, gradient(models), atol=2e-5, rtol=1e-4)
+
+
+def test_gradient_norms_are_those_of_the_two_parts(tmp_path):
+    run, models, batch = prepared(tmp_path)
+    norms = gradient_norms(run, models, batch, Weights(2.0, 1.0, 1.0))
+    assert all(weight.grad is None for weight in models.student.parameters())
+    count = int(batch.mask.sum())
+    dense = models.student_logits(batch.rollout).log_softmax(-1)
+    teacher = models.teacher_logits(batch.rollout).log_softmax(-1)
+    kl = (dense.exp() * (dense - teacher)).sum(-1)
+    (kl[batch.mask].sum() / count).backward()
+    assert norms["grad_norm_dense"] == pytest.approx(float(gradient(models).norm()), rel=1e-3)
+    micro_batch_loss(run, models, batch, Weights(2.0, 1.0, 1.0), count).loss.backward()
+    both = float(gradient(models).norm())
+    dense_norm, sparse_norm = norms["grad_norm_dense"], norms["grad_norm_sparse"]
+    assert abs(dense_norm - sparse_norm) <= both <= dense_norm + sparse_norm
+    assert gradient_norms(run, models, batch, Weights(2.0, 1.0, 0.0))["grad_norm_dense"] == 0
+
+
+def test_truncated_responses_leave_numerator_and_denominator(tmp_path):
+    run, models, batch = prepared(
+        tmp_path, mask_truncated_completions=True, per_device_train_batch_size=16
+    )
+    cut = batch.rollout.truncated
+    assert cut.any()
+    assert not cut.all()
+    assert not batch.mask[cut].any()
+    assert torch.equal(batch.mask[~cut], batch.rollout.mask[~cut])
+    weights = Weights(2.0, 1.0, 1.0)
+    result = micro_batch_loss(run, models, batch, weights, int(batch.mask.sum()))
+    statistics = StepStatistics(run)
+    statistics.add(batch, result)
+    row = statistics.means()
+    assert row["tokens"] == int(batch.mask.sum())
+    assert row["truncated"] == pytest.approx(float(cut.float().mean()))
+    assert row["completion_length"] == pytest.approx(float(batch.rollout.mask.sum()) / 16)
+
+
+def test_cost_clip_bounds_the_returns_and_is_logged(tmp_path):
+    run, models, batch = prepared(tmp_path, cost_clip=0.5)
+    seen = []
+
+    def spy(costs, *rest, **options):
+        seen.append(costs)
+        return sparse_advantages(costs, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "sparse_advantages", spy)
+        result = micro_batch_loss(run, models, batch, Weights(2.0, 1.0, 1.0), 10)
+    assert seen[0].abs().max() == 0.5
+    statistics = StepStatistics(run)
+    statistics.add(batch, result)
+    beyond = (result.log_prob - result.teacher_log_prob).abs()[batch.mask] > 0.5
+    assert 0 < statistics.means()["costs_clipped"] == pytest.approx(float(beyond.float().mean()))
+
+
+def test_objective_is_reported_at_the_final_reward_weight(tmp_path):
+    schedule = {"kind": "geometric", "start": 1, "end": 8}
+    run, models, batch = prepared(tmp_path, reward_weight=schedule, max_steps=4)
+    assert [Weights.at(run, step).reward_weight for step in (0, 3)] == [1, 8]
+    result = micro_batch_loss(run, models, batch, Weights.at(run, 0), 10)
+    statistics = StepStatistics(run)
+    statistics.add(batch, result)
+    expected = float((result.divergence.sum(1) - 8 * batch.reward).mean())
+    assert statistics.means()["objective"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_a_teacher_that_forbids_a_token(tmp_path, mended, monkeypatch):
+    original = loop.load_models
+
+    def load(run, path):
+        models = original(run, path)
+        logits = type(models).teacher_logits
+
+        def forbidding(self, rollout):
+            result = logits(self, rollout)
+            result[..., 5] = -math.inf
+            return result
+
+        monkeypatch.setattr(type(models), "teacher_logits", forbidding)
+        return models
+
+    monkeypatch.setattr(loop, "load_models", load)
+    changes = {"teacher_floor": -30.0, "cost_clip": 5.0} if mended else {}
+    run = config(tmp_path, per_device_train_batch_size=32, **changes)
+    if mended:
+        summary = train(run)
+        rows = read_lines(tmp_path / "run/metrics.jsonl")
+        assert all(row["teacher_forbidden"] > 0 and row["costs_clipped"] > 0 for row in rows)
+        assert any("teacher_floor" in text for text in summary["warnings"])
+    else:
+        with pytest.raises(
+            NonFiniteError, match=r"step 1: the loss is (inf|nan).*set teacher_floor"
+        ):
+            train(run)
+        assert read_lines(tmp_path / "run/metrics.jsonl") == []
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_foreign_checkpoints_and_a_reward_from_a_file(tmp_path, family):
+    (tmp_path / "reward.py").write_text(REWARD)
+    prompts = [{"prompt": text} for text in ("a b c d e f", "g", "h i", "j k l m")]
+    values = options(
+        tmp_path,
+        family,
+        rewards=[{"function": f"{tmp_path}/reward.py:length", "weight": 2}],
+        reward_weight=5,
+        max_steps=12,
+        per_device_train_batch_size=32,
+        eval_steps=6,
+        eval_file=str(write_prompts(tmp_path / "eval.jsonl", prompts)),
+        report_to="tensorboard",
+        learning_rate=1e-2,
+    )
+    summary = train(make_config(values))
+    output = tmp_path / "run"
+    rows = read_lines(output / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    wanted = "loss reward kl entropy grad_norm tokens tokens_per_second lr reward_weight gamma"
+    wanted += " dense_weight completion_length truncated objective"
+    assert set(wanted.split()) <= rows[0].keys()
+    assert max(row["sampler_mismatch_max"] for row in rows) < 1e-5
+    # It learns: longer responses, and a lower objective.
+    assert summary["train"]["reward"]["last"] > summary["train"]["reward"]["first"]
+    assert summary["train"]["objective"]["last"] < summary["train"]["objective"]["first"]
+    assert [row["step"] for row in read_lines(output / "eval.jsonl")] == [0, 6, 12]
+    assert json.loads((output / "summary.json").read_text()) == summary
+    pictures = {path.name for path in (output / "plots").iterdir()}
+    assert pictures == {"reward.png", "kl.png", "gradient_norms.png", "objective.png"}
+    assert list(output.glob("tensorboard/**/events.out.tfevents.*"))
+    assert read_lines(output / "samples.jsonl")
+    final = AutoModelForCausalLM.from_pretrained(output / "final")
+    assert type(final).__name__.lower().startswith(family)
+    assert (
+        AutoTokenizer.from_pretrained(output / "final").get_vocab() == make_tokenizer().get_vocab()
+    )
+
+
+def test_vocabularies_of_two_sizes_must_be_declared(tmp_path):
+    save(tmp_path / "teacher", "gpt2", 1, vocab=32)
+    with pytest.raises(UserError, match="vocab_size: missing, and the student has 20 logits, the"):
+        train(config(tmp_path))
+    with pytest.raises(UserError, match="vocab_size: got 21, but the student has 20"):
+        train(config(tmp_path, vocab_size=21))
+    assert train(config(tmp_path, vocab_size=20))["steps"] == 2
+
+
+def test_tokenizers_must_agree(tmp_path):
+    run = config(tmp_path)
+    other = make_tokenizer()
+    vocabulary = json.loads(other.backend_tokenizer.to_str())
+    words = vocabulary["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    other.save_pretrained(tmp_path / "teacher")
+    file = tmp_path / "teacher" / "tokenizer.json"
+    file.write_text(json.dumps(vocabulary))
+    with pytest.raises(UserError, match="student and teacher must share one tokenizer"):
+        train(run)
+
+
+def test_lengths_are_checked_before_anything_runs(tmp_path):
+    with pytest.raises(UserError, match="exceeds the 64 positions"):
+        train(config(tmp_path, max_completion_length=60))
+
+
+def test_what_can_not_be_loaded_is_named(tmp_path):
+    with pytest.raises(UserError, match="teacher: can't load"):
+        train(config(tmp_path, teacher=str(tmp_path / "none")))
+    with pytest.raises(UserError, match="report_to: got 'paper', expected one of"):
+        train(config(tmp_path, report_to="paper"))
+
+
+def test_an_old_run_is_not_overwritten(tmp_path):
+    train(config(tmp_path, max_steps=1))
+    with pytest.raises(UserError, match="holds a run already; continue it with"):
+        train(config(tmp_path, max_steps=1))
+
+
+def test_reward_up_and_held_out_down_is_said_aloud(tmp_path):
+    rows = [
+        {"step": i, "tokens": 1, "seconds": 1.0, "reward": i, "kl": 0, "entropy": 0, "objective": 0}
+        for i in range(1, 21)
+    ]
+    rows = [{**row, "teacher_forbidden": 0} for row in rows]
+    held_out = [{"step": step, "eval_reward": value} for step, value in ((0, 0.5), (20, 0.25))]
+    summary = report.summarise(config(tmp_path), rows, held_out)
+    (warning,) = summary["warnings"]
+    assert "rose (1.500 to 19.500) while the held-out reward fell (0.500 to 0.250)" in warning
+    assert report.summarise(config(tmp_path), rows, held_out[::-1])["warnings"] == []
+
+
+def test_truncated_sampling_is_warned_about(tmp_path, capsys):
+    train(config(tmp_path, max_steps=1, top_k=5))
+    assert "drawn from a truncated distribution" in " ".join(capsys.readouterr().out.split())
+
+
+def test_end_token_is_trained(tmp_path):
+    """A reward for ending at once is learnt, which needs a gradient on the EOS token."""
+    (tmp_path / "reward.py").write_text(
+        "def brief(prompts, completions):\n    return [float(not text) for text in completions]\n"
+    )
+    run = config(
+        tmp_path,
+        rewards=[f"{tmp_path}/reward.py:brief"],
+        reward_weight=20,
+        max_steps=15,
+        per_device_train_batch_size=64,
+        learning_rate=2e-2,
+    )
+    summary = train(run)
+    assert summary["train"]["reward"]["last"] > summary["train"]["reward"]["first"] + 0.3
+    assert END not in make_tokenizer()("a b")["input_ids"]

@@ -1,0 +1,42 @@
+"""`python -m train --config FILE key=value ...`"""
+
+import argparse
+import sys
+from dataclasses import fields
+
+from train.config import TrainConfig, UserError, load_config
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line. Exit status: 2 for what the user can mend, 1 for a failed run."""
+    names = ", ".join(spec.name for spec in fields(TrainConfig))
+    parser = argparse.ArgumentParser(
+        prog="python -m train",
+        description="Trains a student with a teacher and rewards on its own responses.",
+        epilog=f"options (described in train/config.py): {names}",
+    )
+    parser.add_argument("--config", help="a YAML file of options")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="options, after the file's"
+    )
+    parsed = parser.parse_args(arguments)
+    try:
+        config = load_config(parsed.config, parsed.overrides)
+        # Late: a wrong option is told at once, not after seconds of imports.
+        from train.loop import NonFiniteError, train
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        train(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

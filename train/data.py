@@ -1,0 +1,124 @@
+"""Prompts from JSONL files, and the order in which they are drawn."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from train.config import UserError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One line of a file.
+
+    Attributes:
+        prompt: text, or chat messages `{"role": ..., "content": ...}`, as in the file.
+        token_ids: the prompt's tokens, the chat template's generation prompt included.
+        columns: everything else on the line, for the rewards.
+    """
+
+    prompt: str | list[dict[str, str]]
+    token_ids: list[int]
+    columns: dict[str, Any]
+
+
+def read_examples(option: str, path: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """The examples of a JSONL file; a column that some lines lack is None there.
+
+    Raises:
+        UserError: no such file, a line that is not a JSON object with a `prompt`, an empty
+            prompt, or messages without a chat template. Names `option` and the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{option}: can't read {path!r}: {error.strerror}") from error
+    rows = []
+    for count, line in enumerate(lines, start=1):
+        if line.strip():
+            rows.append((f"{option}: {path} line {count}", line))
+    if not rows:
+        raise UserError(f"{option}: {path!r} holds no prompts")
+    examples = [_example(where, line, tokenizer) for where, line in rows]
+    names = sorted({key for example in examples for key in example.columns})
+    for example in examples:
+        for name in names:
+            example.columns.setdefault(name, None)
+    return examples
+
+
+def _example(where: str, line: str, tokenizer: PreTrainedTokenizerBase) -> Example:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict) or "prompt" not in row:
+        raise UserError(f"{where}: expected an object with the key `prompt`")
+    prompt = row.pop("prompt")
+    for reserved in ("prompts", "completions"):
+        if reserved in row:
+            raise UserError(f"{where}: {reserved!r} is what rewards receive; rename the column")
+    if isinstance(prompt, str):
+        token_ids = tokenizer(prompt)["input_ids"]
+    elif isinstance(prompt, list) and prompt and all(isinstance(turn, dict) for turn in prompt):
+        if not tokenizer.chat_template:
+            raise UserError(f"{where}: chat messages, but the student's tokenizer has no template")
+        # The template writes the special tokens itself; a second BOS would be foreign to the model.
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        assert isinstance(text, str)
+        token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        raise UserError(f"{where}: `prompt` must be text or a list of chat messages")
+    if not token_ids:
+        raise UserError(f"{where}: the prompt has no tokens; give it at least one")
+    return Example(prompt, list(token_ids), row)
+
+
+class PromptStream:
+    """Examples without end: a new shuffle each epoch, all of it fixed by (seed, position).
+
+    Attributes:
+        position: how many examples have been drawn. Set it to resume.
+    """
+
+    def __init__(self, examples: Sequence[Example], seed: int) -> None:
+        self._examples = examples
+        self._seed = seed
+        self._shuffled: tuple[int, list[int]] | None = None
+        self.position = 0
+
+    def take(self, count: int) -> list[Example]:
+        """The next `count` examples."""
+        taken = [self._at(self.position + offset) for offset in range(count)]
+        self.position += count
+        return taken
+
+    def _at(self, position: int) -> Example:
+        epoch, index = divmod(position, len(self._examples))
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            # A generator of its own: sampling must not depend on how often an epoch turns over.
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            order = torch.randperm(len(self._examples), generator=generator).tolist()
+            self._shuffled = (epoch, order)
+        return self._examples[self._shuffled[1][index]]
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Prompts as one batch that ends together, so that every completion starts at one index.
+
+    Returns:
+        input_ids `[B, P]` int64, and the attention mask `[B, P]` int64 (0 on padding).
+    """
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), width), pad_id)
+    attention_mask = torch.zeros(len(prompts), width, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, width - len(prompt) :] = 1
+    return input_ids, attention_mask

@@ -1,0 +1,72 @@
+"""The student on the held-out prompts: greedy rewards, metrics, and its distance to the teacher."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hybrid_kernels import token_terms
+from train.data import Example
+from train.models import Models
+from train.rewards import Scorer
+from train.rollout import Rollout, Sampler, generate
+
+
+@torch.no_grad()
+def evaluate(
+    models: Models,
+    examples: Sequence[Example],
+    sampler: Sampler,
+    rewards: Scorer,
+    metrics: Scorer,
+    batch_size: int,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Greedy responses to all examples. Draws no random numbers.
+
+    Returns:
+        means over the examples: `eval_reward` (the weighted sum), `eval_<name>` of each reward and
+        metric, `eval_truncated`, `eval_completion_length` (tokens); means over the tokens of the
+        greedy responses: `eval_kl` = KL(student || teacher) and `eval_entropy`, nats. And the
+        responses themselves, `{prompt, completion, reward, <name>...}` each.
+    """
+    per_example: list[dict[str, Any]] = []
+    tokens, kl, entropy, truncated = 0, 0.0, 0.0, 0
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        rollout = generate(models.student, batch, sampler, greedy=True)
+        terms = token_terms(
+            models.student_logits(rollout),
+            models.teacher_logits(rollout),
+            mask=rollout.mask,
+            temperature=models.temperature,
+        )
+        assert terms.divergence is not None
+        tokens += int(rollout.mask.sum())
+        kl += float(terms.divergence.sum())
+        entropy += float(terms.entropy.sum())
+        truncated += int(rollout.truncated.sum())
+        completions = decode(models, rollout)
+        scores = rewards.score(batch, completions)
+        columns = {
+            "reward": rewards.total(scores, len(batch)),
+            **scores,
+            **metrics.score(batch, completions),
+        }
+        for row, (example, completion) in enumerate(zip(batch, completions, strict=True)):
+            values = {name: column[row] for name, column in columns.items()}
+            per_example.append({"prompt": example.prompt, "completion": completion, **values})
+    names = [name for name in per_example[0] if name not in ("prompt", "completion")]
+    count = len(per_example)
+    result = {f"eval_{name}": sum(row[name] for row in per_example) / count for name in names}
+    result["eval_kl"] = kl / tokens
+    result["eval_entropy"] = entropy / tokens
+    result["eval_completion_length"] = tokens / count
+    result["eval_truncated"] = truncated / count
+    return result, per_example
+
+
+def decode(models: Models, rollout: Rollout) -> list[str]:
+    """The responses as texts, without special tokens."""
+    rows = zip(rollout.tokens, rollout.mask, strict=True)
+    decode_one = models.tokenizer.decode
+    return [str(decode_one(tokens[mask], skip_special_tokens=True)) for tokens, mask in rows]

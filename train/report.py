@@ -1,0 +1,300 @@
+"""What a run leaves to be read: files, trackers, the progress bar, plots, the closing summary."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import accelerate
+import torch
+import transformers
+import yaml
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import hybrid_kernels
+from train.checkpoint import write_atomically
+from train.config import ENVIRONMENT, TrainConfig, UserError
+
+if TYPE_CHECKING:
+    from train.loop import MicroBatch
+
+SAMPLES_PER_EVALUATION = 8
+_RECORDS = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
+
+
+def check_output_folder(config: TrainConfig, resumed_from: Path | None) -> None:
+    """Refuses to mix a new run into an old one's files.
+
+    Raises:
+        UserError: the folder holds a run, and this one is not its continuation.
+    """
+    starts_over = resumed_from is None and config.resume_from_checkpoint != "latest"
+    metrics = Path(config.output_dir) / "metrics.jsonl"
+    if starts_over and metrics.exists() and metrics.stat().st_size:
+        raise UserError(
+            f"output_dir: {config.output_dir!r} holds a run already; continue it with "
+            "resume_from_checkpoint=latest, or name another folder"
+        )
+
+
+class RunLog:
+    """Everything that is written while a run goes on.
+
+    `metrics.jsonl` gets one object a step, `eval.jsonl` one an evaluation, `samples.jsonl` a few
+    responses. On resume, lines after the checkpoint's step are dropped: those steps come again.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        done: int,
+        resumed_from: Path | None,
+        changed: Sequence[str],
+    ) -> None:
+        self.console = Console(soft_wrap=True)
+        self._config = config
+        self._accelerator = accelerator
+        self._output = Path(config.output_dir)
+        self._output.mkdir(parents=True, exist_ok=True)
+        for name in _RECORDS:
+            _drop_after(self._output / name, done)
+        self._files = {name: (self._output / name).open("a", encoding="utf-8") for name in _RECORDS}
+        text = yaml.safe_dump({**config.as_options(), ENVIRONMENT: environment()}, sort_keys=False)
+        write_atomically(self._output / "config.yaml", text)
+        if config.report_to != "none":
+            options = {"tensorboard": {"purge_step": done + 1}} if done else {}
+            accelerator.init_trackers("train", init_kwargs=options)
+        if resumed_from is not None:
+            self.console.print(f"resumed from {resumed_from}, {done} steps done", highlight=False)
+        elif config.resume_from_checkpoint:
+            self.console.print("no checkpoint yet: starting from nothing")
+        if changed:
+            self.warn(
+                f"these options differ from the checkpoint's: {', '.join(changed)}; the run goes "
+                "on with the new ones and will not repeat the old one exactly"
+            )
+        if config.top_k or config.top_p < 1:
+            self.warn(
+                f"top_k={config.top_k}, top_p={config.top_p:g}: responses are drawn from a "
+                "truncated distribution, which is not the one whose gradient is taken; the "
+                "gradient is biased. Use top_k=0 top_p=1 unless that is wanted"
+            )
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=config.max_steps, completed=done)
+        self._progress.start()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives the terminal back and closes the files, also after an error."""
+        self._progress.stop()
+        for file in self._files.values():
+            file.close()
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"[bold yellow]warning:[/] {text}", highlight=False)
+
+    def step(self, row: dict[str, Any], batch: "MicroBatch") -> None:
+        """Records a step, and shows it where `logging_steps` says so."""
+        self._append("metrics.jsonl", row)
+        line = (
+            f"reward {row['reward']:.3f}  kl {row['kl']:.3f}  entropy {row['entropy']:.3f}  "
+            f"{row['tokens_per_second']:,.0f} tokens/s"
+        )
+        self._progress.update(self._task, completed=row["step"], description=line)
+        if row["step"] % self._config.logging_steps and row["step"] != self._config.max_steps:
+            return
+        if not self.console.is_terminal:
+            print(f"step {row['step']}/{self._config.max_steps}  {line}", flush=True)
+        self._accelerator.log(
+            {key: value for key, value in row.items() if key != "step"}, step=row["step"]
+        )
+        scores = {name: float(values[0]) for name, values in batch.scores.items()}
+        sample = {"prompt": batch.examples[0].prompt, "completion": batch.completions[0]}
+        sample |= {"reward": float(batch.reward[0]), **scores}
+        self._append("samples.jsonl", {"step": row["step"], "split": "train", **sample})
+
+    def evaluation(self, step: int, result: dict[str, float], rows: Sequence[dict]) -> None:
+        """Records the held-out figures after `step` updates and the first few responses."""
+        self._append("eval.jsonl", {"step": step, **result})
+        for row in rows[:SAMPLES_PER_EVALUATION]:
+            self._append("samples.jsonl", {"step": step, "split": "eval", **row})
+        self._accelerator.log(result, step=step)
+        figures = "  ".join(f"{name[5:]} {value:.3f}" for name, value in result.items())
+        self.console.print(f"held out, after {step} steps: {figures}", highlight=False)
+
+    def finish(self) -> dict[str, Any]:
+        """Plots, `summary.json`, the sample table, the last word; after the `with` block."""
+        metrics, evaluations, samples = (_read(self._output / name) for name in _RECORDS)
+        draw_plots(self._output / "plots", metrics, evaluations)
+        summary = summarise(self._config, metrics, evaluations)
+        write_atomically(self._output / "summary.json", json.dumps(summary, indent=2) + "\n")
+        self.console.print(_sample_table(samples))
+        for text in summary["warnings"]:
+            self.console.print(f"[bold red]{text}[/]", highlight=False)
+        self.console.print(f"written to {self._output}", highlight=False)
+        return summary
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        self._files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._files[name].flush()
+
+
+def environment() -> dict[str, str]:
+    """The versions that a run depends on, and the commit of this code where it is a checkout."""
+    versions = {
+        "python": platform.python_version(),
+        "hybrid_kernels": hybrid_kernels.__version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+    }
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return versions
+    return {**versions, "commit": found.stdout.strip()}
+
+
+def summarise(config: TrainConfig, metrics: list[dict], evaluations: list[dict]) -> dict[str, Any]:
+    """The run in a few figures: held-out before and after, training first and last tenth."""
+    tenth = max(1, len(metrics) // 10)
+
+    def mean(rows: list[dict], name: str) -> float:
+        return sum(row[name] for row in rows) / len(rows)
+
+    summary: dict[str, Any] = {
+        "steps": metrics[-1]["step"],
+        "tokens": sum(row["tokens"] for row in metrics),
+        "seconds": sum(row["seconds"] for row in metrics),
+        "train": {
+            name: {"first": mean(metrics[:tenth], name), "last": mean(metrics[-tenth:], name)}
+            for name in ("reward", "kl", "entropy", "objective")
+        },
+        "before": evaluations[0] if evaluations else None,
+        "after": evaluations[-1] if evaluations else None,
+        "warnings": [],
+    }
+    if evaluations:
+        name = "eval_reward"
+        if config.eval_metrics:
+            name = "eval_" + config.eval_metrics[0].function.rpartition(":")[2]
+        reward, before, after = (
+            summary["train"]["reward"],
+            evaluations[0][name],
+            evaluations[-1][name],
+        )
+        if reward["last"] > reward["first"] and after < before:
+            summary["warnings"].append(
+                f"The training reward rose ({reward['first']:.3f} to {reward['last']:.3f}) while "
+                f"the held-out {name[5:]} fell ({before:.3f} to {after:.3f}): the student may be "
+                "exploiting the reward, or memorising the prompts."
+            )
+    forbidden = sum(row["teacher_forbidden"] for row in metrics)
+    if forbidden:
+        summary["warnings"].append(
+            f"The teacher gave {forbidden} sampled tokens a probability of (nearly) zero; see "
+            "teacher_floor and cost_clip."
+        )
+    return summary
+
+
+def draw_plots(folder: Path, metrics: list[dict], evaluations: list[dict]) -> None:
+    """reward.png, kl.png, gradient_norms.png and objective.png, over the optimizer steps."""
+    # Late: matplotlib costs half a second that a run with a wrong option should not wait for.
+    from matplotlib.figure import Figure
+
+    folder.mkdir(exist_ok=True)
+
+    def draw(name: str, label: str, lines: dict[str, tuple[list[dict], str, str]]) -> None:
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        axes = figure.subplots()
+        for legend, (rows, key, style) in lines.items():
+            rows = [row for row in rows if key in row]
+            axes.plot(
+                [row["step"] for row in rows], [row[key] for row in rows], style, label=legend
+            )
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(folder / f"{name}.png", dpi=120)
+
+    sampled, greedy = "training, sampled", "held out, greedy"
+    draw(
+        "reward",
+        "mean reward",
+        {sampled: (metrics, "reward", "-"), greedy: (evaluations, "eval_reward", "o--")},
+    )
+    draw(
+        "kl",
+        "KL(student || teacher), nats per token",
+        {sampled: (metrics, "kl", "-"), greedy: (evaluations, "eval_kl", "o--")},
+    )
+    draw(
+        "gradient_norms",
+        "gradient norm over the parameters",
+        {
+            "whole step": (metrics, "grad_norm", "-"),
+            "dense part, one micro-batch": (metrics, "grad_norm_dense", "o--"),
+            "sparse part, one micro-batch": (metrics, "grad_norm_sparse", "s:"),
+        },
+    )
+    draw("objective", "J at the final reward weight, nats", {sampled: (metrics, "objective", "-")})
+
+
+def _sample_table(samples: list[dict]) -> Table:
+    """The last few responses, held-out ones where there are any."""
+    shown = [row for row in samples if row["split"] == "eval"] or samples
+    table = Table("step", "prompt", "completion", "reward", title="samples")
+    for row in shown[-SAMPLES_PER_EVALUATION:]:
+        prompt = (
+            row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1].get("content")
+        )
+        cells = [
+            str(row["step"]),
+            str(prompt)[-60:],
+            row["completion"][:80],
+            f"{row['reward']:.2f}",
+        ]
+        # Texts may hold square brackets, which are not markup here.
+        table.add_row(*(cell.replace("[", "\\[") for cell in cells))
+    return table
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keeps the lines up to `step`; a last line that a crash cut short goes, too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    write_atomically(path, "".join(kept))

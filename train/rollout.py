@@ -1,0 +1,242 @@
+"""Sampling from the student, and the logits of what was sampled.
+
+The rules that decide whether the log-probabilities are right live here: padding on the left,
+positions, which EOS counts, which tokens are trained, and the checkpoint's own sampling settings.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from train.config import TrainConfig
+from train.data import Example, pad_left
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A batch of prompts with their responses.
+
+    Attributes:
+        input_ids: `[B, P + T]`, prompts padded on the left, responses on the right.
+        attention_mask: `[B, P + T]`, 0 on both paddings.
+        tokens: `[B, T]`, the responses alone.
+        mask: `[B, T]` bool, the response's tokens up to its first EOS, that one included.
+        truncated: `[B]` bool, responses that ran into the length limit without an EOS.
+        sampler_log_prob: `[B, T]` fp32, log p(y) as the sampler saw it; None for greedy decoding.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    tokens: Tensor
+    mask: Tensor
+    truncated: Tensor
+    sampler_log_prob: Tensor | None
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How responses are drawn; nothing of it comes from the checkpoint's generation config.
+
+    Attributes:
+        eos_ids: the tokens that end a response.
+        pad_id: what fills the batch; may be one of `eos_ids`.
+        vocab_size: tokens from here on are never drawn.
+        max_completion_length: tokens.
+        temperature, top_p, top_k: 1, 1 and 0 sample from the model itself.
+    """
+
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    vocab_size: int
+    max_completion_length: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @classmethod
+    def create(
+        cls,
+        config: TrainConfig,
+        student: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+    ) -> "Sampler":
+        eos_ids = eos_token_ids(student, tokenizer)
+        pad_id = tokenizer.pad_token_id
+        if not isinstance(pad_id, int):
+            pad_id = eos_ids[0] if eos_ids else 0
+        return cls(
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+            vocab_size=vocab_size,
+            max_completion_length=config.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+        )
+
+    def generation_config(self, model_vocab: int, greedy: bool) -> GenerationConfig:
+        sampling = (
+            {}
+            if greedy
+            else {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        )
+        return GenerationConfig(
+            do_sample=not greedy,
+            num_beams=1,
+            max_new_tokens=self.max_completion_length,
+            eos_token_id=list(self.eos_ids) or None,
+            pad_token_id=self.pad_id,
+            suppress_tokens=list(range(self.vocab_size, model_vocab)) or None,
+            **sampling,
+        )
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The union of the generation config's EOS ids and the tokenizer's, sorted.
+
+    Chat models end a turn with one of them and a document with another; both end a response.
+    """
+    ids: set[int] = set()
+    configured: Any = model.generation_config.eos_token_id if model.generation_config else None
+    tokenizers: Any = tokenizer.eos_token_id
+    for source in (configured, tokenizers):
+        if source is not None:
+            ids.update([source] if isinstance(source, int) else source)
+    return tuple(sorted(ids))
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """The width of the model's logits, padding entries included."""
+    layer = model.get_output_embeddings()
+    assert layer is not None
+    return layer.weight.shape[0]
+
+
+def completion_mask(tokens: Tensor, eos_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Which sampled tokens count, by position: padding may be the EOS id itself.
+
+    Args:
+        tokens: `[B, T]`, responses and whatever the sampler wrote after their EOS.
+        eos_ids: the ids that end a response.
+
+    Returns:
+        the mask `[B, T]` bool, true up to the first EOS and on it; truncated `[B]` bool.
+    """
+    ends = torch.isin(tokens, torch.tensor(list(eos_ids), device=tokens.device))
+    ended_before = ends.cumsum(1) - ends.long() > 0
+    return ~ended_before, ~ends.any(1)
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """`[B, L]`: each sequence counts from 0 at its first real token, however far it was padded."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel, examples: Sequence[Example], sampler: Sampler, *, greedy: bool = False
+) -> Rollout:
+    """One response to each example, by sampling or (`greedy`) by argmax.
+
+    Args:
+        model: in eval mode.
+        examples: B of them; repeat an example for several responses.
+    """
+    prompt_ids, prompt_mask = pad_left([example.token_ids for example in examples], sampler.pad_id)
+    prompt_ids, prompt_mask = prompt_ids.to(model.device), prompt_mask.to(model.device)
+    settings = sampler.generation_config(vocabulary_of(model), greedy)
+    recorder = _SampledLogProbs(sampler.temperature)
+    with _generation_config(model, settings):
+        sequences = model.generate(  # pyright: ignore[reportCallIssue]
+            prompt_ids,
+            attention_mask=prompt_mask,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([] if greedy else [recorder]),
+        )
+    assert isinstance(sequences, Tensor)
+    tokens = sequences[:, prompt_ids.shape[1] :].contiguous()
+    mask, truncated = completion_mask(tokens, sampler.eos_ids)
+    return Rollout(
+        input_ids=sequences,
+        attention_mask=torch.cat([prompt_mask, mask.long()], 1),
+        tokens=tokens,
+        mask=mask,
+        truncated=truncated,
+        sampler_log_prob=None if greedy else recorder.finish(sequences),
+    )
+
+
+@contextmanager
+def _generation_config(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """`generate` fills what `settings` leaves open from the model's own config: lend it ours."""
+    original = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = original
+
+
+class _SampledLogProbs(LogitsProcessor):
+    """Notes log p(y) of each token drawn, one `[B, V]` buffer at a time.
+
+    Processors run before temperature and truncation, so what arrives here are the model's logits.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+        self._pending: Tensor | None = None
+        self._log_probs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._settle(input_ids)
+        self._pending = torch.log_softmax(scores.float() / self._temperature, dim=-1)
+        return scores
+
+    def finish(self, sequences: Tensor) -> Tensor:
+        self._settle(sequences)
+        return torch.stack(self._log_probs, 1)
+
+    def _settle(self, input_ids: Tensor) -> None:
+        """The token drawn from the pending distribution is the last of `input_ids` by now."""
+        if self._pending is not None:
+            self._log_probs.append(self._pending.gather(1, input_ids[:, -1:]).squeeze(1))
+
+
+def completion_logits(model: PreTrainedModel, rollout: Rollout, vocab_size: int) -> Tensor:
+    """`[B, T, vocab_size]`: row t is the distribution that `rollout.tokens[:, t]` is drawn from.
+
+    Never a copy of the model's logits. Models that can are asked for these positions alone, which
+    spares the prompt's share of the output layer.
+    """
+    length = rollout.tokens.shape[1]
+    # Logits at position i predict token i + 1: from the prompt's last token to the response's last
+    # but one.
+    first = rollout.input_ids.shape[1] - length - 1
+    accepted = inspect.signature(type(model).forward).parameters
+    extra = {}
+    if "position_ids" in accepted:
+        extra["position_ids"] = position_ids(rollout.attention_mask)
+    if "logits_to_keep" in accepted:
+        extra["logits_to_keep"] = torch.arange(first, first + length, device=model.device)
+        first = 0
+    output = model(
+        input_ids=rollout.input_ids,
+        attention_mask=rollout.attention_mask,
+        use_cache=False,
+        **extra,
+    )
+    return output.logits[:, first : first + length, :vocab_size]

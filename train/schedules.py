@@ -1,0 +1,105 @@
+"""How a weight moves over the optimizer steps: constant, linear, geometric, cosine."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+# The options of each kind; those with a value are optional.
+_OPTIONS: dict[str, dict[str, float | None]] = {
+    "linear": {"start": None, "alpha": None, "cap": None},
+    "geometric": {"start": None, "end": None, "steps": math.nan},
+    "cosine": {"start": None, "end": None, "steps": math.nan},
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A number as a function of the step t = 0, 1, ...
+
+    ============  ====================================================================
+    kind          value at step t
+    ============  ====================================================================
+    ``constant``  start
+    ``linear``    start (1 + alpha t), until it reaches `cap`
+    ``geometric`` start (end / start)^(t / steps), then end
+    ``cosine``    end + (start - end) (1 + cos(pi t / steps)) / 2, then end
+    ============  ====================================================================
+
+    `steps` None stands for the run's last step, so that the last update uses `end` itself.
+    """
+
+    start: float
+    kind: str = "constant"
+    end: float | None = None
+    alpha: float | None = None
+    cap: float | None = None
+    steps: int | None = None
+
+    def at(self, step: int, max_steps: int) -> float:
+        """The value for the update number `step`, counted from 0, of a run of `max_steps`."""
+        if self.kind == "constant":
+            return self.start
+        if self.kind == "linear":
+            assert self.alpha is not None
+            assert self.cap is not None
+            value = self.start * (1.0 + self.alpha * step)
+            return min(value, self.cap) if self.start * self.alpha >= 0 else max(value, self.cap)
+        assert self.end is not None
+        progress = min(1.0, step / max(1, self.steps or max_steps - 1))
+        if progress == 1.0:
+            return self.end
+        if self.kind == "geometric":
+            return self.start * (self.end / self.start) ** progress
+        return self.end + (self.start - self.end) * (1.0 + math.cos(math.pi * progress)) / 2.0
+
+    def as_option(self) -> Any:
+        """The value that `parse_schedule` would read back: a number, or a mapping."""
+        if self.kind == "constant":
+            return self.start
+        names = ("kind", "start", "end", "alpha", "cap", "steps")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def parse_schedule(name: str, value: Any) -> Schedule:
+    """The schedule that an option's value describes: a number, or a mapping with `kind`.
+
+    Raises:
+        ValueError: an unknown kind or key, a missing key, or a value of the wrong type.
+    """
+    if not isinstance(value, dict):
+        return Schedule(number(name, value))
+    kind = value.get("kind")
+    if kind not in _OPTIONS:
+        raise ValueError(
+            f"{name}: unknown schedule kind {kind!r}; use a number for a constant, or one of "
+            + ", ".join(_OPTIONS)
+        )
+    options = _OPTIONS[kind]
+    required = [key for key, default in options.items() if default is None]
+    given = {key: number(f"{name}.{key}", item) for key, item in value.items() if key != "kind"}
+    if unknown := sorted(set(given) - set(options)):
+        raise ValueError(f"{name}: {kind} got {unknown[0]!r}; it takes {', '.join(options)}")
+    if missing := [key for key in required if key not in given]:
+        raise ValueError(f"{name}: {kind} needs {', '.join(required)}; {missing[0]} is missing")
+    if kind == "geometric" and not given["start"] * given["end"] > 0:
+        raise ValueError(f"{name}: geometric needs start and end of one sign, neither of them 0")
+    steps = given.pop("steps", None)
+    if steps is not None and not (steps >= 1 and steps == int(steps)):
+        raise ValueError(f"{name}.steps: got {steps:g}, expected a whole number of at least 1")
+    return Schedule(kind=kind, steps=None if steps is None else int(steps), **given)
+
+
+def number(name: str, value: Any) -> float:
+    """`value` as a finite float. YAML reads 1e-3 (no dot) as a string, so strings are tried too.
+
+    Raises:
+        ValueError: it is not a number.
+    """
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            result = float(value)
+        except ValueError:
+            result = math.nan
+        if math.isfinite(result):
+            return result
+    raise ValueError(f"{name}: got {value!r}, expected a finite number")
