@@ -265,8 +265,8 @@ def report(summary: dict[str, Any]) -> str:
             "![held-out accuracy against optimizer steps](learning_curves.png)",
             "",
             "The arms share every option of `config.yaml` in their folders but two: imitation has "
-            "`reward_weight=0`, reward has `dense_weight=0` (as `sampled_kl` is false and `gamma` 0 "
-            "in all arms, the teacher then has no say). No held-out problem is used in any "
+            "`reward_weight=0`, reward has `dense_weight=0` (as all arms have `sampled_kl: false` "
+            "and `gamma: 0`, the teacher then has no say). No held-out problem is used in any "
             "training, the supervised one included.",
             "",
             f"Made by `python -m train.demo` in {summary['seconds']:.0f} s.",
