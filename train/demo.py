@@ -6,7 +6,7 @@ checkpoints and prompts, from `configs/demo.yaml`, and differ in nothing but two
 
     arm         reward_weight   dense_weight
     imitation   0               as configured    distillation on the student's own responses
-    reward      as configured   0                policy gradient on the reward, without a teacher
+    reward      as configured   0                policy gradient on the reward alone
     hybrid      as configured   as configured    the KL exactly, the reward by policy gradient
 """
 
@@ -266,7 +266,7 @@ def report(summary: dict[str, Any]) -> str:
             "",
             "The arms share every option of `config.yaml` in their folders but two: imitation has "
             "`reward_weight=0`, reward has `dense_weight=0` (as all arms have `sampled_kl: false` "
-            "and `gamma: 0`, the teacher then has no say). No held-out problem is used in any "
+            "and `gamma: 0`, the reward alone then drives it). No held-out problem is used in any "
             "training, the supervised one included.",
             "",
             f"Made by `python -m train.demo` in {summary['seconds']:.0f} s.",

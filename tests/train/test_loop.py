@@ -79,9 +79,11 @@ def test_two_micro_batches_give_the_gradient_of_one(tmp_path):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_gradient_is_that_of_the_formula(tmp_path, temperature):
+@pytest.mark.parametrize("sampled_kl", [True, False])
+def test_gradient_is_that_of_the_formula(tmp_path, temperature, sampled_kl):
     """Against plain autograd: dense KL, and advantages written from the objective's definition."""
-    run, models, batch = prepared(tmp_path, temperature=temperature, teacher_temperature=2.0)
+    changes = {"temperature": temperature, "teacher_temperature": 2.0, "sampled_kl": sampled_kl}
+    run, models, batch = prepared(tmp_path, **changes)
     weights, count = Weights(2.0, 0.9, 0.7), int(batch.mask.sum())
     micro_batch_loss(run, models, batch, weights, count).loss.backward()
     got = gradient(models)
@@ -101,7 +103,7 @@ def test_gradient_is_that_of_the_formula(tmp_path, temperature):
     for t in reversed(range(length - 1)):
         returns[:, t] = 0.9 * (costs[:, t + 1] + returns[:, t + 1])
     total = 2.0 * batch.reward - costs[:, 0] - returns[:, 0]
-    own = 2.0 * batch.reward[:, None] - returns - 0.3 * costs
+    own = 2.0 * batch.reward[:, None] - returns - (0.3 if sampled_kl else 0.0) * costs
     groups = total.view(-1, 4)
     others = ((groups.sum(1, keepdim=True) - groups) / 3).view(-1, 1)
     loss = ((0.7 * kl - (own - others) * log_prob) * mask).sum() / count
