@@ -70,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     draw_learning_curves(parsed.output / "learning_curves.png", curves, summary["teacher_accuracy"])
     write_atomically(parsed.output / "report.md", report(summary))
     console.print(result_table(summary))
-    console.print(verdict(summary))
+    for line in (verdict(summary), *collapses(summary)):
+        console.print(line)
     console.print(f"{summary['seconds']:.0f} s in all; written to {parsed.output}")
     return 0
 
@@ -227,6 +228,20 @@ def verdict(summary: dict[str, Any]) -> str:
     )
 
 
+def collapses(summary: dict[str, Any]) -> list[str]:
+    """A line for each arm that ended below where the student started, for any seed."""
+    start = summary["start_accuracy"]
+    lines = []
+    for arm, values in summary["heldout_accuracy"].items():
+        seeds = [
+            seed for seed, value in zip(summary["seeds"], values, strict=True) if value < start
+        ]
+        if seeds:
+            names = ", ".join(map(str, seeds))
+            lines.append(f"The {arm} arm collapsed: it ended below the start for seed {names}.")
+    return lines
+
+
 def result_table(summary: dict[str, Any]) -> Table:
     columns = [f"seed {seed}" for seed in summary["seeds"]]
     table = Table("held-out accuracy", *columns, "mean")
@@ -261,6 +276,7 @@ def report(summary: dict[str, Any]) -> str:
             *lines,
             "",
             verdict(summary),
+            *collapses(summary),
             "",
             "![held-out accuracy against optimizer steps](learning_curves.png)",
             "",
