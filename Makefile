@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # A machine whose Python already has a suitable torch (a CUDA or ROCm build, say) keeps it.
-HAS_TORCH := $(shell $(PYTHON) -c "import torch, sys; \
-	sys.exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 9))" 2>/dev/null && echo yes)
+# (Not one of an activated virtual environment, which .venv would not see.)
+HAS_TORCH := $(shell $(PYTHON) -c "import torch, sys; sys.exit(sys.prefix != sys.base_prefix or \
+	tuple(map(int, torch.__version__.split('.')[:2])) < (2, 9))" 2>/dev/null && echo yes)
 
 .PHONY: help setup test demo lint format bench doctor clean
 

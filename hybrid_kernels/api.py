@@ -52,7 +52,9 @@ def hybrid_loss(
 
     Args:
         student_logits: `[..., V]`, fp32, bf16 or fp16; differentiable. The last dimension is
-            contiguous; rows may have any stride, so that `logits[:, :-1, :V]` needs no copy.
+            contiguous; rows may have any stride, so that `logits[:, :-1, :V]` needs no copy. (Only
+            leading dimensions that need more than two row strides are refused, as a slice of the
+            third of four dimensions does.)
         teacher: `[..., V]` logits, of any of these dtypes; never differentiable. None where
             `dense_weight` is 0 (policy gradient alone).
         token_ids: `[...]` int64 or int32. Rows with the id -100 are masked.
@@ -89,6 +91,8 @@ def hybrid_loss(
         none with `inplace`; backward multiplies it by the upstream gradient, or leaves it alone
         where that is 1. Without a gradient to compute, only the statistics are. Arithmetic is
         fp32. Second derivatives raise. No call synchronises the device with the host.
+        In fp16 the normaliser of the mean is in the gradient before a loss scale can reach it, and
+        small entries flush to zero: use `reduction="sum"`, or bf16.
 
         An entry with z = -inf takes no part; w = -inf where p > 0 makes the reverse KL +inf and its
         gradient non-finite (see `teacher_floor`); NaN or +inf makes its own row NaN.
@@ -189,6 +193,9 @@ def token_terms(
     """
     rows = _Rows(student_logits, teacher, token_ids, mask, process_group, tail)
     config = _config(divergence, temperature, teacher_floor, backend, student_logits)
+    if torch.is_grad_enabled() and student_logits.requires_grad:
+        validate.can_be_saved("teacher", teacher)
+        validate.can_be_saved("token_ids", token_ids)
     statistics = ops.TokenTermsFunction.apply(*rows.tensors, config)
     return rows.terms(statistics, differentiable=True)
 
@@ -211,9 +218,8 @@ class _Rows:
         self.valid = _valid_rows(mask, token_ids)
         self.has_teacher, self.has_tokens = teacher is not None, token_ids is not None
         self.tensors = (
-            _as_rows("student_logits", student_logits),
-            None if teacher is None else _as_rows("teacher", teacher),
-            None if token_ids is None else token_ids.reshape(-1),
+            *_as_rows(student_logits, teacher),
+            None if token_ids is None else token_ids.reshape(-1).contiguous(),
             self.valid,
         )
         self.count = self.shape.numel()
@@ -282,7 +288,8 @@ def _normaliser(reduction: str, num_tokens: float | Tensor | None, rows: _Rows) 
     if reduction != "mean":
         return torch.ones((), device=device)
     if isinstance(num_tokens, Tensor):
-        return num_tokens.detach().float().reshape(()).reciprocal()
+        count = num_tokens.detach().float().reshape(())
+        return torch.where(count > 0, count.reciprocal(), 0.0)
     if num_tokens is not None:
         return torch.full((), 1.0 / num_tokens, device=device)
     if rows.valid is None:
@@ -290,9 +297,25 @@ def _normaliser(reduction: str, num_tokens: float | Tensor | None, rows: _Rows) 
     return rows.valid.sum().clamp(min=1).float().reciprocal()
 
 
-def _as_rows(name: str, logits: Tensor) -> Tensor:
+def _as_rows(student: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """`[..., V]` as `[O, I, V]` without a copy: leading dimensions merge where strides allow."""
-    sizes, strides = list(logits.shape[:-1]), list(logits.stride()[:-1])
+    student_split = _row_split("student_logits", student)
+    if teacher is None:
+        return student.view(*student_split, student.shape[-1]), None
+    # Where one side needs two row strides and the other does not, the other follows.
+    teacher_split = _row_split("teacher", teacher)
+    split = student_split if student_split[0] != 1 else teacher_split
+    if teacher_split[0] not in (1, split[0]):
+        raise ValueError(
+            f"teacher: rows of strides {tuple(teacher.stride()[:-1])} don't group like the "
+            f"student's, {tuple(student.stride()[:-1])}; use teacher.contiguous(), which copies"
+        )
+    return student.view(*split, student.shape[-1]), teacher.view(*split, teacher.shape[-1])
+
+
+def _row_split(name: str, logits: Tensor) -> tuple[int, int]:
+    """The two sizes, O and I, into which the leading dimensions merge; O is 1 where I is enough."""
+    sizes, strides = logits.shape[:-1], logits.stride()[:-1]
     merged: list[tuple[int, int]] = []
     for size, stride in zip(sizes, strides, strict=True):
         if size == 1:
@@ -306,9 +329,8 @@ def _as_rows(name: str, logits: Tensor) -> Tensor:
             f"{name}: leading dimensions of shape {tuple(sizes)} and strides {tuple(strides)} need "
             "more than two row strides; use .flatten(0, -2), which copies"
         )
-    merged = [(1, 0)] * (2 - len(merged)) + merged
-    shape = (merged[0][0], merged[1][0], logits.shape[-1])
-    return logits.view(shape)
+    outer, inner = [1] * (2 - len(merged)) + [size for size, _ in merged]
+    return outer, inner
 
 
 def _flat_weight(weight: float | Tensor) -> float | Tensor:

@@ -163,7 +163,8 @@ class _Block:
         if rows.token_ids is not None:
             # Ids on masked rows may be anything; those on valid rows were checked on the CPU.
             ids = rows.token_ids[self.range].long()
-            self.ids = ids.clamp_(0, rows.student.shape[-1] - 1)[:, None]
+            self.ids = ids.clamp(0, rows.student.shape[-1] - 1)[:, None]
+            self.outside = (ids != self.ids[:, 0])[:, None]
         count = stop - start
         if count < buffers[0].shape[0]:
             buffers = tuple(buffer[:count] for buffer in buffers)
@@ -208,6 +209,8 @@ class _Block:
             log_prob = self._over_t(self.x.gather(1, self.ids)) - lse
             if self.dropped is not None:
                 log_prob.masked_fill_(self.dropped.gather(1, self.ids), -torch.inf)
+            if not self.on_cpu:
+                log_prob.masked_fill_(self.outside, torch.nan)
             columns[FIELDS.log_prob] = log_prob
         if self.teacher is not None:
             self._compare(guarded)
@@ -317,13 +320,20 @@ class _Block:
         c_div, c_logp, c_ent = (self._own(c) for c in self.coefficients)
         p, inner, form, columns = self.p, self.log_ratio, self.form, self.columns
         factor = 1.0 if self.p_factor is None else self.p_factor
+        slope_sum = columns[FIELDS.slope_sum]
+        if c_div is not None and self.dropped is not None:
+            # A weight of 0 leaves nothing of an infinite divergence.
+            unweighted = c_div == 0
+            slope_sum = torch.where(unweighted, 0.0, slope_sum)
+            inner.masked_fill_(unweighted, 0.0)
+            self.q.masked_fill_(unweighted, 0.0)
         if c_div is not None and form is not None and form.has_g:
             inner.mul_(c_div * factor)
         else:
             inner.zero_()
         constant = 0.0
         if c_div is not None:
-            constant = constant - c_div * columns[FIELDS.slope_sum]
+            constant = constant - c_div * slope_sum
         if c_logp is not None:
             constant = constant - c_logp
         if c_ent is not None:

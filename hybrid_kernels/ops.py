@@ -271,6 +271,9 @@ def row_losses(statistics: Tensor, weights: Weights, valid: Tensor | None) -> Te
     loss = None
     if weights.dense is not None:
         loss = weights.dense * statistics[FIELDS.divergence]
+        if isinstance(weights.dense, Tensor):
+            # A weight of 0 leaves nothing of an infinite divergence.
+            loss = torch.where(weights.dense == 0, 0.0, loss)
     if weights.advantages is not None:
         sparse = weights.advantages * statistics[FIELDS.log_prob]
         loss = -sparse if loss is None else loss - sparse

@@ -133,7 +133,10 @@ def hybrid_loss(
     valid = valid_rows(student_logits.shape[:-1], mask, token_ids, student_logits.device)
     loss = torch.zeros_like(terms.entropy)
     if terms.divergence is not None and not _is_zero(dense_weight):
-        loss = loss + dense_weight * terms.divergence
+        dense = dense_weight * terms.divergence
+        if isinstance(dense_weight, Tensor):
+            dense = torch.where(dense_weight == 0, 0.0, dense)  # even of an infinite divergence
+        loss = loss + dense
     if advantages is not None and terms.log_prob is not None:
         if callable(advantages):
             advantages = advantages(detached)

@@ -42,6 +42,8 @@ def returns_to_go(costs: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
     keep = mask != 0
     to_go = _inclusive_returns(costs, keep, gamma)
     future = torch.zeros_like(to_go)
+    if gamma == 0:
+        return future  # 0 times an infinite cost is 0 here, not NaN
     future[:, :-1] = gamma * to_go[:, 1:]
     return torch.where(keep, future, 0.0)
 
@@ -105,8 +107,10 @@ def sparse_advantages(
     keep = mask != 0
     costs = torch.where(keep, log_ratio.detach().float(), 0.0)
     scaled_reward = reward_weight * reward[:, None]
-    own = scaled_reward - returns_to_go(costs, keep, gamma) - (1.0 - dense_weight) * costs
-    if baseline == "none":
+    own = scaled_reward - returns_to_go(costs, keep, gamma)
+    if dense_weight != 1:
+        own = own - (1.0 - dense_weight) * costs
+    if baseline == "none" or not own.numel():
         shift = torch.zeros_like(scaled_reward)
     elif baseline == "per_token_leave_one_out":
         shift = -_mean_of_others(own, group)
@@ -125,7 +129,7 @@ def _inclusive_returns(costs: Tensor, keep: Tensor, gamma: float) -> Tensor:
     """S_t = sum_{k >= t} gamma^(k-t) c_k by doubling: S covers a window twice as long each step."""
     total = torch.where(keep, costs.detach().float(), 0.0)
     length, step = total.shape[1], 1
-    while step < length:
+    while step < length and gamma**step > 0:
         shifted = torch.zeros_like(total)
         shifted[:, :-step] = total[:, step:]
         total = total + gamma**step * shifted

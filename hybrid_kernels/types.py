@@ -73,6 +73,19 @@ class TopK:
     log_probs: Tensor
     token_log_prob: Tensor | None = None
 
+    @classmethod
+    def from_logits(
+        cls, teacher_logits: Tensor, k: int | None = None, *, ids: Tensor | None = None
+    ) -> "TopK":
+        """The support and its log-probabilities from full logits.
+
+        Raises:
+            ValueError: top-K teachers are not yet supported.
+        """
+        raise ValueError(
+            "teacher: TopK is not yet supported; give the teacher's logits as a [..., V] tensor"
+        )
+
 
 @dataclass(frozen=True)
 class LinearTeacher:

@@ -57,6 +57,15 @@ def no_grad_wanted(name: str, tensor: Tensor) -> None:
         )
 
 
+def can_be_saved(name: str, tensor: object) -> None:
+    """Autograd keeps it until the backward, which it refuses for inference tensors."""
+    if isinstance(tensor, Tensor) and not torch.compiler.is_compiling() and tensor.is_inference():
+        raise ValueError(
+            f"{name}: made under torch.inference_mode(), and can't be kept for the backward; make "
+            f"it under torch.no_grad(), or pass {name}.clone()"
+        )
+
+
 def token_ids(ids: object, rows: torch.Size, device: torch.device) -> None:
     if not isinstance(ids, Tensor):
         raise ValueError(f"token_ids: expected an integer tensor, got {type(ids).__name__}")

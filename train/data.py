@@ -36,7 +36,7 @@ def read_examples(option: str, path: str, tokenizer: PreTrainedTokenizerBase) ->
             prompt, or messages without a chat template. Names `option` and the line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"{option}: can't read {path!r}: {error.strerror}") from error
     rows = []

@@ -64,6 +64,11 @@ def load_models(config: TrainConfig, student_path: str | Path) -> Models:
     """
     tokenizer = _load("student", AutoTokenizer, str(student_path))
     student = _load("student", AutoModelForCausalLM, str(student_path), dtype=torch.float32)
+    generation = student.generation_config
+    if generation is not None and not generation.do_sample:
+        # Sampling settings without do_sample load, but transformers refuses to save them again.
+        sampling = (generation.temperature, generation.top_p, generation.top_k)
+        generation.do_sample = any(value not in (None, 1.0, 50) for value in sampling) or None
     precision = torch.bfloat16 if config.bf16 else torch.float32
     teacher = _load("teacher", AutoModelForCausalLM, config.teacher, dtype=precision)
     _check_same_tokens(tokenizer, config.teacher)

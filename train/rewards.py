@@ -19,7 +19,7 @@ from typing import Any
 from train.config import RewardConfig, UserError
 from train.data import Example
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?")
 
 
 def exact_match(prompts: Sequence, completions: Sequence[str], answer: Sequence) -> list[float]:

@@ -296,11 +296,12 @@ def logit_gradient(
     """
     inner = -c_logp
     if HAS_DIVERGENCE:
-        inner -= c_div * slope_sum
+        # A weight of 0 leaves nothing of an infinite divergence.
+        inner -= tl.where(c_div == 0.0, 0.0, c_div * slope_sum)
     if HAS_ENTROPY:
         inner += c_ent * (student_lse - entropy)
         inner -= c_ent * tl.maximum(x * inv_t, LOWEST)
     gradient = p * inner
     if HAS_DIVERGENCE:
-        gradient += c_div * s
+        gradient += tl.where(c_div == 0.0, 0.0, c_div * s)
     return gradient

@@ -348,7 +348,7 @@ def _write_statistics(
     inv_t,
 ):
     ptr = statistics_ptr + row
-    rows = rows.to(tl.int64)
+    rows = tl.cast(rows, tl.int64)  # a constant where there is one row, which has no .to
     tl.store(ptr + _DIVERGENCE * rows, divergence)
     tl.store(ptr + _LOG_PROB * rows, log_prob)
     tl.store(ptr + _TEACHER_LOG_PROB * rows, teacher_log_prob)
@@ -424,6 +424,9 @@ def rows_kernel(
             w_token = z_token
             if HAS_TEACHER:
                 w_token = _sampled(w_ptr, token, V)
+            if WRITE and not MEASURE:
+                # No reduction keeps the first gradient tile behind these loads.
+                tl.debug_barrier()
         if MEASURE:
             (
                 student_max, teacher_max, student_lse, teacher_lse, entropy, value, slope_sum
@@ -448,7 +451,7 @@ def rows_kernel(
             )  # fmt: skip
         else:
             own = statistics_ptr + row
-            count = rows.to(tl.int64)
+            count = tl.cast(rows, tl.int64)
             student_max = tl.load(own + _STUDENT_MAX * count)
             teacher_max = tl.load(own + _TEACHER_MAX * count)
             student_lse = tl.load(own + _STUDENT_LSE * count)
@@ -487,7 +490,7 @@ def rows_kernel(
     else:
         if MEASURE:
             for field in tl.static_range(_STATISTICS):
-                tl.store(statistics_ptr + row + field * rows.to(tl.int64), 0.0)
+                tl.store(statistics_ptr + row + field * tl.cast(rows, tl.int64), 0.0)
         if WRITE:
             _fill(gradient_row, 0.0, V, BLOCK_V)
 
