@@ -56,6 +56,7 @@ def compile_rows(
     teacher_floor: float | None = None,
     policy_gradient: bool = True,
     distil: bool = True,
+    count: int = 8192,
 ) -> CompiledKernel:
     """The row kernel as a call with these inputs would launch it.
 
@@ -68,6 +69,7 @@ def compile_rows(
         teacher_floor: as in `hybrid_loss`.
         policy_gradient: with token ids, advantages, an entropy bonus and a mask.
         distil: with a teacher.
+        count: rows; Triton makes a constant of a single one.
     """
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

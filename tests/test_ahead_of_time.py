@@ -53,6 +53,11 @@ def test_no_spills_with_options(options, mode):
     assert used.stack == used.local == 0, used
 
 
+@pytest.mark.parametrize("mode", aot.MODES)
+def test_a_single_row_compiles(mode):
+    assert aot.compile_rows("sm_90", 1000, torch.bfloat16, "reverse_kl", mode, count=1).asm["cubin"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_tiles_move_in_128_bits(dtype, divergence):

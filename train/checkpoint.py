@@ -128,6 +128,7 @@ def changed_options(folder: Path, config: TrainConfig) -> list[str]:
 
 def _random_state() -> dict[str, Any]:
     name, keys, position, has_gauss, gauss = np.random.get_state()
+    # NumPy's stubs also allow a dict here, which only get_state(legacy=False) returns.
     state: dict[str, Any] = {
         "python": json.dumps(random.getstate()),
         "numpy": [str(name), keys.tolist(), int(position), int(has_gauss), float(gauss)],  # type: ignore[union-attr]
