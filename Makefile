@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 HAS_TORCH := $(shell $(PYTHON) -c "import torch, sys; sys.exit(sys.prefix != sys.base_prefix or \
 	tuple(map(int, torch.__version__.split('.')[:2])) < (2, 9))" 2>/dev/null && echo yes)
 
-.PHONY: help setup test demo lint format bench doctor clean
+.PHONY: help setup test demo lint format bench gpu doctor clean
 
 help:
 	@echo "make demo    train three arms on two-digit addition: imitation, reward, hybrid"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and pyright"
 	@echo "make bench   benchmark the ops on this machine"
+	@echo "make gpu     on a GPU: tests, memory checker, benchmark with peers"
 	@echo "make doctor  what this machine will use, and whether it computes right"
 
 setup: $(VENV)/ready
@@ -41,7 +42,10 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m bench run
+
+gpu: setup
+	$(BIN)/python -m bench gpu
 
 doctor: setup
 	$(BIN)/python -m hybrid_kernels

@@ -1,69 +1,75 @@
-"""`python -m bench RESULTS.json [SUMMARY.json]`: pytest-benchmark's raw results as a table.
+"""`python -m bench COMMAND`
 
-The table is Markdown; the summary is a list of rows with medians in milliseconds.
+quick            a small benchmark, under two minutes on two cores
+run              the suite for this machine (or --suite), into bench/results/<device>
+report [FOLDER]  tables and plots of the results in a folder
+aot              what the compiler makes of the shipped kernels, for GPUs that are not here
+gpu              everything that a GPU is wanted for: tests, memory checker, benchmark
 """
 
-import json
+import argparse
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-PERCENTILES = {"p20_ms": 0.2, "median_ms": 0.5, "p80_ms": 0.8}
+import torch
+
+from bench import report, summary
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
 
 
-def summarise(raw: dict) -> list[dict]:
-    """One row for each benchmark: what was measured, its percentiles, and where."""
-    commit = raw["commit_info"]["id"]
-    rows = []
-    for entry in raw["benchmarks"]:
-        times = sorted(entry["stats"]["data"])
-        percentiles = {
-            name: round(1e3 * times[round(share * (len(times) - 1))], 3)
-            for name, share in PERCENTILES.items()
-        }
-        rows.append({**entry["extra_info"], **percentiles, "commit": commit})
-    return rows
+def measure(suite: str, folder: Path, *options: str) -> None:
+    """Runs a suite and leaves `raw.json`, `summary.json`, `report.md` and `report.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = folder / "raw.json"
+    command = [sys.executable, "-m", "pytest", "bench", f"--suite={suite}", "--benchmark-only"]
+    command += [f"--benchmark-json={raw}", "--benchmark-disable-gc", "-q", "-rs", *options]
+    command += ["--benchmark-columns=median,iqr,rounds", "--benchmark-sort=fullname"]
+    status = subprocess.run(command, cwd=ROOT).returncode
+    if not raw.exists() or not raw.stat().st_size:
+        sys.exit(f"the benchmark left no results (pytest's exit status: {status})")
+    summary.write(folder)
+    print(report.render(folder))
+    if status:
+        sys.exit(status)
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown, one block for each size, dtype and divergence; times relative to torch eager."""
-    lines = []
-    keys = ("n", "v", "dtype", "divergence")
-    for case in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
-        own = [row for row in rows if tuple(row[key] for key in keys) == case]
-        eager = next((row for row in own if row["provider"] == "torch eager"), None)
-        lines += [
-            "",
-            f"N={case[0]}, V={case[1]:,}, {case[2]}, {case[3]}",
-            "",
-            "| | median ms | p20-p80 | of eager | peak MiB | of eager | gradient error |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for row in own:
-            relative = [
-                "" if eager is None else f"{row[key] / eager[key]:.2f}"
-                for key in ("median_ms", "peak_mib")
-            ]
-            error = f"{row['grad_error']:.0e}" if "grad_error" in row else ""
-            lines.append(
-                f"| {row['provider']} | {row['median_ms']:.0f} | {row['p20_ms']:.0f}-"
-                f"{row['p80_ms']:.0f} | {relative[0]} | {row['peak_mib']:.0f} | {relative[1]} | "
-                f"{error} |"
-            )
-    return "\n".join(lines).strip()
+def device_folder() -> Path:
+    """`bench/results/<device>`, `cpu` where there is no GPU."""
+    if not torch.cuda.is_available():
+        return RESULTS / "cpu"
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
-def main() -> int:
-    if not 2 <= len(sys.argv) <= 3:
-        print(__doc__)
-        return 2
-    raw = json.loads(Path(sys.argv[1]).read_text())
-    rows = summarise(raw)
-    if len(sys.argv) == 3:
-        stamp = {**raw["machine_info"]["hybrid_kernels"], "when": raw["datetime"]}
-        Path(sys.argv[2]).write_text(json.dumps({"machine": stamp, "rows": rows}, indent=1) + "\n")
-    print(table(rows))
-    return 0
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("command", choices=("quick", "run", "report", "aot", "gpu"))
+    parser.add_argument("folder", nargs="?", type=Path, help="default: bench/results/<device>")
+    parser.add_argument("--suite", choices=("quick", "cpu", "gpu"))
+    arguments = parser.parse_args()
+    folder = arguments.folder or device_folder()
+    if arguments.command == "quick":
+        with tempfile.TemporaryDirectory() as temporary:
+            measure("quick", Path(temporary), "-p", "no:cacheprovider")
+    elif arguments.command == "run":
+        measure(arguments.suite or ("gpu" if torch.cuda.is_available() else "cpu"), folder)
+    elif arguments.command == "report":
+        print(report.render(folder))
+    elif arguments.command == "aot":
+        from bench import aot
+
+        aot.main()
+    else:
+        from bench import gpu
+
+        sys.exit(gpu.main(folder))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

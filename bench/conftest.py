@@ -1,20 +1,58 @@
-"""Stamps every result with what it was measured on."""
+"""The suite's cases as parameters, and the stamp of what they were measured on."""
 
 import importlib.metadata
 import os
 import platform
+import subprocess
+import time
 
+import pytest
 import torch
+
+from bench.providers import PROVIDERS
+from bench.suites import SUITES
+
+START = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    default = "gpu" if torch.cuda.is_available() else "cpu"
+    parser.addoption("--suite", choices=SUITES, default=default, help="what to measure")
+    parser.addoption(
+        "--deadline", type=float, default=float("inf"), help="seconds after which no case starts"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        suite = str(metafunc.config.getoption("--suite"))
+        metafunc.parametrize("case", SUITES[suite](), ids=str)
+
+
+@pytest.fixture(autouse=True)
+def in_time(request: pytest.FixtureRequest) -> None:
+    if time.monotonic() - START > float(request.config.getoption("--deadline")):  # pyright: ignore
+        pytest.skip("out of time")
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    return "cuda" if request.config.getoption("--suite") == "gpu" else "cpu"
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.pop("node", None)
+    gpu = config.getoption("--suite") == "gpu"
+    missing = {name: peer.missing() for name, peer in PROVIDERS.items()}
     machine_info["hybrid_kernels"] = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "device": torch.cuda.get_device_name() if gpu else _cpu(),
+        "driver": _driver() if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "triton")},
+        **{name: _version(name) for name in ("torch", "triton", "transformers")},
+        "missing_peers": {name: reason for name, reason in missing.items() if reason},
     }
 
 
@@ -22,6 +60,14 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
 
 

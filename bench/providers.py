@@ -4,7 +4,12 @@ A provider takes a `Problem` and returns a function that computes the mean loss 
 w.r.t. the student's logits. Adding a peer is one function and one line in `PROVIDERS`.
 """
 
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -20,20 +25,66 @@ class Problem(NamedTuple):
     student: Tensor
     teacher: Tensor
     divergence: str
+    mask: Tensor | None = None
 
     @classmethod
     def random(
-        cls, rows: int, vocabulary: int, dtype: torch.dtype, divergence: str, device: str = "cpu"
+        cls,
+        rows: int,
+        vocabulary: int,
+        dtype: torch.dtype,
+        divergence: str,
+        device: str = "cpu",
+        noise: float = 0.5,
+        masked: float = 0.0,
     ) -> "Problem":
-        """Logits of spread 2 nats whose teacher differs by 0.5 nats, from a fixed seed."""
-        generator = torch.Generator().manual_seed(0)
-        student = 2 * torch.randn(rows, vocabulary, generator=generator)
-        teacher = student + 0.5 * torch.randn(rows, vocabulary, generator=generator)
-        student = student.to(device, dtype).requires_grad_()
-        return cls(student, teacher.to(device, dtype), divergence)
+        """Logits of spread 2 nats whose teacher differs by `noise` nats, from a fixed seed.
+
+        `masked` is the share of rows that don't count.
+        """
+        generator = torch.Generator(device).manual_seed(0)
+        options = {"generator": generator, "device": device}
+        student = torch.empty(rows, vocabulary, dtype=dtype, device=device)
+        teacher = torch.empty_like(student)
+        for z, w in zip(student.split(1024), teacher.split(1024), strict=True):
+            logits = 2 * torch.randn(z.shape, **options)
+            z.copy_(logits)
+            w.copy_(logits + noise * torch.randn(z.shape, **options))
+        mask = torch.rand(rows, **options) >= masked if masked else None
+        return cls(student.requires_grad_(), teacher, divergence, mask)
 
 
 Run = Callable[[], Tensor]
+
+
+class Provider(NamedTuple):
+    """How to run a peer, what it needs and what it can do.
+
+    Attributes:
+        make: `Problem` -> function that computes the gradient.
+        needs: the package that must be installed; None for torch alone.
+        gpu_only: whether it has no CPU version.
+        divergences: those that it has.
+        op: what it computes.
+        moved: logits read and gradients written, in entries per entry, of the fastest such program.
+        is_gradient: whether its gradient is that of the dense term, which the oracle checks.
+    """
+
+    make: Callable[[Problem], Run]
+    needs: str | None = None
+    gpu_only: bool = False
+    divergences: tuple[str, ...] = hybrid_kernels.available_divergences()
+    op: str = "hybrid_loss"
+    moved: int = 3
+    is_gradient: bool = True
+
+    def missing(self) -> str | None:
+        """Why this machine can't run it."""
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            return f"{self.needs} is not installed"
+        if self.gpu_only and not torch.cuda.is_available():
+            return "it needs a GPU"
+        return None
 
 
 def ours(problem: Problem) -> Run:
@@ -41,17 +92,14 @@ def ours(problem: Problem) -> Run:
     return lambda: _backward(
         problem,
         hybrid_kernels.hybrid_loss(
-            problem.student, problem.teacher, divergence=problem.divergence
+            problem.student, problem.teacher, mask=problem.mask, divergence=problem.divergence
         ).loss,
     )
 
 
 def ours_hybrid(problem: Problem) -> Run:
     """`hybrid_loss` with the policy-gradient and entropy terms in the same gradient."""
-    rows, vocabulary = problem.student.shape
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(vocabulary, (rows,), generator=generator).to(problem.student.device)
-    advantages = torch.randn(rows, generator=generator).to(problem.student.device)
+    ids, advantages = _samples(problem)
     return lambda: _backward(
         problem,
         hybrid_kernels.hybrid_loss(
@@ -63,6 +111,46 @@ def ours_hybrid(problem: Problem) -> Run:
             divergence=problem.divergence,
         ).loss,
     )
+
+
+def ours_callable(problem: Problem) -> Run:
+    """`hybrid_loss` with advantages that depend on the fresh statistics: two launches."""
+    ids, advantages = _samples(problem)
+    return lambda: _backward(
+        problem,
+        hybrid_kernels.hybrid_loss(
+            problem.student,
+            problem.teacher,
+            ids,
+            lambda terms: advantages * (terms.entropy - terms.entropy.mean()),
+            divergence=problem.divergence,
+        ).loss,
+    )
+
+
+def ours_token_terms(problem: Problem) -> Run:
+    """`token_terms`, and a backward with an upstream gradient of its own for every row."""
+    upstream = _samples(problem)[1]
+    return lambda: _backward(problem, (_divergences(problem) * upstream).sum())
+
+
+def ours_statistics(problem: Problem) -> Run:
+    """`token_terms` without a gradient: scoring."""
+    return torch.no_grad()(lambda: _divergences(problem))
+
+
+def _divergences(problem: Problem) -> Tensor:
+    divergences = hybrid_kernels.token_terms(
+        problem.student, problem.teacher, divergence=problem.divergence
+    ).divergence
+    assert divergences is not None
+    return divergences
+
+
+def copy(problem: Problem) -> Run:
+    """A copy of the student's logits: the bandwidth that the others are measured against."""
+    target = torch.empty_like(problem.teacher)
+    return lambda: target.copy_(problem.student.detach())
 
 
 def _composition(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
@@ -81,13 +169,67 @@ def _composition(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
 
 def eager(problem: Problem) -> Run:
     """The composition in eager torch."""
-    return lambda: _backward(problem, _composition(*problem))
+    return lambda: _backward(problem, _composition(*problem[:3]))
 
 
-def compiled(problem: Problem) -> Run:
+def compiled(problem: Problem, mode: str = "default") -> Run:
     """The composition under `torch.compile`."""
-    composition = torch.compile(_composition)
-    return lambda: _backward(problem, composition(*problem))
+    composition = torch.compile(_composition, mode=mode, dynamic=False)
+    return lambda: _backward(problem, composition(*problem[:3]))
+
+
+def compiled_autotuned(problem: Problem) -> Run:
+    return compiled(problem, "max-autotune-no-cudagraphs")
+
+
+def speculators(problem: Problem) -> Run:
+    """The fused losses of speculators (Apache-2.0): raw logits in, per token out."""
+    # Its packages import servers and data sets; the losses need none of them.
+    for name in ("speculators", "speculators.losses", "speculators.utils"):
+        _without_init(name)
+    fused = importlib.import_module("speculators.losses.fused")
+    functions = {
+        "reverse_kl": fused.fused_reverse_kl_div_loss,
+        "forward_kl": fused.fused_kl_div_loss,
+        "jsd": fused.fused_js_div_loss,
+    }
+    loss = functions[problem.divergence]
+    return lambda: _backward(problem, loss(problem.student[None], problem.teacher[None]).mean())
+
+
+def liger(problem: Problem) -> Run:
+    """Liger's divergence of log-probabilities, both log_softmax included."""
+    module = importlib.import_module("liger_kernel.transformers.jsd")
+    beta = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": 0.5}[problem.divergence]
+    loss = module.LigerJSD(beta=beta)
+
+    def run() -> Tensor:
+        log_p = problem.student.log_softmax(-1, dtype=torch.float32)
+        log_q = problem.teacher.log_softmax(-1, dtype=torch.float32)
+        return _backward(problem, loss(log_p, log_q))
+
+    return run
+
+
+def _without_init(name: str) -> None:
+    """Registers a package without running its `__init__`."""
+    if name in sys.modules:
+        return
+    root = importlib.util.find_spec(name.split(".")[0])
+    assert root is not None
+    assert root.submodule_search_locations
+    package = ModuleType(name)
+    package.__path__ = [str(Path(root.submodule_search_locations[0], *name.split(".")[1:]))]
+    sys.modules[name] = package
+
+
+def _samples(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Sampled tokens and their advantages."""
+    rows, vocabulary = problem.student.shape
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(vocabulary, (rows,), generator=generator)
+    advantages = torch.randn(rows, generator=generator)
+    return ids.to(problem.student.device), advantages.to(problem.student.device)
 
 
 def _backward(problem: Problem, loss: Tensor) -> Tensor:
@@ -97,22 +239,35 @@ def _backward(problem: Problem, loss: Tensor) -> Tensor:
     return problem.student.grad
 
 
-PROVIDERS: dict[str, Callable[[Problem], Run]] = {
-    "hybrid_kernels": ours,
-    "hybrid_kernels, dense + sparse + entropy": ours_hybrid,
-    "torch eager": eager,
-    "torch.compile": compiled,
+_KL_AND_JSD = ("reverse_kl", "forward_kl", "jsd")
+
+PROVIDERS: dict[str, Provider] = {
+    "copy": Provider(copy, op="copy", moved=2, is_gradient=False),
+    "hybrid_kernels": Provider(ours),
+    "hybrid_kernels, dense + sparse + entropy": Provider(ours_hybrid, is_gradient=False),
+    "hybrid_kernels, callable advantages": Provider(ours_callable, is_gradient=False),
+    "hybrid_kernels token_terms": Provider(ours_token_terms, op="token_terms", is_gradient=False),
+    "hybrid_kernels scoring": Provider(
+        ours_statistics, op="token_terms, no gradient", moved=2, is_gradient=False
+    ),
+    "torch eager": Provider(eager),
+    "torch.compile": Provider(compiled),
+    "torch.compile, max-autotune": Provider(compiled_autotuned, gpu_only=True),
+    "speculators 0.9.0": Provider(speculators, "speculators", True, _KL_AND_JSD),
+    "Liger 0.8.5": Provider(liger, "liger_kernel", True, _KL_AND_JSD),
 }
 
 
 def oracle(problem: Problem, rows: int) -> Tensor:
     """The dense gradient of the first rows in float64, scaled as in the mean over all rows."""
-    student = problem.student.detach()[:rows].double().requires_grad_()
+    student = problem.student.detach()[:rows].cpu().double().requires_grad_()
+    count = problem.student.shape[0] if problem.mask is None else int(problem.mask.sum())
     result = reference.hybrid_loss(
         student,
-        problem.teacher[:rows].double(),
+        problem.teacher[:rows].cpu().double(),
+        mask=None if problem.mask is None else problem.mask[:rows].cpu(),
         divergence=problem.divergence,
-        num_tokens=problem.student.shape[0],
+        num_tokens=count,
     )
     result.loss.backward()
     assert student.grad is not None

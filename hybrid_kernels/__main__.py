@@ -1,5 +1,6 @@
 """The doctor: `python -m hybrid_kernels` says what this machine will use and checks every op.
 
+`python -m hybrid_kernels tune` measures the kernels' launch configurations on this GPU (`tune.py`).
 Exit status: 0 if every check passed, 1 otherwise.
 """
 
@@ -20,9 +21,18 @@ from hybrid_kernels.api import resolve_backend
 # Relative L2 error of a gradient in fp32 arithmetic; a healthy one is a few 1e-7.
 TOLERANCE = 1e-5
 ROWS, VOCABULARY = 5, 1003
+# Of Llama 2, GPT-2, Llama 3, Qwen 2.5 and Gemma.
+VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["tune"]:
+        from hybrid_kernels import tune
+
+        return tune.main(sys.argv[2:])
+    if sys.argv[1:]:
+        print(f"usage: python -m hybrid_kernels [tune]; got {' '.join(sys.argv[1:])!r}")
+        return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backends = _describe(device)
     healthy = True
@@ -57,9 +67,29 @@ def _describe(device: torch.device) -> list[str]:
     try:
         resolve_backend("triton", probe)
         backends.append("triton")
+        _describe_forms(device)
     except ValueError as error:
+        print("form            blocks of rows, in torch")
         print(f"triton kernels  not run here: {error}")
     return backends
+
+
+def _describe_forms(device: torch.device) -> None:
+    """Prints how `hybrid_loss` would launch on bf16 logits of common vocabularies."""
+    from hybrid_kernels.kernels import config
+    from hybrid_kernels.kernels import rows as launchers
+    from hybrid_kernels.rows import Rows
+
+    if config.INTERPRETED:
+        print("triton kernels  interpreted on the CPU, for tests")
+    source = config.tuning_file() if config.tuning_file().is_file() else "the package's defaults"
+    print(f"tuning          {source}")
+    print("form            hybrid_loss, bf16, N=8192 (callable advantages, token_terms: sweeping)")
+    for vocabulary in VOCABULARIES:
+        # One entry seen many times: nothing is allocated.
+        logits = torch.empty(1, dtype=torch.bfloat16, device=device).expand(1, 8192, vocabulary)
+        rows = Rows(logits, logits, None, None, "reverse_kl", 0.0, 1.0, None)
+        print(f"  V={vocabulary:<12,} {launchers.form(rows).describe()}")
 
 
 def _checks(device: torch.device, backend: str) -> list[tuple[str, float]]:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# Stands for -inf in a log-ratio: 0 * -1e30 is 0, where 0 * -inf would be NaN.
-LOWEST = -1e30
+# Stands for -inf in a log-ratio: 0 times it is 0, where 0 * -inf would be NaN. (About -1e30, and a
+# power of two, which bf16 holds exactly.)
+LOWEST = -(2.0**100)
 
 # The divergences that SMALL_DIVERGENCE is for.
 KL_FAMILY = ("reverse_kl", "forward_kl", "jeffreys")

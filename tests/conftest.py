@@ -58,8 +58,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if _interpreted(config):
         others = [item for item in items if "target" not in getattr(item, "fixturenames", ())]
-        config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if item not in set(others)]
+    else:
+        # On a GPU the form of a kernel follows from the problem: test_gpu.py.
+        others = [item for item in items if "form" in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in set(others)]
 
 
 def _interpreted(config: pytest.Config) -> bool:
@@ -99,9 +102,10 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def small_tiles(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the kernels sweep a short row in several tiles, as they do a vocabulary."""
+    """Cuts a short row as a vocabulary is cut: into several tiles, slices and chunks."""
     if target.backend == "triton":
         from hybrid_kernels.kernels import config
 
         for name in ("MAX_BLOCK_V", "MAX_BLOCK_V_TWO_SWEEPS", "INTERPRETED_BLOCK_V"):
             monkeypatch.setattr(config, name, 32)
+        monkeypatch.setattr(config, "INTERPRETED_SLICE", 72)

@@ -5,12 +5,30 @@ import torch
 
 import cases
 from hybrid_kernels import hybrid_loss, token_terms
+from hybrid_kernels.kernels import config
+from hybrid_kernels.kernels import rows as launchers
 from tolerance import assert_matches_reference
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
+
+VOCABULARIES = (32_000, 50_257, 128_256, 151_936, 262_144)
+
+
+def logits(rows, vocabulary, seed=0, dtype=torch.bfloat16):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    student = torch.randn(rows, vocabulary, device="cuda", generator=generator)
+    teacher = student + 0.5 * torch.randn(student.shape, device="cuda", generator=generator)
+    return student.to(dtype).requires_grad_(), teacher.to(dtype)
+
+
+def gradient(student, teacher, **options):
+    student.grad = None
+    loss = hybrid_loss(student, teacher, **options).loss
+    loss.sum().backward()
+    return student.grad
 
 
 def test_auto_is_triton():
@@ -39,14 +57,142 @@ def test_nothing_waits_for_the_device():
     assert leaf.grad is not None
 
 
+# -- programs that meet ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", cases.DIVERGENCES, ids=cases.divergence_id)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("rows", [1, 3, 50])
+def test_both_forms_agree(rows, vocabulary, divergence, monkeypatch):
+    student, teacher = logits(rows, vocabulary)
+    options = {"divergence": divergence, "reduction": "none"}
+    resident = gradient(student, teacher, **options)
+    values = hybrid_loss(student, teacher, **options).loss
+    monkeypatch.setattr(config, "resident", lambda *args: None)
+    swept = gradient(student, teacher, **options)
+    torch.testing.assert_close(resident, swept, rtol=1e-2, atol=1e-6)
+    # (Of the statistics alone, which are always swept.)
+    with torch.no_grad():
+        terms = token_terms(student, teacher, divergence=divergence)
+    torch.testing.assert_close(values, terms.divergence, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tuning", config.CANDIDATES, ids=str)
+def test_every_candidate_is_right(tuning, monkeypatch):
+    monkeypatch.setattr(config, "tuned", lambda *_: tuning)
+    for dtype in (torch.bfloat16, torch.float32):
+        case = cases.make(50_257, (2, 40), masked=True, dtype=dtype, device="cuda")
+        for divergence in ("reverse_kl", "jsd"):
+            assert_matches_reference(case, "triton", divergence=divergence)
+
+
+def test_a_thousand_launches_do_not_hang():
+    student, teacher = logits(512, 151_936)
+    expected = gradient(student, teacher).clone()
+    for _ in range(1000):
+        got = gradient(student, teacher)
+    torch.cuda.synchronize()
+    assert torch.equal(got, expected)
+
+
+def test_busy_multiprocessors_do_not_hang():
+    """Another stream keeps multiprocessors busy, so that not all programs fit at first."""
+    student, teacher = logits(256, 151_936)
+    expected = gradient(student, teacher).clone()
+    matrix = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    other = torch.cuda.Stream()
+    for _ in range(100):
+        with torch.cuda.stream(other):
+            matrix @ matrix
+        assert torch.equal(gradient(student, teacher), expected)
+    torch.cuda.synchronize()
+
+
+def test_two_streams_of_launches_do_not_hang():
+    """Cooperative launches of two streams never hold half of the device each."""
+    pairs = [logits(256, 151_936, seed) for seed in (1, 2)]
+    expected = [gradient(*pair).clone() for pair in pairs]
+    streams = [torch.cuda.Stream() for _ in pairs]
+    torch.cuda.synchronize()
+    for _ in range(100):
+        got = []
+        for pair, stream in zip(pairs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(gradient(*pair))
+    torch.cuda.synchronize()
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_cuda_graphs():
+    student, teacher = logits(300, 151_936)
+    for _ in range(3):
+        expected = gradient(student, teacher).clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        gradient(student, teacher)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    student.grad = None
+    with torch.cuda.graph(graph):
+        loss = hybrid_loss(student, teacher).loss
+        loss.backward()
+    for _ in range(100):
+        student.grad.zero_()
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(student.grad, expected)
+
+
+def test_results_are_the_same_from_run_to_run():
+    student, teacher = logits(700, 128_256)
+    first = gradient(student, teacher, divergence="jsd").clone()
+    for _ in range(5):
+        assert torch.equal(gradient(student, teacher, divergence="jsd"), first)
+
+
+def test_masked_rows_are_not_read():
+    """Half of the rows: half of the time, about. (And zeros, which other tests see.)"""
+    student, teacher = logits(4096, 151_936)
+    mask = torch.arange(4096, device="cuda") % 2 == 0
+
+    def median(**options):
+        times = []
+        for _ in range(20):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            hybrid_loss(student, teacher, **options)
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end))
+        return sorted(times)[10]
+
+    assert median(mask=mask) < 0.85 * median()
+
+
+def test_which_form_runs():
+    student, teacher = logits(4, 151_936)
+    rows = launchers.Rows(
+        student.detach()[None], teacher[None], None, None, "reverse_kl", 0.0, 1.0, None
+    )
+    launch = launchers.form(rows)
+    assert isinstance(launch, config.Resident)
+    assert launch.splits > 1
+
+
+# -- sizes ---------------------------------------------------------------------------------------
+
+
 def test_more_than_two_to_the_31_entries():
     """Offsets are 64 bits wide: the last rows are what they are alone."""
     vocabulary = 151_936
     rows = 2**31 // vocabulary + 8
-    generator = torch.Generator("cuda").manual_seed(0)
-    options = {"dtype": torch.bfloat16, "device": "cuda", "generator": generator}
-    student = torch.randn(rows, vocabulary, **options).requires_grad_()
-    teacher = torch.randn(rows, vocabulary, **options)
+    student, teacher = (
+        torch.empty(rows, vocabulary, dtype=torch.bfloat16, device="cuda").normal_()
+        for _ in range(2)
+    )
+    student.requires_grad_()
     loss = hybrid_loss(student, teacher, reduction="none").loss
     loss.sum().backward()
     tail = student[-4:].detach().clone().requires_grad_()
@@ -54,6 +200,11 @@ def test_more_than_two_to_the_31_entries():
     alone.sum().backward()
     torch.testing.assert_close(loss[-4:], alone)
     torch.testing.assert_close(student.grad[-4:], tail.grad)
+
+
+def test_more_than_65535_rows():
+    student, teacher = logits(70_000, 1000)
+    assert gradient(student, teacher, reduction="sum").isfinite().all()
 
 
 def test_a_whole_batch_in_half_precision():

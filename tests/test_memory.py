@@ -2,32 +2,15 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import cases
+from bench.measure import peak_bytes
 from cases import DIVERGENCES, divergence_id
 from hybrid_kernels import hybrid_loss, token_terms
 
 pytestmark = pytest.mark.usefixtures("native")
 
 ROWS, VOCABULARY = 100, 50_000
-
-
-def peak_bytes(function, device):
-    """The most memory that was held at once during a call, beyond what was held before."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def size(case):

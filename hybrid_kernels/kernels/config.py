@@ -1,5 +1,19 @@
-"""Launch configurations: the only place where tuning lives."""
+"""Launch configurations: the only place where tuning lives.
 
+A *form* is a way to run the row kernels:
+
+- "row-resident" (`resident.py`): statistics and gradient in one launch, 3 N V entries moved;
+- "sweeping" (`sweep.py`): tile by tile, for statistics alone, for a gradient from statistics that
+  are known (callable `advantages`, the backward of `token_terms`), and for what the first can't do.
+
+What a GPU runs best can be measured once, by `python -m hybrid_kernels tune`, which writes a small
+file. Nothing is timed at import or in a user's call.
+"""
+
+import functools
+import json
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -9,9 +23,10 @@ from triton import knobs
 # Whether kernels run on the CPU, one program after another. Triton decides when it is imported.
 INTERPRETED = bool(knobs.runtime.interpret)
 
-# Elements of the vocabulary that a program holds at once, in registers, and how many of them a
-# thread holds. tests/test_ahead_of_time.py forbids spills, which the Jensen-Shannon divergence has
-# at 16 elements a thread.
+WARP = 32
+
+# The sweeping form: entries that a program holds at once, in registers, and how many of them a
+# thread holds. tests/test_ahead_of_time.py forbids spills.
 MAX_BLOCK_V = 4096
 MAX_BLOCK_V_TWO_SWEEPS = 2048
 PER_THREAD = 16
@@ -20,28 +35,224 @@ PER_THREAD_TWO_SWEEPS = 8
 # Left to itself, ptxas spills a few scalars to fit a third program of 80 registers on an SM.
 MAX_REGISTERS = 128
 
-# The interpreter pays per operation, not per element.
+# The interpreter pays per operation, not per entry.
 INTERPRETED_BLOCK_V = 65536
+INTERPRETED_SLICE = 2**20
+
+# Slices are cut at multiples of this many entries, so that they move in 128-bit pieces.
+SLICE_MULTIPLE = 8
+# Entries of a chunk that a thread holds. A program works chunk by chunk, which bounds the registers
+# for intermediate results.
+CHUNK_PER_THREAD = 8
+# That a multiprocessor holds at once, whatever their size.
+MAX_PROGRAMS = 16
 
 
-class Launch(NamedTuple):
-    """Compile-time constants of a row kernel."""
+class Device(NamedTuple):
+    """What a launch has to know of a GPU."""
+
+    name: str
+    multiprocessors: int
+    registers: int = 65536  # of one multiprocessor
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "Device":
+        return _device(tensor.device.index) if tensor.is_cuda else cls("interpreter", 1)
+
+
+@functools.cache
+def _device(index: int | None) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    registers = getattr(properties, "regs_per_multiprocessor", 65536)
+    return Device(properties.name, properties.multi_processor_count, registers)
+
+
+class Tuning(NamedTuple):
+    """The free choices of the row-resident form.
+
+    Attributes:
+        slice_bytes: of one side's longest slice.
+        num_warps: of a program with such a slice.
+        programs: that a multiprocessor holds at once.
+        prefetch: whether the next row's loads start before the meeting.
+    """
+
+    slice_bytes: int
+    num_warps: int
+    programs: int
+    prefetch: bool
+
+
+# For logits of 2 and of 4 bytes. Chosen by the registers and instructions that the compiler reports
+# (`python -m bench aot`); no GPU has been asked yet.
+DEFAULT_TUNING = {2: Tuning(8192, 4, 2, True), 4: Tuning(12288, 4, 2, True)}
+
+# What `python -m hybrid_kernels tune` tries. Some keep a few scalars on the stack.
+CANDIDATES = [
+    Tuning(slice_bytes, num_warps, programs, prefetch)
+    for slice_bytes, num_warps, programs in (
+        (8192, 4, 2),
+        (10240, 4, 2),
+        (12288, 4, 2),
+        (16384, 4, 2),
+        (8192, 4, 3),
+        (8192, 8, 2),
+        (16384, 8, 1),
+        (32768, 8, 1),
+        (16384, 16, 1),
+    )
+    for prefetch in (True, False)
+]
+
+
+class Sweep(NamedTuple):
+    """Compile-time constants of the sweeping form: one program per row."""
 
     block_v: int
     num_warps: int
 
     def options(self, hip: bool = torch.version.hip is not None) -> dict[str, int | bool]:
-        """Compiler options. Contraction to fused multiply-add is on, whatever Triton's default."""
-        options = {"num_warps": self.num_warps, "enable_fp_fusion": True}
-        return options if hip else {**options, "maxnreg": MAX_REGISTERS}
+        """Compiler options."""
+        return _options(self.num_warps, MAX_REGISTERS, hip)
+
+    def describe(self) -> str:
+        return f"sweeping, one program a row, tiles of {self.block_v:,}"
 
 
-def rows(vocabulary: int, one_sweep: bool = True) -> Launch:
+class Resident(NamedTuple):
+    """Compile-time constants and grid of the row-resident form.
+
+    `splits` programs share a row in slices of `slice_v` entries, which a program holds as `chunks`
+    tiles of `chunk_v`; `groups` rows are in flight at once.
+    """
+
+    chunk_v: int
+    chunks: int
+    slice_v: int
+    splits: int
+    groups: int
+    num_warps: int
+    registers: int
+    prefetch: bool
+
+    def options(self, hip: bool = torch.version.hip is not None) -> dict[str, int | bool]:
+        """Compiler options; programs that wait for each other must all be resident."""
+        options = _options(self.num_warps, self.registers, hip)
+        return {**options, "launch_cooperative_grid": True} if self.splits > 1 else options
+
+    def describe(self) -> str:
+        return (
+            f"row-resident, {self.splits} program(s) a row, slices of {self.slice_v:,}, "
+            f"{self.groups} rows in flight"
+        )
+
+
+def _options(num_warps: int, registers: int, hip: bool) -> dict[str, int | bool]:
+    # Contraction to fused multiply-add is on, whatever Triton's default.
+    options: dict[str, int | bool] = {"num_warps": num_warps, "enable_fp_fusion": True}
+    return options if hip else {**options, "maxnreg": registers}
+
+
+def sweep(vocabulary: int, one_sweep: bool = True) -> Sweep:
     """One program per row, sweeping tiles of `block_v` entries."""
     largest = MAX_BLOCK_V if one_sweep else MAX_BLOCK_V_TWO_SWEEPS
     per_thread = PER_THREAD if one_sweep else PER_THREAD_TWO_SWEEPS
     if INTERPRETED:
         largest = INTERPRETED_BLOCK_V
     block_v = min(triton.next_power_of_2(vocabulary), largest)
-    num_warps = min(8, max(1, block_v // (per_thread * 32)))
-    return Launch(block_v=block_v, num_warps=num_warps)
+    num_warps = min(8, max(1, block_v // (per_thread * WARP)))
+    return Sweep(block_v, num_warps)
+
+
+def resident(
+    vocabulary: int, itemsize: int, rows: int, device: Device, tuning: Tuning | None = None
+) -> Resident | None:
+    """How many programs share a row, and how many rows are in flight; None if a row needs more
+    programs than the device holds at once.
+
+    Args:
+        vocabulary: V.
+        itemsize: bytes of the wider of both logits.
+        rows: N.
+        device: where it will run.
+        tuning: its choices; by default those of the tuning file, else those of `DEFAULT_TUNING`.
+    """
+    if INTERPRETED:
+        slice_v = _slice(vocabulary, INTERPRETED_SLICE)
+        chunk_v = min(triton.next_power_of_2(slice_v), INTERPRETED_BLOCK_V)
+        chunks, splits = -(-slice_v // chunk_v), -(-vocabulary // slice_v)
+        return Resident(chunk_v, chunks, slice_v, splits, rows, 1, 0, True)
+    tuning = tuning or tuned(device.name, itemsize) or DEFAULT_TUNING[itemsize]
+    slice_v = _slice(vocabulary, tuning.slice_bytes // itemsize)
+    splits = -(-vocabulary // slice_v)
+    num_warps = tuning.num_warps
+    # A short row takes a smaller program, and more of them.
+    while num_warps > 1 and slice_v <= num_warps * WARP * CHUNK_PER_THREAD // 2:
+        num_warps //= 2
+    chunk_v = num_warps * WARP * CHUNK_PER_THREAD
+    programs = min(MAX_PROGRAMS, tuning.programs * tuning.num_warps // num_warps)
+    registers = min(255, device.registers // (programs * num_warps * WARP) // 8 * 8)
+    groups = min(rows, device.multiprocessors * programs // splits)
+    if groups == 0:
+        return None
+    return Resident(
+        chunk_v,
+        -(-slice_v // chunk_v),
+        slice_v,
+        splits,
+        groups,
+        num_warps,
+        registers,
+        tuning.prefetch,
+    )
+
+
+def _slice(vocabulary: int, largest: int) -> int:
+    """The length of equal slices, none longer than `largest`."""
+    splits = -(-vocabulary // largest)
+    return _round_up(-(-vocabulary // splits), SLICE_MULTIPLE)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+# -- the tuning file ------------------------------------------------------------------------------
+
+
+def tuning_file() -> Path:
+    """`$HYBRID_KERNELS_TUNING`, else `hybrid_kernels/tuning.json` in the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    default = Path(cache) / "hybrid_kernels" / "tuning.json"
+    return Path(os.environ.get("HYBRID_KERNELS_TUNING") or default)
+
+
+@functools.cache
+def tuned(device_name: str, itemsize: int) -> Tuning | None:
+    """What the tuning file says of a device; None where it says nothing.
+
+    Raises:
+        ValueError: the file is there, but can't be read as one.
+    """
+    path = tuning_file()
+    if not path.is_file():
+        return None
+    try:
+        entry = json.loads(path.read_text()).get(device_name, {}).get(str(itemsize))
+        return None if entry is None else Tuning(**entry)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"tuning file {path}: {error}; delete it, or write it anew with "
+            "python -m hybrid_kernels tune"
+        ) from error
+
+
+def write_tuning(device_name: str, itemsize: int, tuning: Tuning) -> Path:
+    """Adds a device's best choices to the tuning file."""
+    path = tuning_file()
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    content.setdefault(device_name, {})[str(itemsize)] = tuning._asdict()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    tuned.cache_clear()
+    return path

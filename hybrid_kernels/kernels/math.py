@@ -1,118 +1,286 @@
 """The mathematics of the row kernels, written once, in small functions without a memory access.
 
 Notation, per row: z and w the logits of student and teacher, m and m_w their maxima, p and q the
-softmaxes at temperature T, l = log p - log q. Conventions:
+softmaxes at temperature T, l = log p - log q, x = z - m and d = (z - m) - (w - m_w). Conventions:
 
-- Exponentials are base 2 of `difference * scale` with scale = log2(e)/T. The difference is taken
-  first: scaling z and m separately would cost four digits at |z| = 1e4.
-- Lanes outside the vocabulary hold -inf on both sides, and then add 0 to every sum.
-- An entry with z = -inf takes no part in a divergence. In place of -inf a log-ratio holds `LOWEST`,
-  because 0 * -inf would be NaN.
+- Exponentials are base 2 of `x * scale` with scale = log2(e)/T. The difference is taken first:
+  scaling z and m separately would cost four digits at |z| = 1e4.
+- An entry with z = -inf takes no part in a divergence, and one with w = -inf makes some of them
+  infinite. In place of -inf a logarithm then holds `LOWEST`, because 0 * -inf would be NaN. These
+  guards are a tenth of the instructions, so there is a version of the functions without them
+  (`GUARDED` False), for tiles that hold finite numbers only.
+- Tiles come as they were loaded, because 16-bit numbers allow for shorter arithmetic.
+- Lanes outside the vocabulary hold `LOWEST` on both sides: finite, and adding 0 to every sum. (In
+  fp16, which ends before, they hold -inf.)
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language import target_info
 
 from hybrid_kernels import rows
+from hybrid_kernels.kernels import config
 
+INTERPRETED = tl.constexpr(config.INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(rows.LOWEST)
 # Where a running maximum starts: finite, so that differences with it are never inf - inf.
 START = tl.constexpr(-3.4028234663852886e38)
+
+
+class Constants(NamedTuple):
+    """The numbers of a launch: 1/T, log2(e)/T, the teacher's floor, the divergence's parameter."""
+
+    inv_t: tl.tensor
+    scale: tl.tensor
+    floor: tl.tensor
+    parameter: tl.tensor
+
+
+class Sums(NamedTuple):
+    """What a sweep keeps of the entries seen so far. With x = z - m and d of `difference`,
+
+    student_sum = sum e^x        student_x = sum e^x x       student_d = sum e^x d
+    teacher_sum = sum e^(w-m_w)  teacher_d = sum e^(w-m_w) d  teacher_kept = sum over z > -inf
+
+    (exponents divided by T). Which of the last five are kept depends on the divergence.
+    """
+
+    student_max: tl.tensor
+    teacher_max: tl.tensor
+    student_sum: tl.tensor
+    student_x: tl.tensor
+    teacher_sum: tl.tensor
+    student_d: tl.tensor
+    teacher_d: tl.tensor
+    teacher_kept: tl.tensor
+
+
+class Row(NamedTuple):
+    """The statistics of a whole row, as `rows.FIELDS` defines them; `shift` is l - d/T."""
+
+    student_max: tl.tensor
+    teacher_max: tl.tensor
+    student_lse: tl.tensor
+    teacher_lse: tl.tensor
+    shift: tl.tensor
+    entropy: tl.tensor
+    slope_sum: tl.tensor
+
+
+class Weights(NamedTuple):
+    """A row's coefficients of dD/dz, dlog p(y)/dz and dH/dz, with the 1/T of a logit gradient."""
+
+    divergence: tl.tensor
+    log_prob: tl.tensor
+    entropy: tl.tensor
 
 
 # -- the log-ratio ------------------------------------------------------------------------------
 
 
 @triton.jit
-def offsets(student_max, teacher_max):
-    """What to take off each side before subtracting them, and what is left of m - m_w after that.
-
-    z - w is exact for close numbers, where z - m and w - m_w would each be rounded. So the integer
-    part of m - m_w is taken off the larger side first (a large offset between the models must not
-    cost digits either), and the rest of it last.
-    """
-    coarse = tl.floor(student_max - teacher_max + 0.5)
-    larger = tl.abs(student_max) > tl.abs(teacher_max)
-    off_student = tl.where(larger, coarse, 0.0)
-    off_teacher = tl.where(larger, 0.0, -coarse)
-    return off_student, off_teacher, (student_max - off_student) - (teacher_max - off_teacher)
+def at_least_lowest(x, GUARDED: tl.constexpr = True):
+    """max(x, LOWEST), and LOWEST for a NaN: (-inf) - (-inf) of an entry that takes no part."""
+    if GUARDED:
+        x = tl.where(x > LOWEST, x, LOWEST)
+    return x
 
 
 @triton.jit
-def difference(z, w, student_max, teacher_max):
-    """(z - m) - (w - m_w), and `LOWEST` for an entry that takes no part."""
-    off_student, off_teacher, rest = offsets(student_max, teacher_max)
-    d = (z - off_student) - (w - off_teacher) - rest
-    return tl.where(z == -float("inf"), LOWEST, d)
+def difference(z, w, student_max, teacher_max, GUARDED: tl.constexpr):
+    """d of each entry, with hardly a rounding where the models are close or far apart."""
+    BITS: tl.constexpr = max(z.dtype.primitive_bitwidth, w.dtype.primitive_bitwidth)
+    z = z.to(tl.float32)
+    w = w.to(tl.float32)
+    if BITS == 16:
+        # Numbers of so few digits are subtracted exactly.
+        d = (z - student_max) - (w - teacher_max)
+    else:
+        # z - w is exact for close numbers, where z - m and w - m_w would each be rounded. So the
+        # integer part of m - m_w is taken off the larger side first (a large offset between the
+        # models must not cost digits either), and the rest of it last.
+        coarse = tl.floor(student_max - teacher_max + 0.5)
+        larger = tl.abs(student_max) > tl.abs(teacher_max)
+        off_student = tl.where(larger, coarse, 0.0)
+        off_teacher = tl.where(larger, 0.0, -coarse)
+        rest = (student_max - off_student) - (teacher_max - off_teacher)
+        d = (z - off_student) - (w - off_teacher) - rest
+    return at_least_lowest(d, GUARDED)
+
+
+# -- several reductions at once -------------------------------------------------------------------
+#
+# One after another they would each wait for the whole program, and keep all that the later ones
+# need in registers meanwhile. (The interpreter is slow at a reduction it does not know.)
+
+
+@triton.jit
+def _larger_2(a, b, c, d):
+    return tl.maximum(a, c), tl.maximum(b, d)
+
+
+@triton.jit
+def max_2(a, b):
+    if INTERPRETED:
+        return tl.max(a, 0), tl.max(b, 0)
+    else:
+        return tl.reduce((a, b), 0, _larger_2)
+
+
+@triton.jit
+def _add_2(a, b, a2, b2):
+    return a + a2, b + b2
+
+
+@triton.jit
+def sum_2(a, b):
+    if INTERPRETED:
+        return tl.sum(a, 0), tl.sum(b, 0)
+    else:
+        return tl.reduce((a, b), 0, _add_2)
+
+
+@triton.jit
+def _add_3(a, b, c, a2, b2, c2):
+    return a + a2, b + b2, c + c2
+
+
+@triton.jit
+def sum_3(a, b, c):
+    if INTERPRETED:
+        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0)
+    else:
+        return tl.reduce((a, b, c), 0, _add_3)
+
+
+@triton.jit
+def _add_4(a, b, c, d, a2, b2, c2, d2):
+    return a + a2, b + b2, c + c2, d + d2
+
+
+@triton.jit
+def sum_4(a, b, c, d):
+    if INTERPRETED:
+        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0)
+    else:
+        return tl.reduce((a, b, c, d), 0, _add_4)
+
+
+@triton.jit
+def _add_5(a, b, c, d, e, a2, b2, c2, d2, e2):
+    return a + a2, b + b2, c + c2, d + d2, e + e2
+
+
+@triton.jit
+def sum_5(a, b, c, d, e):
+    if INTERPRETED:
+        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0), tl.sum(e, 0)
+    else:
+        return tl.reduce((a, b, c, d, e), 0, _add_5)
+
+
+@triton.jit
+def _add_6(a, b, c, d, e, f, a2, b2, c2, d2, e2, f2):
+    return a + a2, b + b2, c + c2, d + d2, e + e2, f + f2
+
+
+@triton.jit
+def sum_6(a, b, c, d, e, f):
+    if INTERPRETED:
+        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0), tl.sum(e, 0), tl.sum(f, 0)
+    else:
+        return tl.reduce((a, b, c, d, e, f), 0, _add_6)
 
 
 # -- one online sweep ---------------------------------------------------------------------------
 
 
+@triton.constexpr_function
+def needs_student_d(divergence):
+    return divergence in ("reverse_kl", "jeffreys")
+
+
+@triton.constexpr_function
+def needs_teacher_d(divergence):
+    return divergence in ("forward_kl", "jeffreys")
+
+
 @triton.jit
-def start_sweep():
-    """The running sums of a row before its first tile; see `online_step`."""
+def no_sums():
+    """The sums of nothing."""
     top = tl.full((), START, tl.float32)
     zero = tl.full((), 0.0, tl.float32)
-    return top, top, zero, zero, zero, zero, zero, zero
+    return Sums(top, top, zero, zero, zero, zero, zero, zero)
 
 
 @triton.jit
-def online_step(
-    z,
-    w,
-    student_max,
-    teacher_max,
-    student_sum,
-    teacher_sum,
-    student_x,
-    student_d,
-    teacher_d,
-    teacher_kept,
-    scale,
+def tile_sums(
+    zs,
+    ws,
+    constants,
+    CHUNKS: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
     DIVERGENCE: tl.constexpr,
+    GUARDED: tl.constexpr = True,
 ):
-    """Adds one tile to the running sums. With x = z - m and d = (z - m) - (w - m_w) they are
-
-    student_sum = sum e^x        student_x = sum e^x x       student_d = sum e^x d
-    teacher_sum = sum e^(w-m_w)  teacher_d = sum e^(w-m_w) d  teacher_kept = sum over z > -inf
-
-    (exponents divided by T). When a maximum moves, d moves by `delta` and the weights by a factor:
-    sum' = factor * (sum + weight * delta).
-    """
-    new_max = tl.maximum(student_max, tl.max(z, 0))
-    factor = tl.exp2((student_max - new_max) * scale)
-    step = tl.maximum(student_max - new_max, LOWEST)
-    x = z - new_max
-    e = tl.exp2(x * scale)
+    """The sums of one tile, given as tuples of CHUNKS parts."""
+    zero = tl.full((), 0.0, tl.float32)
+    top = zs[0].to(tl.float32)
+    for i in tl.static_range(1, CHUNKS):
+        top = tl.maximum(top, zs[i].to(tl.float32))
     if HAS_TEACHER:
-        new_teacher_max = tl.maximum(teacher_max, tl.max(w, 0))
-        teacher_factor = tl.exp2((teacher_max - new_teacher_max) * scale)
-        teacher_step = tl.maximum(teacher_max - new_teacher_max, LOWEST)
-        f = tl.exp2((w - new_teacher_max) * scale)
-        d = difference(z, w, new_max, new_teacher_max)
-        delta = step - teacher_step
-        if DIVERGENCE == "reverse_kl" or DIVERGENCE == "jeffreys":
-            student_d = factor * (student_d + student_sum * delta) + tl.sum(e * d, 0)
-        if DIVERGENCE == "forward_kl" or DIVERGENCE == "jeffreys":
-            f_kept = tl.where(z == -float("inf"), 0.0, f)
-            # q = 0 where the teacher forbids a token: its 0 * inf counts as 0.
-            below = tl.minimum(d, -LOWEST)
-            teacher_d = teacher_factor * (teacher_d + teacher_kept * delta)
-            teacher_d += tl.sum(f_kept * below, 0)
-            teacher_kept = teacher_factor * teacher_kept + tl.sum(f_kept, 0)
-        teacher_sum = teacher_factor * teacher_sum + tl.sum(f, 0)
-        teacher_max = new_teacher_max
-    student_x = factor * (student_x + student_sum * step) + tl.sum(e * tl.maximum(x, LOWEST), 0)
-    student_sum = factor * student_sum + tl.sum(e, 0)
-    return (
-        new_max,
+        teacher_top = ws[0].to(tl.float32)
+        for i in tl.static_range(1, CHUNKS):
+            teacher_top = tl.maximum(teacher_top, ws[i].to(tl.float32))
+        student_max, teacher_max = max_2(top, teacher_top)
+        teacher_max = tl.maximum(teacher_max, START)
+    else:
+        student_max = tl.max(top, 0)
+        teacher_max = zero
+    student_max = tl.maximum(student_max, START)
+    # Entry by entry first: a thread adds up what it holds before threads add up what they have.
+    lanes = _summands(
+        zs[0], ws[0], student_max, teacher_max, constants, HAS_TEACHER, DIVERGENCE, GUARDED
+    )
+    for i in tl.static_range(1, CHUNKS):
+        more = _summands(
+            zs[i], ws[i], student_max, teacher_max, constants, HAS_TEACHER, DIVERGENCE, GUARDED
+        )
+        lanes = plus(lanes, more)
+    teacher_sum = zero
+    student_d = zero
+    teacher_d = zero
+    teacher_kept = zero
+    if not HAS_TEACHER:
+        student_sum, student_x = sum_2(lanes.student_sum, lanes.student_x)
+    elif needs_student_d(DIVERGENCE) and needs_teacher_d(DIVERGENCE):
+        student_sum, student_x, teacher_sum, student_d, teacher_d, teacher_kept = sum_6(
+            lanes.student_sum, lanes.student_x, lanes.teacher_sum, lanes.student_d,
+            lanes.teacher_d, lanes.teacher_kept,
+        )  # fmt: skip
+    elif needs_student_d(DIVERGENCE):
+        student_sum, student_x, teacher_sum, student_d = sum_4(
+            lanes.student_sum, lanes.student_x, lanes.teacher_sum, lanes.student_d
+        )
+    elif needs_teacher_d(DIVERGENCE):
+        student_sum, student_x, teacher_sum, teacher_d, teacher_kept = sum_5(
+            lanes.student_sum, lanes.student_x, lanes.teacher_sum, lanes.teacher_d,
+            lanes.teacher_kept,
+        )  # fmt: skip
+    else:
+        student_sum, student_x, teacher_sum = sum_3(
+            lanes.student_sum, lanes.student_x, lanes.teacher_sum
+        )
+    return Sums(
+        student_max,
         teacher_max,
         student_sum,
-        teacher_sum,
         student_x,
+        teacher_sum,
         student_d,
         teacher_d,
         teacher_kept,
@@ -120,26 +288,135 @@ def online_step(
 
 
 @triton.jit
-def log_sum(total):
-    """log of a sum of exponentials; NaN for the empty sum of a row of -inf, and for a NaN."""
-    return tl.where(total > 0.0, tl.log(total), float("nan"))
+def _summands(
+    z,
+    w,
+    student_max,
+    teacher_max,
+    constants,
+    HAS_TEACHER: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    GUARDED: tl.constexpr,
+):
+    """What each entry adds to the sums; 0 to those that the divergence has no use for."""
+    zero = tl.full((), 0.0, tl.float32)
+    f = zero
+    e_d = zero
+    f_d = zero
+    kept = zero
+    x = z.to(tl.float32) - student_max
+    e = tl.exp2(x * constants.scale)
+    if HAS_TEACHER:
+        f = tl.exp2((w.to(tl.float32) - teacher_max) * constants.scale)
+        d = difference(z, w, student_max, teacher_max, GUARDED)
+        if needs_student_d(DIVERGENCE):
+            e_d = e * d
+        if needs_teacher_d(DIVERGENCE):
+            kept = f
+            if GUARDED:
+                kept = tl.where(z.to(tl.float32) > LOWEST, f, 0.0)
+                # q = 0 where the teacher forbids a token: its 0 * inf counts as 0.
+                d = tl.minimum(d, -LOWEST)
+            f_d = kept * d
+    e_x = e * at_least_lowest(x, GUARDED)
+    return Sums(student_max, teacher_max, e, e_x, f, e_d, f_d, kept)
 
 
 @triton.jit
-def swept_divergence(
-    student_sum,
-    teacher_sum,
-    student_d,
-    teacher_d,
-    teacher_kept,
-    shift,
-    inv_t,
-    DIVERGENCE: tl.constexpr,
-):
-    """Value and sum of slopes from the sums of one sweep; shift = log-sum of w minus that of z."""
-    reverse = student_d / student_sum * inv_t + shift
-    kept = teacher_kept / teacher_sum
-    forward = -(teacher_d / teacher_sum * inv_t + shift * kept)
+def plus(a, b):
+    """The sums of the entries of both, which are about the same maxima."""
+    return Sums(
+        a.student_max,
+        a.teacher_max,
+        a.student_sum + b.student_sum,
+        a.student_x + b.student_x,
+        a.teacher_sum + b.teacher_sum,
+        a.student_d + b.student_d,
+        a.teacher_d + b.teacher_d,
+        a.teacher_kept + b.teacher_kept,
+    )
+
+
+@triton.jit
+def is_finite(sums):
+    """Whether a tile held finite numbers only: an infinite one leaves an infinity or 0 * inf."""
+    probe = sums.student_x + sums.student_d + sums.teacher_d
+    return probe - probe == 0.0
+
+
+@triton.jit
+def merge(a, b, scale):
+    """The sums of the entries of both: the online log-sum-exp update."""
+    student_max = tl.maximum(a.student_max, b.student_max)
+    teacher_max = tl.maximum(a.teacher_max, b.teacher_max)
+    a = about(a, student_max, teacher_max, scale)
+    return plus(a, about(b, student_max, teacher_max, scale))
+
+
+@triton.jit
+def about(sums, student_max, teacher_max, scale):
+    """The same sums about other maxima.
+
+    x and d move by a step and the weights by a factor: sum' = factor * (sum + weight * step).
+    """
+    student_step = at_least_lowest(sums.student_max - student_max)
+    teacher_step = at_least_lowest(sums.teacher_max - teacher_max)
+    factor = tl.exp2(student_step * scale)
+    teacher_factor = tl.exp2(teacher_step * scale)
+    delta = student_step - teacher_step
+    return Sums(
+        student_max,
+        teacher_max,
+        factor * sums.student_sum,
+        factor * (sums.student_x + sums.student_sum * student_step),
+        teacher_factor * sums.teacher_sum,
+        factor * (sums.student_d + sums.student_sum * delta),
+        teacher_factor * (sums.teacher_d + sums.teacher_kept * delta),
+        teacher_factor * sums.teacher_kept,
+    )
+
+
+@triton.jit
+def log_sum(maximum, total):
+    """log of a sum of exponentials; NaN for a row of -inf, and for a NaN."""
+    return tl.where((maximum > LOWEST) & (total > 0.0), tl.log(total), float("nan"))
+
+
+@triton.jit
+def normalisers(sums, constants, HAS_TEACHER: tl.constexpr):
+    """The statistics of a row from its sums, all but those of its divergence."""
+    zero = tl.full((), 0.0, tl.float32)
+    student_lse = log_sum(sums.student_max, sums.student_sum)
+    entropy = student_lse - sums.student_x / sums.student_sum * constants.inv_t
+    teacher_max = zero
+    teacher_lse = zero
+    shift = zero
+    if HAS_TEACHER:
+        teacher_max = sums.teacher_max
+        teacher_lse = log_sum(teacher_max, sums.teacher_sum)
+        shift = teacher_lse - student_lse
+    return Row(sums.student_max, teacher_max, student_lse, teacher_lse, shift, entropy, zero)
+
+
+@triton.jit
+def with_slope_sum(row, slope_sum):
+    return Row(
+        row.student_max,
+        row.teacher_max,
+        row.student_lse,
+        row.teacher_lse,
+        row.shift,
+        row.entropy,
+        slope_sum,
+    )
+
+
+@triton.jit
+def swept_divergence(sums, row, constants, DIVERGENCE: tl.constexpr):
+    """Value and sum of slopes from the sums of one sweep."""
+    reverse = sums.student_d / sums.student_sum * constants.inv_t + row.shift
+    kept = sums.teacher_kept / sums.teacher_sum
+    forward = -(sums.teacher_d / sums.teacher_sum * constants.inv_t + row.shift * kept)
     if DIVERGENCE == "reverse_kl":
         value = reverse
         slope_sum = reverse
@@ -154,13 +431,13 @@ def swept_divergence(
 
 @triton.jit
 def settle(value, slope_sum, shift, DIVERGENCE: tl.constexpr):
-    """What the edge cases make of a row's sums; `shift` is the difference of the log-sums.
+    """What the edge cases make of a row's sums.
 
     +inf where the teacher forbids what the student may say: there 0 * inf may have made a NaN,
     which with both normalisers sound can mean nothing else. NaN where a normaliser is not sound,
     even if a minimum or maximum has dropped the NaN of an entry.
     """
-    if DIVERGENCE == "reverse_kl" or DIVERGENCE == "jeffreys":
+    if needs_student_d(DIVERGENCE):
         infinite = (value != value) | (value == float("inf"))
         value = tl.where(infinite, float("inf"), value)
         slope_sum = tl.where(infinite, float("inf"), slope_sum)
@@ -172,28 +449,54 @@ def settle(value, slope_sum, shift, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def point(
-    z,
-    w,
-    student_max,
-    teacher_max,
-    student_lse,
-    teacher_lse,
-    inv_t,
-    scale,
-    floor,
-    HAS_FLOOR: tl.constexpr,
-):
-    """p, q and l of each entry; q = 0 for an entry that takes no part."""
-    p = tl.exp2((z - student_max) * scale - student_lse * LOG2E)
-    q = tl.exp2((w - teacher_max) * scale - teacher_lse * LOG2E)
-    log_ratio = difference(z, w, student_max, teacher_max) * inv_t + (teacher_lse - student_lse)
+def student_probability(z, row, constants):
+    x = z.to(tl.float32) - row.student_max
+    return tl.exp2(x * constants.scale - row.student_lse * LOG2E)
+
+
+@triton.jit
+def teacher_probability(w, row, constants):
+    x = w.to(tl.float32) - row.teacher_max
+    return tl.exp2(x * constants.scale - row.teacher_lse * LOG2E)
+
+
+@triton.jit
+def point(z, w, row, constants, HAS_FLOOR: tl.constexpr, GUARDED: tl.constexpr = True):
+    """p, q and l of each entry; q = 0 for an entry that takes no part, and outside the row."""
+    p = student_probability(z, row, constants)
+    q = teacher_probability(w, row, constants)
+    d = difference(z, w, row.student_max, row.teacher_max, GUARDED)
+    log_ratio = d * constants.inv_t + row.shift
     if HAS_FLOOR:
-        log_p = (z - student_max) * inv_t - student_lse
-        log_ratio = tl.minimum(log_ratio, tl.maximum(log_p - floor, LOWEST))
-        q = tl.maximum(q, tl.exp2(floor * LOG2E))
-    q = tl.where(z == -float("inf"), 0.0, q)
+        log_p = (z.to(tl.float32) - row.student_max) * constants.inv_t - row.student_lse
+        log_ratio = tl.minimum(log_ratio, tl.maximum(log_p - constants.floor, LOWEST))
+        q = tl.maximum(q, tl.exp2(constants.floor * LOG2E))
+    if GUARDED:
+        q = tl.where(z.to(tl.float32) > LOWEST, q, 0.0)
     return p, q, log_ratio
+
+
+@triton.jit
+def slope(log_ratio, parameter, DIVERGENCE: tl.constexpr):
+    """u of the slope s = dt/dlog p = p u + v of each entry's term t.
+
+    Up to a constant, which no logit gradient sees.
+    """
+    u = 0.0
+    if needs_student_d(DIVERGENCE):
+        u = log_ratio
+    elif DIVERGENCE == "jsd":
+        u = (parameter - 1.0) * jsd_log_ratio(log_ratio, parameter)
+    return u
+
+
+@triton.jit
+def teacher_slope(q, DIVERGENCE: tl.constexpr):
+    """v of the slope s = p u + v."""
+    v = 0.0
+    if needs_teacher_d(DIVERGENCE):
+        v = -q
+    return v
 
 
 @triton.jit
@@ -207,27 +510,6 @@ def excess(log_ratio):
     series = 1.0 / 6 - log_ratio * series
     series = 0.5 - log_ratio * series
     return series * log_ratio * log_ratio
-
-
-@triton.jit
-def log1p(y):
-    """log(1 + y) for -1 <= y <= 0, with the rounding of 1 + y made good."""
-    u = 1.0 + y
-    return tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
-
-
-@triton.jit
-def slopes(p, q, log_ratio, parameter, DIVERGENCE: tl.constexpr):
-    """s = dt/dlog p of each entry's term t, up to a multiple of p, which no logit gradient sees."""
-    if DIVERGENCE == "reverse_kl":
-        s = p * log_ratio
-    elif DIVERGENCE == "forward_kl":
-        s = -q
-    elif DIVERGENCE == "jeffreys":
-        s = p * log_ratio - q
-    else:
-        s = (parameter - 1.0) * p * jsd_log_ratio(log_ratio, parameter)
-    return s
 
 
 @triton.jit
@@ -248,15 +530,44 @@ def terms(p, q, log_ratio, parameter, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def jsd_log_ratio(log_ratio, beta):
-    """log(m/p) = log(beta e^-l + 1 - beta), from the side where the exponential is at most 1."""
-    a = tl.minimum(tl.abs(log_ratio), -LOWEST)
-    expm1 = tl.where(a < 0.5, excess(a) - a, tl.exp2(-a * LOG2E) - 1.0)
-    weight = tl.where(log_ratio > 0.0, beta, 1.0 - beta)
-    return log1p(weight * expm1) - tl.minimum(log_ratio, 0.0)
+    """log(m/p) = log(beta e^-l + 1 - beta).
+
+    Near p = q it is a series in l, whose first term carries the relative precision: the cumulants
+    of a coin that falls to 1 with probability beta. Elsewhere it is taken from the side where the
+    exponential is at most 1.
+    """
+    v = beta * (1.0 - beta)
+    skew = 1.0 - 2.0 * beta
+    t = -log_ratio
+    series = v * (1.0 - v * (126.0 - v * (1680.0 - 5040.0 * v))) / 40320.0
+    series = v * skew * (1.0 - v * (60.0 - 360.0 * v)) / 5040.0 + t * series
+    series = v * (1.0 - v * (30.0 - 120.0 * v)) / 720.0 + t * series
+    series = v * skew * (1.0 - 12.0 * v) / 120.0 + t * series
+    series = v * (1.0 - 6.0 * v) / 24.0 + t * series
+    series = v * skew / 6.0 + t * series
+    series = v * 0.5 + t * series
+    series = t * (beta + t * series)
+    near = tl.where(log_ratio > 0.0, 1.0 - beta, beta)
+    ratio = near + (1.0 - near) * tl.exp2(-tl.abs(log_ratio) * LOG2E)
+    far = _fast_log2(ratio) * LN2 - tl.minimum(log_ratio, 0.0)
+    return tl.where(tl.abs(log_ratio) < 0.5, series, far)
 
 
 @triton.jit
-def small_terms(z, p, q, raw_q, log_ratio, DIVERGENCE: tl.constexpr):
+def _fast_log2(x):
+    """log2 of positive normal numbers with an absolute error of 2^-22, where the GPU has one."""
+    if INTERPRETED:
+        return tl.log2(x)
+    elif target_info.is_cuda():
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def small_terms(p, q, raw_q, log_ratio, DIVERGENCE: tl.constexpr):
     """Terms whose sum is a KL as a sum of positive numbers: right where p is close to q.
 
     The identities sum p = sum q = 1 behind this form must hold: so an entry that takes no part
@@ -276,32 +587,103 @@ def small_terms(z, p, q, raw_q, log_ratio, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
+def value_and_slope(
+    zs,
+    ws,
+    row,
+    constants,
+    CHUNKS: tl.constexpr,
+    HAS_FLOOR: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+):
+    """A tile's part of the divergence and of the sum of slopes, both normalisers known."""
+    value, slopes = _values_and_slopes(zs[0], ws[0], row, constants, HAS_FLOOR, DIVERGENCE)
+    for i in tl.static_range(1, CHUNKS):
+        t, s = _values_and_slopes(zs[i], ws[i], row, constants, HAS_FLOOR, DIVERGENCE)
+        value += t
+        slopes += s
+    return sum_2(value, slopes)
+
+
+@triton.jit
+def _values_and_slopes(z, w, row, constants, HAS_FLOOR: tl.constexpr, DIVERGENCE: tl.constexpr):
+    p, q, log_ratio = point(z, w, row, constants, HAS_FLOOR)
+    t = terms(p, q, log_ratio, constants.parameter, DIVERGENCE)
+    s = p * slope(log_ratio, constants.parameter, DIVERGENCE) + teacher_slope(q, DIVERGENCE)
+    return t, s
+
+
+@triton.jit
+def small_value(
+    zs,
+    ws,
+    row,
+    constants,
+    CHUNKS: tl.constexpr,
+    HAS_FLOOR: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+):
+    """A tile's part of a divergence below `SMALL_DIVERGENCE`."""
+    value = _small_values(zs[0], ws[0], row, constants, HAS_FLOOR, DIVERGENCE)
+    for i in tl.static_range(1, CHUNKS):
+        value += _small_values(zs[i], ws[i], row, constants, HAS_FLOOR, DIVERGENCE)
+    return tl.sum(value, 0)
+
+
+@triton.jit
+def _small_values(z, w, row, constants, HAS_FLOOR: tl.constexpr, DIVERGENCE: tl.constexpr):
+    p, q, log_ratio = point(z, w, row, constants, HAS_FLOOR)
+    return small_terms(p, q, teacher_probability(w, row, constants), log_ratio, DIVERGENCE)
+
+
+@triton.jit
 def logit_gradient(
-    p,
-    s,
-    x,
-    slope_sum,
-    student_lse,
-    entropy,
-    c_div,
-    c_logp,
-    c_ent,
-    inv_t,
+    z,
+    w,
+    row,
+    weights,
+    constants,
+    HAS_FLOOR: tl.constexpr,
     HAS_DIVERGENCE: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    GUARDED: tl.constexpr = True,
 ):
-    """c_div (s - p sum s) - c_logp p - c_ent p (log p + H): all but the sampled token's 1[v = y].
+    """The gradient of each entry, all but the sampled token's own term c_logp 1[v = y]:
 
-    The coefficients already hold the 1/T of every logit gradient.
+    c_div (s - p sum s) - c_logp p - c_ent p (log p + H), with s = p u + v.
+
+    Not GUARDED, it takes finite entries and a c_div other than 0.
     """
-    inner = -c_logp
+    inner = -weights.log_prob
+    if HAS_ENTROPY:
+        inner += weights.entropy * (row.student_lse - row.entropy)
     if HAS_DIVERGENCE:
         # A weight of 0 leaves nothing of an infinite divergence.
-        inner -= tl.where(c_div == 0.0, 0.0, c_div * slope_sum)
+        silent = weights.divergence == 0.0
+        p, q, log_ratio = point(z, w, row, constants, HAS_FLOOR, GUARDED)
+        if needs_student_d(DIVERGENCE) and not HAS_FLOOR:
+            # u = l: what is the same for all entries is added once.
+            constant = weights.divergence * (row.shift - row.slope_sum)
+            inner += tl.where(silent, 0.0, constant)
+            d = difference(z, w, row.student_max, row.teacher_max, GUARDED)
+            own = (weights.divergence * constants.inv_t) * d
+        else:
+            u = slope(log_ratio, constants.parameter, DIVERGENCE)
+            own = weights.divergence * (u - row.slope_sum)
+        if GUARDED:
+            own = tl.where(silent, 0.0, own)
+        inner = own + inner
+    else:
+        p = student_probability(z, row, constants)
     if HAS_ENTROPY:
-        inner += c_ent * (student_lse - entropy)
-        inner -= c_ent * tl.maximum(x * inv_t, LOWEST)
+        log_p = at_least_lowest(z.to(tl.float32) - row.student_max, GUARDED)
+        inner -= (weights.entropy * constants.inv_t) * log_p
     gradient = p * inner
     if HAS_DIVERGENCE:
-        gradient += tl.where(c_div == 0.0, 0.0, c_div * s)
+        if needs_teacher_d(DIVERGENCE):
+            own = weights.divergence * teacher_slope(q, DIVERGENCE)
+            if GUARDED:
+                own = tl.where(silent, 0.0, own)
+            gradient += own
     return gradient

@@ -1,0 +1,86 @@
+"""`python -m bench gpu`: everything that a GPU is wanted for, in one command and one folder.
+
+The steps run one after another, each with a time limit of its own, and a step that fails or is cut
+off does not keep the next from running: results are written as they come. Ten minutes in all on an
+H200; `HYBRID_KERNELS_COMMIT` names the commit where the checkout has no history.
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bench import report, summary
+
+ROOT = Path(__file__).parents[1]
+OK, MISSING = "ok", "missing on this machine"
+
+
+class Step(NamedTuple):
+    """A command and how many seconds it may take."""
+
+    name: str
+    command: list[str]
+    seconds: int
+
+
+def steps(folder: Path) -> list[Step]:
+    """Correctness first, then the benchmark."""
+    python = sys.executable
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    checker = ["compute-sanitizer", "--error-exitcode=1"]
+    checked = [python, "-m", "bench.memory_check"]
+    others = ["-m", "gpu", "--ignore=tests/test_gpu.py", "tests"]
+    benchmark = ["bench", "--suite=gpu", "--benchmark-only", "--benchmark-disable-gc", "-rs"]
+    raw = folder / "raw.json"
+    return [
+        Step("doctor", [python, "-m", "hybrid_kernels"], 40),
+        Step("gpu-tests", [*pytest, "tests/test_gpu.py"], 90),
+        # Most of the time is compilation, which the processes share out.
+        Step("tests", [*pytest, "-n", "8", "--dist", "worksteal", *others], 120),
+        Step("memcheck", [*checker, "--tool=memcheck", *checked], 40),
+        Step("racecheck", [*checker, "--tool=racecheck", *checked], 40),
+        Step("benchmark", [*pytest, *benchmark, f"--benchmark-json={raw}", "--deadline=220"], 260),
+    ]
+
+
+def main(folder: Path) -> int:
+    """Runs all steps; the exit status is 1 if one failed that could run."""
+    if not torch.cuda.is_available():
+        print("python -m bench gpu: needs a GPU; python -m bench run measures a CPU")
+        return 2
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes, lines = [], []
+    for step in steps(folder):
+        start = time.perf_counter()
+        log = folder / f"{step.name}.log"
+        outcome = _run(step, log)
+        taken = time.perf_counter() - start
+        outcomes.append(outcome)
+        lines.append(f"{step.name:10} {outcome:24} {taken:5.0f} s   {log.name}")
+        print(lines[-1], flush=True)
+    (folder / "steps.txt").write_text("\n".join(lines) + "\n")
+    if (folder / "raw.json").exists() and (folder / "raw.json").stat().st_size:
+        summary.write(folder)
+        print(report.render(folder))
+    return int(any(outcome not in (OK, MISSING) for outcome in outcomes))
+
+
+def _run(step: Step, log: Path) -> str:
+    with log.open("w") as output:
+        try:
+            run = subprocess.run(
+                step.command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                timeout=step.seconds,
+            )
+        except FileNotFoundError:
+            return MISSING
+        except subprocess.TimeoutExpired:
+            return f"CUT OFF after {step.seconds} s"
+    return OK if run.returncode == 0 else f"FAILED, status {run.returncode}"

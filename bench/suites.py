@@ -1,0 +1,101 @@
+"""What is measured: lists of cases, one for each kind of machine."""
+
+from typing import NamedTuple
+
+import torch
+
+from hybrid_kernels import available_divergences
+
+VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
+OURS = "hybrid_kernels"
+HYBRID = "hybrid_kernels, dense + sparse + entropy"
+TWO_LAUNCHES = (
+    "hybrid_kernels, callable advantages",
+    "hybrid_kernels token_terms",
+    "hybrid_kernels scoring",
+)
+TORCH = ("torch eager", "torch.compile")
+PEERS = ("speculators 0.9.0", "Liger 0.8.5")
+
+
+class Case(NamedTuple):
+    """One row of the results. `inputs` names logits other than the usual random ones."""
+
+    provider: str
+    rows: int
+    vocabulary: int
+    dtype: torch.dtype = torch.bfloat16
+    divergence: str = "reverse_kl"
+    inputs: str = ""
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        parts = (self.provider, self.rows, self.vocabulary, dtype, self.divergence, self.inputs)
+        return "-".join(str(part) for part in parts if part)
+
+
+# Arguments of `Problem.random` by the name of the inputs.
+INPUTS: dict[str, dict[str, float]] = {
+    "": {},
+    "close models": {"noise": 0.02},
+    "half of the rows masked": {"masked": 0.5},
+}
+
+
+def quick() -> list[Case]:
+    """Under two minutes on two cores."""
+    return [
+        Case(provider, 64, 32000, torch.float32, divergence)
+        for divergence in ("reverse_kl", "jsd")
+        for provider in ("copy", OURS, HYBRID, *TORCH)
+    ]
+
+
+def cpu() -> list[Case]:
+    """The sizes of the targets, on any machine without a GPU."""
+    main = [
+        Case(provider, 256, 151936, dtype, divergence)
+        for dtype in (torch.float32, torch.bfloat16)
+        for divergence in ("reverse_kl", "jsd")
+        for provider in ("copy", OURS, HYBRID, *TORCH)
+    ]
+    others = [Case(name, 256, 151936, torch.float32) for name in TWO_LAUNCHES]
+    families = [
+        Case(OURS, 256, 151936, torch.float32, name)
+        for name in available_divergences()
+        if name not in ("reverse_kl", "jsd")
+    ]
+    return main + others + families
+
+
+def gpu() -> list[Case]:
+    """Ten minutes on an H200, with the tests before it. The most important cases come first."""
+    cases = [Case("copy", 8192, vocabulary) for vocabulary in VOCABULARIES]
+    cases += [
+        Case(OURS, 8192, vocabulary, divergence=divergence)
+        for divergence in available_divergences()
+        for vocabulary in VOCABULARIES
+    ]
+    cases += [Case(HYBRID, 8192, vocabulary) for vocabulary in VOCABULARIES]
+    cases += [
+        Case(peer, 8192, vocabulary)
+        for peer in (*PEERS, "torch eager")
+        for vocabulary in VOCABULARIES
+    ]
+    cases += [Case(name, 8192, 151936) for name in TWO_LAUNCHES]
+    cases += [Case(OURS, 8192, 151936, inputs=inputs) for inputs in INPUTS if inputs]
+    cases += [
+        Case(provider, rows, 151936)
+        for rows in (1024, 4096, 16384, 65536)
+        for provider in ("copy", OURS)
+    ]
+    cases += [Case(peer, 8192, 151936, divergence="jsd") for peer in (*PEERS, "torch eager")]
+    cases += [
+        Case(provider, 4096, 151936, torch.float32) for provider in ("copy", OURS, "torch eager")
+    ]
+    cases += [Case("torch.compile", 8192, vocabulary) for vocabulary in VOCABULARIES]
+    cases += [Case("torch.compile, max-autotune", 8192, 151936)]
+    return cases
+
+
+SUITES = {"quick": quick, "cpu": cpu, "gpu": gpu}

@@ -1,0 +1,82 @@
+"""`python -m hybrid_kernels tune`: measures the choices of the row-resident form on this GPU.
+
+For logits of 2 and of 4 bytes, every candidate is timed on a few vocabularies and divergences; the
+one with the least time over all of them (each relative to the best of its problem) is written to
+the tuning file, which launches read from then on. It takes a few minutes, most of it compilation.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+from unittest import mock
+
+import torch
+
+from hybrid_kernels import available_divergences, hybrid_loss
+from hybrid_kernels.kernels import config
+
+VOCABULARIES = (32_000, 151_936)
+DIVERGENCES = ("reverse_kl", "jsd")
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+BYTES = 2**30  # of one side's logits
+REPEATS = 10
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hybrid_kernels tune", description=__doc__)
+    parser.add_argument("--no-write", action="store_true", help="only print what was measured")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("tune: there is no GPU here, and nothing to tune on a CPU")
+        return 1
+    name = torch.cuda.get_device_name()
+    for itemsize in DTYPES:
+        best = _best(itemsize)
+        print(f"{name}, {itemsize}-byte logits: {best}", flush=True)
+        if not options.no_write:
+            print(f"written to {config.write_tuning(name, itemsize, best)}")
+    return 0
+
+
+def _best(itemsize: int) -> config.Tuning:
+    """The candidate with the least geometric mean of its times relative to the best ones."""
+    times: dict[config.Tuning, list[float]] = {}
+    for candidate in config.CANDIDATES:
+        times[candidate] = [
+            _milliseconds(candidate, itemsize, vocabulary, divergence)
+            for vocabulary, divergence in itertools.product(VOCABULARIES, DIVERGENCES)
+        ]
+        print(f"  {candidate}: {' '.join(f'{t:.3f}' for t in times[candidate])} ms", flush=True)
+    fastest = [min(column) for column in zip(*times.values(), strict=True)]
+    return min(
+        times,
+        key=lambda c: sum(math.log(t / f) for t, f in zip(times[c], fastest, strict=True)),
+    )
+
+
+def _milliseconds(tuning: config.Tuning, itemsize: int, vocabulary: int, divergence: str) -> float:
+    """Median time of the loss and its gradient; infinite for a candidate that can't run."""
+    assert divergence in available_divergences()
+    rows = BYTES // itemsize // vocabulary
+    student = torch.randn(rows, vocabulary, device="cuda").to(DTYPES[itemsize])
+    teacher = torch.randn_like(student)
+    student.requires_grad_()
+    with mock.patch.object(config, "tuned", return_value=tuning):
+        try:
+            return _median(lambda: hybrid_loss(student, teacher, divergence=divergence))
+        except RuntimeError as error:  # too many resources, or programs that are not all resident
+            print(f"  {tuning} can't run: {error}", file=sys.stderr)
+            return math.inf
+
+
+def _median(run) -> float:
+    times = []
+    for _ in range(REPEATS + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times[3:])[REPEATS // 2]

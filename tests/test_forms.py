@@ -1,0 +1,177 @@
+"""The forms of the row kernels: whichever runs, the numbers are right.
+
+The interpreter runs programs one after another, so programs that share a row can't wait for each
+other there. They meet at the ends of launches instead (`STAGE` in `kernels/resident.py`), which is
+a stand-in for the meeting and tests what is published and merged, not the waiting.
+"""
+
+import pytest
+import torch
+
+import cases
+from cases import DIVERGENCES, divergence_id
+from hybrid_kernels import hybrid_loss
+from tolerance import assert_matches_reference
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from hybrid_kernels.kernels import config
+from hybrid_kernels.kernels import rows as launchers
+from hybrid_kernels.rows import Rows
+
+FORMS = {
+    "one program": {"INTERPRETED_SLICE": 2**20, "INTERPRETED_BLOCK_V": 2**16},
+    "chunks": {"INTERPRETED_SLICE": 2**20, "INTERPRETED_BLOCK_V": 64},
+    "two programs": {"INTERPRETED_SLICE": 136, "INTERPRETED_BLOCK_V": 64},
+    "many programs": {"INTERPRETED_SLICE": 40, "INTERPRETED_BLOCK_V": 16},
+}
+
+
+@pytest.fixture(params=[*FORMS, "sweeping"])
+def form(request, monkeypatch):
+    """Forces a form, and proves that it ran."""
+    launched = []
+    if request.param == "sweeping":
+        monkeypatch.setattr(config, "resident", lambda *args: None)
+        monkeypatch.setattr(config, "INTERPRETED_BLOCK_V", 64)
+        spy(monkeypatch, "_sweep", launched)
+    else:
+        for name, value in FORMS[request.param].items():
+            monkeypatch.setattr(config, name, value)
+        spy(monkeypatch, "_resident", launched)
+    yield request.param
+    assert launched, f"the {request.param} form did not run"
+
+
+def spy(monkeypatch, name, calls):
+    original = getattr(launchers, name)
+
+    def wrapped(*args, **options):
+        calls.append(name)
+        return original(*args, **options)
+
+    monkeypatch.setattr(launchers, name, wrapped)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
+@pytest.mark.parametrize("style", ["close", "forbidden_by_student"])
+def test_every_form_is_right(form, style, divergence, backend):
+    case = cases.make(201, (1, 4), style=style, masked=True)
+    assert_matches_reference(case, backend, divergence=divergence, entropy_weight=0.3)
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("vocabulary", [7, 136, 203])
+def test_every_form_takes_every_layout(form, vocabulary, layout, backend):
+    # (An expanded row's gradients are added up, in bf16 with too many roundings.)
+    dtype = torch.float32 if layout == "expanded" else torch.bfloat16
+    case = cases.make(vocabulary, (2, 2), layout=layout, dtype=dtype)
+    assert_matches_reference(case, backend, entropy_weight=0.3)
+
+
+@pytest.mark.parametrize("options", [{"teacher_floor": -4.0}, {"inplace": True}], ids=str)
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_every_form_takes_every_option(form, options, divergence, backend):
+    case = cases.make(201, (1, 4), style="forbidden_by_student", masked=True)
+    assert_matches_reference(case, backend, divergence=divergence, temperature=0.7, **options)
+
+
+def test_every_form_without_a_teacher(form, backend):
+    case = cases.make(201, (2, 3), masked=True)
+    case.teacher = None
+    assert_matches_reference(case, backend, dense_weight=0.0, entropy_weight=0.1)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_one_infinity_stays_in_its_row(form, divergence, backend):
+    """One slice of one row takes the guarded way; a weight of 0 leaves nothing of it."""
+    student, teacher = torch.randn(2, 4, 201, generator=torch.Generator().manual_seed(0))
+    student[1, 150], student[2, 20] = -torch.inf, torch.nan
+    teacher[1, 17] = -torch.inf
+    ids = torch.zeros(4, dtype=torch.long)
+    weights = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    options = {"divergence": divergence, "dense_weight": weights, "reduction": "none"}
+    leaf = student.clone().requires_grad_()
+    loss = hybrid_loss(leaf, teacher, ids, torch.ones(4), backend=backend, **options).loss
+    loss.sum().backward()
+    assert loss[[0, 1, 3]].isfinite().all()
+    assert leaf.grad[[0, 1, 3]].isfinite().all()
+    assert loss[2].isnan()
+    assert leaf.grad[2].isnan().all()
+    assert leaf.grad[1, 150] == 0
+
+
+def test_nothing_is_left_unwritten(form, backend, poisoned_memory):
+    case = cases.make(203, (3, 3), masked=True)
+    outcome = case.hybrid_loss(backend=backend, entropy_weight=0.1)
+    assert outcome.gradient.isfinite().all()
+    assert all(t.isfinite().all() for t in outcome.result if t is not None)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 131, 100_000])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("vocabulary", [1, 8, 1000, 32000, 50257, 151936, 262144, 10**6])
+def test_slices_cover_a_row_and_the_grid_fits(vocabulary, itemsize, rows, monkeypatch):
+    monkeypatch.setattr(config, "INTERPRETED", False)
+    for tuning in config.CANDIDATES:
+        launch = config.resident(vocabulary, itemsize, rows, config.Device("H200", 132), tuning)
+        if launch is None:
+            assert vocabulary * itemsize > 132 * 8192
+            continue
+        assert launch.slice_v % 8 == 0
+        assert (launch.splits - 1) * launch.slice_v < vocabulary <= launch.splits * launch.slice_v
+        assert (launch.chunks - 1) * launch.chunk_v < launch.slice_v
+        assert launch.slice_v <= launch.chunks * launch.chunk_v
+        programs = launch.groups * launch.splits
+        threads = launch.num_warps * 32
+        on_each = -(-programs // 132)
+        # All programs are resident at once: registers, threads and slots of a multiprocessor.
+        assert on_each * threads * launch.registers <= 65536
+        assert on_each * threads <= 2048
+        assert on_each <= 32
+        assert 1 <= launch.groups <= rows
+
+
+def test_a_row_too_long_for_the_device_is_swept(monkeypatch):
+    monkeypatch.setattr(config, "INTERPRETED", False)
+    monkeypatch.setattr(config.Device, "of", lambda tensor: config.Device("small", 4))
+    logits = torch.empty(1, 2, 151936, device="meta")
+    rows = Rows(logits, logits, None, None, "reverse_kl", 0.0, 1.0, None)
+    assert isinstance(launchers.form(rows, hip=False), config.Sweep)
+    short = Rows(logits[..., :4096], None, None, None, "reverse_kl", 0.0, 1.0, None)
+    assert isinstance(launchers.form(short, hip=False), config.Resident)
+    assert isinstance(launchers.form(short, hip=True), config.Sweep)
+
+
+@pytest.mark.parametrize(
+    ("shape", "split"),
+    [((8, 128256), False), ((8, 50257), True), ((8, 4, 32001), True), ((8, 1), True)],
+)
+def test_rows_are_split_only_where_they_must(shape, split):
+    logits = torch.empty(shape, dtype=torch.bfloat16).view(1, -1, shape[-1])
+    assert launchers.has_edges([logits, logits.clone()]) == split
+    padded = torch.empty(8, 50264, dtype=torch.bfloat16)[None, :, :50257]
+    # Rows that begin at different places can't be split alike.
+    if shape[-1] == 50257:
+        assert not launchers.has_edges([logits, padded])
+        assert launchers.has_edges([padded, padded])
+
+
+def test_the_tuning_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HYBRID_KERNELS_TUNING", str(tmp_path / "tuning.json"))
+    config.tuned.cache_clear()
+    assert config.tuned("H200", 2) is None
+    best = config.CANDIDATES[3]
+    path = config.write_tuning("H200", 2, best)
+    config.write_tuning("B200", 4, config.CANDIDATES[0])
+    assert config.tuned("H200", 2) == best
+    assert config.tuned("H200", 4) is None
+    monkeypatch.setattr(config, "INTERPRETED", False)
+    launch = config.resident(151936, 2, 8192, config.Device("H200", 132))
+    assert launch == config.resident(151936, 2, 8192, config.Device("H200", 132), best)
+    for content in ("{", '{"H200": {"2": {"num_warps": 4}}}', "[]"):
+        path.write_text(content)
+        config.tuned.cache_clear()
+        with pytest.raises(ValueError, match=r"tuning file .*tuning.json.*tune"):
+            config.tuned("H200", 2)
+    config.tuned.cache_clear()
