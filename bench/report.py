@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench.providers import PROVIDERS
 from bench.summary import Row
 
 # The largest relative error of a gradient that counts as the right one: rounding of the entries to
@@ -82,47 +81,51 @@ def _left_out(rows: list[Row], missing: dict[str, str]) -> Iterable[str]:
 
 
 def _plot(folder: Path, rows: list[Row]) -> None:
-    """Fraction of the floor over V, time against peers, and memory over V."""
+    """Fraction of the floor, time against peers and memory: over V, or as bars for a single V."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    main = _largest_family(rows)
-    vocabularies = sorted({row["v"] for row in main})
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    ours = [row for row in rows if row["provider"] == "hybrid_kernels" and not row["inputs"]]
-    sizes = {(row["n"], row["dtype"]) for row in main}
-    for divergence in dict.fromkeys(row["divergence"] for row in ours):
-        points = [
-            (row["v"], row["floor_fraction"])
-            for row in ours
-            if row["divergence"] == divergence
-            and row["floor_fraction"] is not None
-            and (row["n"], row["dtype"]) in sizes
-        ]
-        axes[0].plot(*zip(*sorted(points), strict=True), "o-", label=divergence)
-    axes[0].axhline(1, color="grey", linewidth=0.8)
-    axes[0].set(title="hybrid_kernels: fraction of the floor", xlabel="V", ylim=(0, 1.1))
-    for provider in PROVIDERS:
-        points = sorted(
-            (row["v"], row["median_ms"], row["peak_mib"] / 1024)
-            for row in main
-            if row["provider"] == provider and row["op"] != "copy"
-        )
-        if points:
-            v, times, memory = zip(*points, strict=True)
-            axes[1].plot(v, times, "o-", label=provider)
-            axes[2].plot(v, memory, "o-", label=provider)
-    case = f"{main[0]['divergence']}, N={main[0]['n']:,}, {main[0]['dtype']}"
-    axes[1].set(title=f"time, {case}", xlabel="V", ylabel="ms", ylim=(0, None))
-    axes[2].set(title=f"memory, {case}", xlabel="V", ylabel="GiB above inputs", ylim=(0, None))
-    for axis in axes:
-        axis.set_xticks(vocabularies, [f"{v / 1000:.0f}k" for v in vocabularies])
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7, frameon=False)
+    main = [row for row in _largest_family(rows) if row["op"] == "hybrid_loss"]
+    first = main[0]
+    ours = [
+        row
+        for row in rows
+        if (row["provider"], row["inputs"], row["n"], row["dtype"])
+        == ("hybrid_kernels", "", first["n"], first["dtype"])
+    ]
+    case = f"N={first['n']:,}, {first['dtype']}; time and memory: {first['divergence']}"
+    if len({row["v"] for row in main}) == 1:
+        case = f"V={first['v']:,}, {case}"
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    _draw(axes[0], ours, "divergence", "floor_fraction", "fraction of the floor")
+    _draw(axes[1], main, "provider", "median_ms", "ms")
+    _draw(axes[2], main, "provider", "peak_mib", "peak MiB above the inputs")
+    figure.suptitle(case, fontsize=10)
     figure.savefig(folder / "report.png", dpi=120)
     plt.close(figure)
+
+
+def _draw(axis, rows: list[Row], series: str, value: str, title: str) -> None:
+    """One line for each of `series` over V; bars where there is one V."""
+    rows = [row for row in rows if row[value] is not None]
+    vocabularies = sorted({row["v"] for row in rows})
+    names = list(dict.fromkeys(row[series] for row in rows))
+    if len(vocabularies) == 1:
+        bars = axis.barh([row[series] for row in rows], [row[value] for row in rows], 0.6)
+        axis.bar_label(bars, fmt="%.2g" if value == "floor_fraction" else "%.0f", padding=3)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+    else:
+        for name in names:
+            points = sorted((row["v"], row[value]) for row in rows if row[series] == name)
+            axis.plot(*zip(*points, strict=True), "o-", label=name)
+        axis.set(xlabel="V", ylim=(0, 1.05 if value == "floor_fraction" else None))
+        axis.set_xticks(vocabularies, [f"{v / 1000:.0f}k" for v in vocabularies])
+        axis.legend(fontsize=7, frameon=False)
+    axis.set_title(title, fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _largest_family(rows: list[Row]) -> list[Row]:

@@ -14,7 +14,8 @@ def summarise(raw: dict) -> list[Row]:
     """One row for each case, with medians in milliseconds.
 
     `floor_fraction` is the time that the fewest bytes would take at the bandwidth of a copy of the
-    same logits (same run, same dtype and size, or else the nearest size), over the median time.
+    same logits (the best of this run, of the same dtype and size or else the nearest size), over
+    the median time.
     """
     stamp = raw["machine_info"]["hybrid_kernels"]
     commit = os.environ.get("HYBRID_KERNELS_COMMIT") or raw["commit_info"]["id"]
@@ -29,7 +30,9 @@ def summarise(raw: dict) -> list[Row]:
     for row in rows:
         same = [copy for copy in copies if copy["dtype"] == row["dtype"]] or copies
         size = row["n"] * row["v"]
-        nearest = min(same, key=lambda c: abs(c["n"] * c["v"] - size), default=None)
+        nearest = min(
+            same, key=lambda c: (abs(c["n"] * c["v"] - size), c["median_ms"]), default=None
+        )
         row["floor_fraction"] = None
         if nearest is not None:
             floor_ms = row["floor_bytes"] / nearest["floor_bytes"] * nearest["median_ms"]
