@@ -1,0 +1,116 @@
+"""The benchmark's own arithmetic: what is summarised, what is shown, and who is measured."""
+
+import json
+
+import pytest
+import torch
+
+from bench import report, summary
+from bench.measure import gradient_error
+from bench.providers import PROVIDERS, Problem
+from bench.suites import INPUTS, SUITES
+
+
+def entry(provider, times_ms, *, error=None, moved=3, n=4, v=100, on_device=False):
+    info = {
+        "op": PROVIDERS[provider].op,
+        "provider": provider,
+        "divergence": "reverse_kl",
+        "inputs": "",
+        "n": n,
+        "v": v,
+        "d": None,
+        "dtype": "float32",
+        "floor_bytes": moved * n * v * 4,
+        "grad_error": error,
+        "peak_mib": 10.0,
+    }
+    if on_device:
+        info["device_ms"] = times_ms
+        return {"extra_info": info, "stats": {"data": [9.0] * len(times_ms)}}
+    return {"extra_info": info, "stats": {"data": [t / 1e3 for t in times_ms]}}
+
+
+def raw(*benchmarks):
+    stamp = {
+        "device": "a device",
+        "driver": None,
+        "torch": "2",
+        "triton": "3",
+        "missing_peers": {"Liger 0.8.5": "liger_kernel is not installed"},
+    }
+    return {
+        "machine_info": {"hybrid_kernels": stamp},
+        "commit_info": {"id": "0123456789abcdef"},
+        "benchmarks": list(benchmarks),
+    }
+
+
+def test_percentiles_and_the_fraction_of_the_floor():
+    rows = summary.summarise(
+        raw(
+            entry("copy", [2.0, 2.0, 2.0], moved=2),
+            entry("copy", [3.0, 3.0, 3.0], moved=2),
+            entry("copy", [900.0] * 3, moved=2, n=400),
+            entry("hybrid_kernels", [float(t) for t in range(101)], error=1e-7),
+            entry("torch eager", [6.0, 5.0, 7.0], error=1e-6, on_device=True),
+        )
+    )
+    ours, eager = rows[3], rows[4]
+    assert (ours["p20_ms"], ours["median_ms"], ours["p80_ms"]) == (20.0, 50.0, 80.0)
+    assert ours["floor_fraction"] == pytest.approx(3.0 / 50.0)  # 3/2 of the best copy's 2 ms
+    assert eager["median_ms"] == 6.0  # the device's clock, not the host's
+    assert eager["floor_fraction"] == 0.5
+    assert ours["commit"] == "0123456789abcdef"
+    fields = "op divergence n v d dtype provider median_ms p20_ms p80_ms floor_fraction peak_mib"
+    assert {*fields.split(), "grad_error", "commit"} <= set(ours)
+
+
+def test_a_wrong_gradient_is_no_result_and_a_missing_peer_is_named(tmp_path):
+    results = raw(
+        entry("copy", [1.0], moved=2),
+        entry("hybrid_kernels", [2.0], error=1e-7),
+        entry("torch eager", [4.0], error=1e-7),
+        entry("torch.compile", [0.1], error=0.3),
+        entry("hybrid_kernels", [2.0], error=1e-7, v=200),
+    )
+    (tmp_path / "raw.json").write_text(json.dumps(results))
+    summary.write(tmp_path)
+    text = report.render(tmp_path)
+    assert "| hybrid_kernels | 2 | 2-2 | 0.50 | 75% | 10 | 1.00 | 1e-07 |" in text
+    assert "| torch.compile |" not in text
+    assert "- torch.compile (4, 100, float32, reverse_kl): gradient error 3e-01, no result" in text
+    assert "- Liger 0.8.5: not measured, liger_kernel is not installed" in text
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_nan_is_not_right():
+    row = {"grad_error": float("nan"), "dtype": "float32"}
+    assert not report.is_right(row)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_suites_ask_for_what_there_is(suite):
+    cases = SUITES[suite]()
+    assert len({str(case) for case in cases}) == len(cases)
+    for case in cases:
+        assert case.divergence in PROVIDERS[case.provider].divergences
+        assert case.inputs in INPUTS
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jeffreys", "jsd"])
+def test_every_provider_computes_the_same_gradient(divergence, inputs):
+    problem = Problem.random(8, 300, torch.float32, divergence, **INPUTS[inputs])
+    measured = 0
+    for name, provider in PROVIDERS.items():
+        skipped = provider.gpu_only or "compile" in name or (problem.mask is not None and measured)
+        if provider.is_gradient and not skipped:
+            assert gradient_error(problem, provider.make(problem)) < 1e-3
+            measured += 1
+    assert measured
+
+
+def test_a_peer_that_is_not_installed_says_so():
+    peer = PROVIDERS["speculators 0.9.0"]._replace(needs="no_such_package")
+    assert peer.missing() == "no_such_package is not installed"
