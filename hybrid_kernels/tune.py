@@ -12,6 +12,7 @@ import sys
 from unittest import mock
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from hybrid_kernels import available_divergences, hybrid_loss
 from hybrid_kernels.kernels import config
@@ -65,7 +66,7 @@ def _milliseconds(tuning: config.Tuning, itemsize: int, vocabulary: int, diverge
     with mock.patch.object(config, "tuned", return_value=tuning):
         try:
             return _median(lambda: hybrid_loss(student, teacher, divergence=divergence))
-        except RuntimeError as error:  # too many resources, or programs that are not all resident
+        except (RuntimeError, OutOfResources) as error:  # as for programs not resident together
             print(f"  {tuning} can't run: {error}", file=sys.stderr)
             return math.inf
 
