@@ -41,9 +41,11 @@ class DeviceTimer:
 
 
 def gradient_error(problem: Problem, run: Run) -> float:
-    """Relative L2 error of the first rows' gradient, against float64 on the same inputs."""
-    truth = oracle(problem, ORACLE_ROWS)
-    gradient = run()[:ORACLE_ROWS].cpu().double()
+    """Relative L2 error of the first valid rows' gradient, against float64 on the same inputs."""
+    valid = torch.ones(len(problem.student)) if problem.mask is None else problem.mask.cpu()
+    rows = valid.nonzero()[:ORACLE_ROWS, 0].to(problem.student.device)
+    truth = oracle(problem, rows)
+    gradient = run()[rows].cpu().double()
     return float((gradient - truth).norm() / truth.norm())
 
 

@@ -5,11 +5,11 @@ w.r.t. the student's logits. Adding a peer is one function and one line in `PROV
 """
 
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -185,8 +185,7 @@ def compiled_autotuned(problem: Problem) -> Run:
 def speculators(problem: Problem) -> Run:
     """The fused losses of speculators (Apache-2.0): raw logits in, per token out."""
     # Its packages import servers and data sets; the losses need none of them.
-    for name in ("speculators", "speculators.losses", "speculators.utils"):
-        _without_init(name)
+    _without_init("speculators", "speculators.losses", "speculators.utils")
     fused = importlib.import_module("speculators.losses.fused")
     functions = {
         "reverse_kl": fused.fused_reverse_kl_div_loss,
@@ -211,16 +210,16 @@ def liger(problem: Problem) -> Run:
     return run
 
 
-def _without_init(name: str) -> None:
-    """Registers a package without running its `__init__`."""
-    if name in sys.modules:
-        return
-    root = importlib.util.find_spec(name.split(".")[0])
-    assert root is not None
-    assert root.submodule_search_locations
-    package = ModuleType(name)
-    package.__path__ = [str(Path(root.submodule_search_locations[0], *name.split(".")[1:]))]
-    sys.modules[name] = package
+def _without_init(root: str, *names: str) -> None:
+    """Registers packages of an installed distribution without running their `__init__`."""
+    found = importlib.util.find_spec(root)
+    assert found is not None
+    assert found.submodule_search_locations
+    for name in (root, *names):
+        folder = Path(found.submodule_search_locations[0], *name.split(".")[1:])
+        spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = [str(folder)]
+        sys.modules.setdefault(name, importlib.util.module_from_spec(spec))
 
 
 def _samples(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -258,14 +257,13 @@ PROVIDERS: dict[str, Provider] = {
 }
 
 
-def oracle(problem: Problem, rows: int) -> Tensor:
-    """The dense gradient of the first rows in float64, scaled as in the mean over all rows."""
-    student = problem.student.detach()[:rows].cpu().double().requires_grad_()
+def oracle(problem: Problem, rows: Tensor) -> Tensor:
+    """The dense gradient of some valid rows in float64, scaled as in the mean over all of them."""
+    student = problem.student.detach()[rows].cpu().double().requires_grad_()
     count = problem.student.shape[0] if problem.mask is None else int(problem.mask.sum())
     result = reference.hybrid_loss(
         student,
-        problem.teacher[:rows].cpu().double(),
-        mask=None if problem.mask is None else problem.mask[:rows].cpu(),
+        problem.teacher[rows].cpu().double(),
         divergence=problem.divergence,
         num_tokens=count,
     )

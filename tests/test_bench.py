@@ -1,11 +1,13 @@
 """The benchmark's own arithmetic: what is summarised, what is shown, and who is measured."""
 
+import importlib
 import json
+import sys
 
 import pytest
 import torch
 
-from bench import report, summary
+from bench import providers, report, summary
 from bench.measure import gradient_error
 from bench.providers import PROVIDERS, Problem
 from bench.suites import INPUTS, SUITES
@@ -109,6 +111,22 @@ def test_every_provider_computes_the_same_gradient(divergence, inputs):
             assert gradient_error(problem, provider.make(problem)) < 1e-3
             measured += 1
     assert measured
+
+
+def test_a_package_is_registered_without_its_init(tmp_path, monkeypatch):
+    package = tmp_path / "heavy" / "losses"
+    package.mkdir(parents=True)
+    (tmp_path / "heavy" / "__init__.py").write_text("raise ImportError('servers')")
+    (package / "__init__.py").write_text("raise ImportError('data sets')")
+    (package / "fused.py").write_text("answer = 42")
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("heavy", "heavy.losses")
+    for name in (*names, "heavy.losses.fused"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    providers._without_init(*names)
+    providers._without_init(*names)
+    assert importlib.import_module("heavy.losses.fused").answer == 42
+    assert PROVIDERS["torch eager"]._replace(needs="heavy").missing() is None
 
 
 def test_a_peer_that_is_not_installed_says_so():

@@ -76,6 +76,14 @@ def test_every_form_takes_every_option(form, options, divergence, backend):
     assert_matches_reference(case, backend, divergence=divergence, temperature=0.7, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divergence", ["jeffreys", "jsd"])
+def test_every_form_takes_mixed_formats(form, divergence, dtype, backend):
+    """Lanes outside the row hold the same on both sides, whatever the formats can hold."""
+    case = cases.make(203, (1, 3), dtype=dtype, teacher_dtype=torch.float16)
+    assert_matches_reference(case, backend, divergence=divergence)
+
+
 def test_every_form_without_a_teacher(form, backend):
     case = cases.make(201, (2, 3), masked=True)
     case.teacher = None

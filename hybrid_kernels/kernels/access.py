@@ -6,13 +6,14 @@ whole groups of 8 entries; the up to 7 entries before it and the up to 7 after i
 one narrow tile of their own. Rows for which nothing has to be split are all body.
 """
 
+import math
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from hybrid_kernels.kernels.math import LOWEST, Row, Weights, logit_gradient
-from hybrid_kernels.rows import FIELDS, STATISTICS
+from hybrid_kernels.kernels.math import Row, Weights, logit_gradient
+from hybrid_kernels.rows import FIELDS, LOWEST, STATISTICS
 
 _DIVERGENCE = tl.constexpr(FIELDS.divergence)
 _LOG_PROB = tl.constexpr(FIELDS.log_prob)
@@ -40,6 +41,13 @@ class Place(NamedTuple):
     gradient: tl.tensor
     head: tl.tensor
     body: tl.tensor
+
+
+@triton.constexpr_function
+def padding(student_dtype, teacher_dtype):
+    """What lanes outside the row hold: the same on both sides, so that they differ by nothing."""
+    fp16 = "fp16" in (str(student_dtype), str(teacher_dtype))
+    return -math.inf if fp16 else LOWEST
 
 
 @triton.jit
@@ -106,10 +114,11 @@ def load_edges(where, wanted, V: tl.constexpr, HAS_TEACHER: tl.constexpr):
     """Both sides of a row's edges; nothing is read unless `wanted`."""
     offsets, inside = edge_lanes(where, V)
     inside = inside & (offsets < tl.where(wanted, V, 0))
-    z = tl.load(where.student + offsets, mask=inside, other=LOWEST)
+    PAD: tl.constexpr = padding(where.student.dtype.element_ty, where.teacher.dtype.element_ty)
+    z = tl.load(where.student + offsets, mask=inside, other=PAD)
     w = z
     if HAS_TEACHER:
-        w = tl.load(where.teacher + offsets, mask=inside, other=LOWEST)
+        w = tl.load(where.teacher + offsets, mask=inside, other=PAD)
     return z, w
 
 

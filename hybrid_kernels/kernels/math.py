@@ -10,8 +10,8 @@ softmaxes at temperature T, l = log p - log q, x = z - m and d = (z - m) - (w - 
   guards are a tenth of the instructions, so there is a version of the functions without them
   (`GUARDED` False), for tiles that hold finite numbers only.
 - Tiles come as they were loaded, because 16-bit numbers allow for shorter arithmetic.
-- Lanes outside the vocabulary hold `LOWEST` on both sides: finite, and adding 0 to every sum. (In
-  fp16, which ends before, they hold -inf.)
+- Lanes outside the vocabulary hold `LOWEST` on both sides: finite, and adding 0 to every sum. (Both
+  hold -inf where one is fp16, which ends before.)
 """
 
 from typing import NamedTuple
@@ -342,6 +342,17 @@ def is_finite(sums):
     """Whether a tile held finite numbers only: an infinite one leaves an infinity or 0 * inf."""
     probe = sums.student_x + sums.student_d + sums.teacher_d
     return probe - probe == 0.0
+
+
+@triton.jit
+def agreed(condition):
+    """The condition, alike in all threads, for branches that hold barriers or reductions.
+
+    A sum of products may be contracted into the first exchange of a reduction, where one thread
+    rounds a product that its partner does not: "scalars" can differ in their last bit.
+    """
+    votes = tl.zeros((32,), tl.int32) + condition.to(tl.int32)
+    return tl.max(votes, 0) > 0
 
 
 @triton.jit

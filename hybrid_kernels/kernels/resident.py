@@ -6,7 +6,8 @@ siblings, merges all sums, and writes its slice of the gradient. Divergences tha
 normalisers first meet twice. Where a row fits into one program, nothing is published.
 
 Of the guards of infinite entries (`math.py`) a slice needs none unless its sums come out infinite
-or NaN. The slice is then read again, tile by tile, with the guards on.
+or NaN. The slice is then read again, tile by tile, with the guards on. (So is every slice of fp16
+logits that does not fill its last chunk: its padding is infinite.)
 
 The grid is persistent: groups take rows in turn, and it must be resident as a whole, because
 siblings wait for each other (hence the cooperative launch). To hide the meeting, PREFETCH starts
@@ -28,6 +29,7 @@ from hybrid_kernels.kernels.access import (
     clear_statistics,
     load_edges,
     locate,
+    padding,
     row_weights,
     sampled,
     sampled_token,
@@ -39,11 +41,11 @@ from hybrid_kernels.kernels.access import (
 )
 from hybrid_kernels.kernels.math import (
     LOG2E,
-    LOWEST,
     START,
     Constants,
     Sums,
     about,
+    agreed,
     is_finite,
     logit_gradient,
     merge,
@@ -209,11 +211,12 @@ def _load_chunk(
     HAS_TEACHER: tl.constexpr,
 ):
     offsets, inside = _lanes(part, chunk, limit, SLICE, CHUNK_V)
-    z = tl.load(body_ptr(where.student, where.head, EDGES) + offsets, mask=inside, other=LOWEST)
+    PAD: tl.constexpr = padding(where.student.dtype.element_ty, where.teacher.dtype.element_ty)
+    z = tl.load(body_ptr(where.student, where.head, EDGES) + offsets, mask=inside, other=PAD)
     w = z
     if HAS_TEACHER:
         ptr = body_ptr(where.teacher, where.head, EDGES)
-        w = tl.load(ptr + offsets, mask=inside, other=LOWEST)
+        w = tl.load(ptr + offsets, mask=inside, other=PAD)
     return z, w
 
 
@@ -437,7 +440,7 @@ def resident_kernel(
             sums = tile_sums(zs, ws, constants, CHUNKS, HAS_TEACHER, DIVERGENCE, not UNGUARDED)
             finite = part >= 0
             if UNGUARDED:
-                finite = is_finite(sums)
+                finite = agreed(is_finite(sums))
                 if not finite:
                     sums = _guarded_sums(
                         where, part, constants, SLICE, CHUNK_V, CHUNKS, EDGES, HAS_TEACHER,
@@ -509,7 +512,7 @@ def resident_kernel(
             if STAGE < 0 or STAGE == MEETINGS:
                 small = part < 0
                 if HAS_SMALL:
-                    small = value < _SMALL
+                    small = agreed(value < _SMALL)
                     if small:
                         value = small_value(zs, ws, stats, constants, CHUNKS, HAS_FLOOR, DIVERGENCE)
                         if EDGES:

@@ -16,6 +16,7 @@ from hybrid_kernels.kernels.access import (
     clear_statistics,
     load_edges,
     locate,
+    padding,
     read_statistics,
     row_weights,
     sampled,
@@ -28,8 +29,8 @@ from hybrid_kernels.kernels.access import (
 )
 from hybrid_kernels.kernels.math import (
     LOG2E,
-    LOWEST,
     Constants,
+    agreed,
     logit_gradient,
     merge,
     no_sums,
@@ -48,15 +49,16 @@ _SMALL = tl.constexpr(SMALL_DIVERGENCE)
 
 @triton.jit
 def _load(where, start, BLOCK_V: tl.constexpr, EDGES: tl.constexpr, HAS_TEACHER: tl.constexpr):
-    """A tile of both sides, padded with `LOWEST`."""
+    """A tile of both sides, padded."""
     offsets = start + tl.arange(0, BLOCK_V)
     inside = offsets < where.body
+    PAD: tl.constexpr = padding(where.student.dtype.element_ty, where.teacher.dtype.element_ty)
     ptr = body_ptr(where.student, where.head, EDGES)
-    z = tl.load(ptr + offsets, mask=inside, other=LOWEST)
+    z = tl.load(ptr + offsets, mask=inside, other=PAD)
     w = z
     if HAS_TEACHER:
         ptr = body_ptr(where.teacher, where.head, EDGES)
-        w = tl.load(ptr + offsets, mask=inside, other=LOWEST)
+        w = tl.load(ptr + offsets, mask=inside, other=PAD)
     return z, w
 
 
@@ -247,7 +249,7 @@ def sweep_kernel(
                 value, slope_sum = settle(value, slope_sum, stats.shift, DIVERGENCE)
                 stats = with_slope_sum(stats, slope_sum)
                 if HAS_SMALL:
-                    if value < _SMALL:
+                    if agreed(value < _SMALL):
                         value = _small_sweep(
                             where, stats, constants, V, BLOCK_V, EDGES, HAS_FLOOR, DIVERGENCE
                         )
