@@ -276,7 +276,7 @@ def cost(compiled: Compiled, divergence: str) -> Cost:
     """What an entry costs in the longest loop, which is the one over rows.
 
     Branches are taken to be independent, so that ways exist on paper which skip the sums and yet
-    write the gradient. They are told by their exponentials.
+    write the gradient: they are told by their exponentials. The rare ways load more.
     """
     code = machine_code(compiled)
     loops = [(i.address - i.target, i) for i in code if i.target and i.target < i.address]
@@ -289,7 +289,7 @@ def cost(compiled: Compiled, divergence: str) -> Cost:
     paths = [_cost(path, compiled.entries) for path in _paths(code)]
     return min(
         (p for p in paths if p.exponentials >= EXPONENTIALS[divergence] and p.stored >= wanted),
-        key=lambda p: p.instructions,
+        key=lambda p: (p.loaded, p.instructions),
     )
 
 
