@@ -102,6 +102,32 @@ def body_ptr(row_ptr, head, EDGES: tl.constexpr):
 
 
 @triton.jit
+def load_both(z_ptr, w_ptr, offsets, inside, HAS_TEACHER: tl.constexpr):
+    """The same entries of both sides as stored, padded; without a teacher the student's twice."""
+    PAD: tl.constexpr = padding(z_ptr.dtype.element_ty, w_ptr.dtype.element_ty)
+    z = tl.load(z_ptr + offsets, mask=inside, other=PAD)
+    w = z
+    if HAS_TEACHER:
+        w = tl.load(w_ptr + offsets, mask=inside, other=PAD)
+    return z, w
+
+
+@triton.jit
+def load_body(where, offsets, inside, EDGES: tl.constexpr, HAS_TEACHER: tl.constexpr):
+    """Entries of a row's body, on both sides."""
+    z_ptr = body_ptr(where.student, where.head, EDGES)
+    w_ptr = body_ptr(where.teacher, where.head, EDGES)
+    return load_both(z_ptr, w_ptr, offsets, inside, HAS_TEACHER)
+
+
+@triton.jit
+def store_body(where, offsets, inside, gradient, EDGES: tl.constexpr):
+    """Entries of the body of a row's gradient."""
+    ptr = body_ptr(where.gradient, where.head, EDGES)
+    tl.store(ptr + offsets, gradient.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def edge_lanes(where, V: tl.constexpr):
     """Offsets of the entries outside the body, and which lanes have one."""
     lane = tl.arange(0, _EDGES)
@@ -114,12 +140,7 @@ def load_edges(where, wanted, V: tl.constexpr, HAS_TEACHER: tl.constexpr):
     """Both sides of a row's edges; nothing is read unless `wanted`."""
     offsets, inside = edge_lanes(where, V)
     inside = inside & (offsets < tl.where(wanted, V, 0))
-    PAD: tl.constexpr = padding(where.student.dtype.element_ty, where.teacher.dtype.element_ty)
-    z = tl.load(where.student + offsets, mask=inside, other=PAD)
-    w = z
-    if HAS_TEACHER:
-        w = tl.load(where.teacher + offsets, mask=inside, other=PAD)
-    return z, w
+    return load_both(where.student, where.teacher, offsets, inside, HAS_TEACHER)
 
 
 @triton.jit

@@ -21,9 +21,8 @@ import triton.language as tl
 from triton.language import target_info
 
 from hybrid_kernels import rows
-from hybrid_kernels.kernels import config
+from hybrid_kernels.kernels.reduce import INTERPRETED, max_2, sum_2, sum_3, sum_4, sum_5, sum_6
 
-INTERPRETED = tl.constexpr(config.INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(rows.LOWEST)
@@ -110,90 +109,6 @@ def difference(z, w, student_max, teacher_max, GUARDED: tl.constexpr):
         rest = (student_max - off_student) - (teacher_max - off_teacher)
         d = (z - off_student) - (w - off_teacher) - rest
     return at_least_lowest(d, GUARDED)
-
-
-# -- several reductions at once -------------------------------------------------------------------
-#
-# One after another they would each wait for the whole program, and keep all that the later ones
-# need in registers meanwhile. (The interpreter is slow at a reduction it does not know.)
-
-
-@triton.jit
-def _larger_2(a, b, c, d):
-    return tl.maximum(a, c), tl.maximum(b, d)
-
-
-@triton.jit
-def max_2(a, b):
-    if INTERPRETED:
-        return tl.max(a, 0), tl.max(b, 0)
-    else:
-        return tl.reduce((a, b), 0, _larger_2)
-
-
-@triton.jit
-def _add_2(a, b, a2, b2):
-    return a + a2, b + b2
-
-
-@triton.jit
-def sum_2(a, b):
-    if INTERPRETED:
-        return tl.sum(a, 0), tl.sum(b, 0)
-    else:
-        return tl.reduce((a, b), 0, _add_2)
-
-
-@triton.jit
-def _add_3(a, b, c, a2, b2, c2):
-    return a + a2, b + b2, c + c2
-
-
-@triton.jit
-def sum_3(a, b, c):
-    if INTERPRETED:
-        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0)
-    else:
-        return tl.reduce((a, b, c), 0, _add_3)
-
-
-@triton.jit
-def _add_4(a, b, c, d, a2, b2, c2, d2):
-    return a + a2, b + b2, c + c2, d + d2
-
-
-@triton.jit
-def sum_4(a, b, c, d):
-    if INTERPRETED:
-        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0)
-    else:
-        return tl.reduce((a, b, c, d), 0, _add_4)
-
-
-@triton.jit
-def _add_5(a, b, c, d, e, a2, b2, c2, d2, e2):
-    return a + a2, b + b2, c + c2, d + d2, e + e2
-
-
-@triton.jit
-def sum_5(a, b, c, d, e):
-    if INTERPRETED:
-        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0), tl.sum(e, 0)
-    else:
-        return tl.reduce((a, b, c, d, e), 0, _add_5)
-
-
-@triton.jit
-def _add_6(a, b, c, d, e, f, a2, b2, c2, d2, e2, f2):
-    return a + a2, b + b2, c + c2, d + d2, e + e2, f + f2
-
-
-@triton.jit
-def sum_6(a, b, c, d, e, f):
-    if INTERPRETED:
-        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0), tl.sum(e, 0), tl.sum(f, 0)
-    else:
-        return tl.reduce((a, b, c, d, e, f), 0, _add_6)
 
 
 # -- one online sweep ---------------------------------------------------------------------------
@@ -342,17 +257,6 @@ def is_finite(sums):
     """Whether a tile held finite numbers only: an infinite one leaves an infinity or 0 * inf."""
     probe = sums.student_x + sums.student_d + sums.teacher_d
     return probe - probe == 0.0
-
-
-@triton.jit
-def agreed(condition):
-    """The condition, alike in all threads, for branches that hold barriers or reductions.
-
-    A sum of products may be contracted into the first exchange of a reduction, where one thread
-    rounds a product that its partner does not: "scalars" can differ in their last bit.
-    """
-    votes = tl.zeros((32,), tl.int32) + condition.to(tl.int32)
-    return tl.max(votes, 0) > 0
 
 
 @triton.jit

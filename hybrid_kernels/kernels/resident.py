@@ -24,15 +24,15 @@ import triton
 import triton.language as tl
 
 from hybrid_kernels.kernels.access import (
-    body_ptr,
     clear_edges,
     clear_statistics,
+    load_body,
     load_edges,
     locate,
-    padding,
     row_weights,
     sampled,
     sampled_token,
+    store_body,
     store_edges,
     store_sampled,
     token_statistics,
@@ -45,7 +45,6 @@ from hybrid_kernels.kernels.math import (
     Constants,
     Sums,
     about,
-    agreed,
     is_finite,
     logit_gradient,
     merge,
@@ -60,6 +59,7 @@ from hybrid_kernels.kernels.math import (
     value_and_slope,
     with_slope_sum,
 )
+from hybrid_kernels.kernels.reduce import agreed
 from hybrid_kernels.rows import SMALL_DIVERGENCE
 
 _SMALL = tl.constexpr(SMALL_DIVERGENCE)
@@ -211,13 +211,7 @@ def _load_chunk(
     HAS_TEACHER: tl.constexpr,
 ):
     offsets, inside = _lanes(part, chunk, limit, SLICE, CHUNK_V)
-    PAD: tl.constexpr = padding(where.student.dtype.element_ty, where.teacher.dtype.element_ty)
-    z = tl.load(body_ptr(where.student, where.head, EDGES) + offsets, mask=inside, other=PAD)
-    w = z
-    if HAS_TEACHER:
-        ptr = body_ptr(where.teacher, where.head, EDGES)
-        w = tl.load(ptr + offsets, mask=inside, other=PAD)
-    return z, w
+    return load_body(where, offsets, inside, EDGES, HAS_TEACHER)
 
 
 @triton.jit
@@ -265,6 +259,85 @@ def _guarded_sums(
 
 
 @triton.jit
+def _row_value_and_slope(
+    published_ptr,
+    counter_ptr,
+    meetings,
+    part,
+    zs,
+    ws,
+    z_edges,
+    w_edges,
+    stats,
+    constants,
+    CHUNKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGE: tl.constexpr,
+    EDGES: tl.constexpr,
+    HAS_FLOOR: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+):
+    """Divergence and sum of slopes of the row, both normalisers known: the second meeting."""
+    value, slope_sum = value_and_slope(zs, ws, stats, constants, CHUNKS, HAS_FLOOR, DIVERGENCE)
+    if EDGES:
+        if part == 0:
+            more, steeper = value_and_slope(
+                (z_edges,), (w_edges,), stats, constants, 1, HAS_FLOOR, DIVERGENCE
+            )
+            value += more
+            slope_sum += steeper
+    if SPLITS > 1:
+        ptr = _slot(published_ptr, meetings % 2, LANES)
+        if STAGE != 0:
+            tl.store(ptr + part, value)
+            tl.store(ptr + LANES + part, slope_sum)
+            _arrive(counter_ptr)
+        if STAGE < 0:
+            _wait(counter_ptr, (meetings + 1) * SPLITS)
+        value = tl.sum(_read(ptr, 0, 0.0, SPLITS, LANES), 0)
+        slope_sum = tl.sum(_read(ptr, 1, 0.0, SPLITS, LANES), 0)
+    return value, slope_sum
+
+
+@triton.jit
+def _row_small_value(
+    published_ptr,
+    counter_ptr,
+    part,
+    zs,
+    ws,
+    z_edges,
+    w_edges,
+    stats,
+    constants,
+    statistics_ptr,
+    row,
+    rows,
+    CHUNKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LANES: tl.constexpr,
+    EDGES: tl.constexpr,
+    HAS_FLOOR: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+):
+    """A small divergence summed anew. Nobody waits for it: the last to arrive writes the sum."""
+    value = small_value(zs, ws, stats, constants, CHUNKS, HAS_FLOOR, DIVERGENCE)
+    if EDGES:
+        if part == 0:
+            value += small_value((z_edges,), (w_edges,), stats, constants, 1, HAS_FLOOR, DIVERGENCE)
+    if SPLITS > 1:
+        ptr = _slot(published_ptr, _SMALL_SLOT, LANES)
+        tl.store(ptr + part, value)
+        before = _arrive(counter_ptr + 1)
+        if before % SPLITS == SPLITS - 1:
+            tl.debug_barrier()
+            value = tl.sum(_read(ptr, 0, 0.0, SPLITS, LANES), 0)
+            write_divergence(statistics_ptr, row, rows, value)
+    return value
+
+
+@triton.jit
 def _write_guarded_gradient(
     where,
     part,
@@ -281,7 +354,6 @@ def _write_guarded_gradient(
     DIVERGENCE: tl.constexpr,
 ):
     """As `_guarded_sums`, for the gradient."""
-    ptr = body_ptr(where.gradient, where.head, EDGES)
     for i in range(CHUNKS):
         z, w = _load_chunk(where, part, i, where.body, SLICE, CHUNK_V, EDGES, HAS_DIVERGENCE)
         gradient = logit_gradient(
@@ -289,7 +361,7 @@ def _write_guarded_gradient(
             HAS_DIVERGENCE, HAS_ENTROPY, DIVERGENCE,
         )  # fmt: skip
         offsets, inside = _lanes(part, i, where.body, SLICE, CHUNK_V)
-        tl.store(ptr + offsets, gradient.to(ptr.dtype.element_ty), mask=inside)
+        store_body(where, offsets, inside, gradient, EDGES)
 
 
 @triton.jit
@@ -311,14 +383,13 @@ def _write_gradient(
     DIVERGENCE: tl.constexpr,
     GUARDED: tl.constexpr,
 ):
-    ptr = body_ptr(where.gradient, where.head, EDGES)
     for i in tl.static_range(CHUNKS):
         gradient = logit_gradient(
             zs[i], ws[i], stats, weights, constants, HAS_FLOOR,
             HAS_DIVERGENCE, HAS_ENTROPY, DIVERGENCE, GUARDED,
         )  # fmt: skip
         offsets, inside = _lanes(part, i, where.body, SLICE, CHUNK_V)
-        tl.store(ptr + offsets, gradient.to(ptr.dtype.element_ty), mask=inside)
+        store_body(where, offsets, inside, gradient, EDGES)
 
 
 @triton.jit
@@ -331,10 +402,9 @@ def _clear_gradient(
     EDGES: tl.constexpr,
 ):
     """A masked row's."""
-    ptr = body_ptr(where.gradient, where.head, EDGES)
     for i in tl.static_range(CHUNKS):
         offsets, inside = _lanes(part, i, where.body, SLICE, CHUNK_V)
-        tl.store(ptr + offsets, tl.zeros((CHUNK_V,), ptr.dtype.element_ty), mask=inside)
+        store_body(where, offsets, inside, tl.zeros((CHUNK_V,), tl.float32), EDGES)
 
 
 @triton.jit
@@ -486,27 +556,11 @@ def resident_kernel(
                 if ONE_SWEEP:
                     value, slope_sum = swept_divergence(sums, stats, constants, DIVERGENCE)
                 else:
-                    value, slope_sum = value_and_slope(
-                        zs, ws, stats, constants, CHUNKS, HAS_FLOOR, DIVERGENCE
-                    )
-                    if EDGES:
-                        if part == 0:
-                            more, steeper = value_and_slope(
-                                (z_edges,), (w_edges,), stats, constants, 1, HAS_FLOOR, DIVERGENCE
-                            )
-                            value += more
-                            slope_sum += steeper
-                    if SPLITS > 1:
-                        ptr = _slot(published_ptr, meetings % 2, LANES)
-                        meetings += 1
-                        if STAGE != 0:
-                            tl.store(ptr + part, value)
-                            tl.store(ptr + LANES + part, slope_sum)
-                            _arrive(counter_ptr)
-                        if STAGE < 0:
-                            _wait(counter_ptr, meetings * SPLITS)
-                        value = tl.sum(_read(ptr, 0, 0.0, SPLITS, LANES), 0)
-                        slope_sum = tl.sum(_read(ptr, 1, 0.0, SPLITS, LANES), 0)
+                    value, slope_sum = _row_value_and_slope(
+                        published_ptr, counter_ptr, meetings, part, zs, ws, z_edges, w_edges, stats,
+                        constants, CHUNKS, SPLITS, LANES, STAGE, EDGES, HAS_FLOOR, DIVERGENCE,
+                    )  # fmt: skip
+                    meetings += 1
                 value, slope_sum = settle(value, slope_sum, stats.shift, DIVERGENCE)
                 stats = with_slope_sum(stats, slope_sum)
             if STAGE < 0 or STAGE == MEETINGS:
@@ -514,22 +568,11 @@ def resident_kernel(
                 if HAS_SMALL:
                     small = agreed(value < _SMALL)
                     if small:
-                        value = small_value(zs, ws, stats, constants, CHUNKS, HAS_FLOOR, DIVERGENCE)
-                        if EDGES:
-                            if part == 0:
-                                value += small_value(
-                                    (z_edges,), (w_edges,), stats, constants, 1, HAS_FLOOR,
-                                    DIVERGENCE,
-                                )  # fmt: skip
-                        if SPLITS > 1:
-                            # Nobody waits for it: the last to arrive writes the sum.
-                            ptr = _slot(published_ptr, _SMALL_SLOT, LANES)
-                            tl.store(ptr + part, value)
-                            before = _arrive(counter_ptr + 1)
-                            if before % SPLITS == SPLITS - 1:
-                                tl.debug_barrier()
-                                value = tl.sum(_read(ptr, 0, 0.0, SPLITS, LANES), 0)
-                                write_divergence(statistics_ptr, row, rows, value)
+                        value = _row_small_value(
+                            published_ptr, counter_ptr, part, zs, ws, z_edges, w_edges, stats,
+                            constants, statistics_ptr, row, rows, CHUNKS, SPLITS, LANES, EDGES,
+                            HAS_FLOOR, DIVERGENCE,
+                        )  # fmt: skip
                 if part == 0:
                     log_prob = 0.0
                     teacher_log_prob = 0.0

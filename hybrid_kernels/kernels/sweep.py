@@ -11,16 +11,16 @@ import triton
 import triton.language as tl
 
 from hybrid_kernels.kernels.access import (
-    body_ptr,
     clear_edges,
     clear_statistics,
+    load_body,
     load_edges,
     locate,
-    padding,
     read_statistics,
     row_weights,
     sampled,
     sampled_token,
+    store_body,
     store_edges,
     store_sampled,
     token_statistics,
@@ -30,7 +30,6 @@ from hybrid_kernels.kernels.access import (
 from hybrid_kernels.kernels.math import (
     LOG2E,
     Constants,
-    agreed,
     logit_gradient,
     merge,
     no_sums,
@@ -42,6 +41,7 @@ from hybrid_kernels.kernels.math import (
     value_and_slope,
     with_slope_sum,
 )
+from hybrid_kernels.kernels.reduce import agreed
 from hybrid_kernels.rows import SMALL_DIVERGENCE
 
 _SMALL = tl.constexpr(SMALL_DIVERGENCE)
@@ -51,22 +51,13 @@ _SMALL = tl.constexpr(SMALL_DIVERGENCE)
 def _load(where, start, BLOCK_V: tl.constexpr, EDGES: tl.constexpr, HAS_TEACHER: tl.constexpr):
     """A tile of both sides, padded."""
     offsets = start + tl.arange(0, BLOCK_V)
-    inside = offsets < where.body
-    PAD: tl.constexpr = padding(where.student.dtype.element_ty, where.teacher.dtype.element_ty)
-    ptr = body_ptr(where.student, where.head, EDGES)
-    z = tl.load(ptr + offsets, mask=inside, other=PAD)
-    w = z
-    if HAS_TEACHER:
-        ptr = body_ptr(where.teacher, where.head, EDGES)
-        w = tl.load(ptr + offsets, mask=inside, other=PAD)
-    return z, w
+    return load_body(where, offsets, offsets < where.body, EDGES, HAS_TEACHER)
 
 
 @triton.jit
 def _store(where, start, tile, BLOCK_V: tl.constexpr, EDGES: tl.constexpr):
     offsets = start + tl.arange(0, BLOCK_V)
-    ptr = body_ptr(where.gradient, where.head, EDGES)
-    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=offsets < where.body)
+    store_body(where, offsets, offsets < where.body, tile, EDGES)
 
 
 @triton.jit

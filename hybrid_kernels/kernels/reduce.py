@@ -1,0 +1,102 @@
+"""Several reductions at once, and conditions that all threads see alike.
+
+One after another, reductions would each wait for the whole program, and keep all that the later
+ones need in registers meanwhile. The interpreter is slow at a reduction it does not know, so there
+they do run one after another.
+"""
+
+import triton
+import triton.language as tl
+
+from hybrid_kernels.kernels import config
+
+INTERPRETED = tl.constexpr(config.INTERPRETED)
+
+
+@triton.jit
+def _larger_2(a, b, c, d):
+    return tl.maximum(a, c), tl.maximum(b, d)
+
+
+@triton.jit
+def max_2(a, b):
+    if INTERPRETED:
+        return tl.max(a, 0), tl.max(b, 0)
+    else:
+        return tl.reduce((a, b), 0, _larger_2)
+
+
+@triton.jit
+def _add_2(a, b, a2, b2):
+    return a + a2, b + b2
+
+
+@triton.jit
+def sum_2(a, b):
+    if INTERPRETED:
+        return tl.sum(a, 0), tl.sum(b, 0)
+    else:
+        return tl.reduce((a, b), 0, _add_2)
+
+
+@triton.jit
+def _add_3(a, b, c, a2, b2, c2):
+    return a + a2, b + b2, c + c2
+
+
+@triton.jit
+def sum_3(a, b, c):
+    if INTERPRETED:
+        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0)
+    else:
+        return tl.reduce((a, b, c), 0, _add_3)
+
+
+@triton.jit
+def _add_4(a, b, c, d, a2, b2, c2, d2):
+    return a + a2, b + b2, c + c2, d + d2
+
+
+@triton.jit
+def sum_4(a, b, c, d):
+    if INTERPRETED:
+        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0)
+    else:
+        return tl.reduce((a, b, c, d), 0, _add_4)
+
+
+@triton.jit
+def _add_5(a, b, c, d, e, a2, b2, c2, d2, e2):
+    return a + a2, b + b2, c + c2, d + d2, e + e2
+
+
+@triton.jit
+def sum_5(a, b, c, d, e):
+    if INTERPRETED:
+        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0), tl.sum(e, 0)
+    else:
+        return tl.reduce((a, b, c, d, e), 0, _add_5)
+
+
+@triton.jit
+def _add_6(a, b, c, d, e, f, a2, b2, c2, d2, e2, f2):
+    return a + a2, b + b2, c + c2, d + d2, e + e2, f + f2
+
+
+@triton.jit
+def sum_6(a, b, c, d, e, f):
+    if INTERPRETED:
+        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0), tl.sum(e, 0), tl.sum(f, 0)
+    else:
+        return tl.reduce((a, b, c, d, e, f), 0, _add_6)
+
+
+@triton.jit
+def agreed(condition):
+    """The condition, alike in all threads, for branches that hold barriers or reductions.
+
+    A sum of products may be contracted into the first exchange of a reduction, where one thread
+    rounds a product that its partner does not: "scalars" can differ in their last bit.
+    """
+    votes = tl.zeros((32,), tl.int32) + condition.to(tl.int32)
+    return tl.max(votes, 0) > 0
