@@ -52,13 +52,16 @@ def main() -> None:
     parser.add_argument("command", choices=("quick", "run", "report", "aot", "gpu"))
     parser.add_argument("folder", nargs="?", type=Path, help="default: bench/results/<device>")
     parser.add_argument("--suite", choices=("quick", "cpu", "gpu"))
+    parser.add_argument("--deadline", help="run: seconds after which no case is begun")
     arguments = parser.parse_args()
-    folder = arguments.folder or device_folder()
+    folder = (arguments.folder or device_folder()).resolve()  # pytest runs in the root
     if arguments.command == "quick":
         with tempfile.TemporaryDirectory() as temporary:
             measure("quick", Path(temporary), "-p", "no:cacheprovider")
     elif arguments.command == "run":
-        measure(arguments.suite or ("gpu" if torch.cuda.is_available() else "cpu"), folder)
+        options = [f"--deadline={arguments.deadline}"] if arguments.deadline else []
+        suite = arguments.suite or ("gpu" if torch.cuda.is_available() else "cpu")
+        measure(suite, folder, *options)
     elif arguments.command == "report":
         print(report.render(folder))
     elif arguments.command == "aot":

@@ -15,7 +15,7 @@ ROUNDS = {"cpu": 15, "cuda": 100}
 def bench_losses(benchmark, case: Case, device: str):
     provider = PROVIDERS[case.provider]
     if reason := provider.missing():
-        pytest.skip(f"{case.provider}: {reason}")
+        pytest.skip(f"the peer {case.provider} cannot run here: {reason}")
     problem = Problem.random(
         case.rows, case.vocabulary, case.dtype, case.divergence, device, **INPUTS[case.inputs]
     )

@@ -13,6 +13,7 @@ from bench.providers import PROVIDERS
 from bench.suites import SUITES
 
 START = time.monotonic()
+OUT_OF_TIME: list[str] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,8 +32,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def in_time(request: pytest.FixtureRequest) -> None:
-    if time.monotonic() - START > float(request.config.getoption("--deadline")):  # pyright: ignore
-        pytest.skip("out of time")
+    deadline: float = request.config.option.deadline
+    if time.monotonic() - START > deadline:
+        OUT_OF_TIME.append(request.node.name)
+        pytest.skip(f"not begun: --deadline={deadline:g} seconds had passed")
 
 
 @pytest.fixture
@@ -53,6 +56,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "triton", "transformers")},
         "missing_peers": {name: reason for name, reason in missing.items() if reason},
+        "out_of_time": OUT_OF_TIME,
     }
 
 

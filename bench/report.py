@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from bench.summary import Row
 
@@ -27,7 +28,7 @@ def render(folder: Path) -> str:
     lines = [f"{stamp['device']}{driver}, {versions}, commit {rows[0]['commit'][:10]}"]
     for case in dict.fromkeys(tuple(row[key] for key in CASE) for row in right):
         lines += table([row for row in right if tuple(row[key] for key in CASE) == case])
-    lines += ["", *_left_out(rows, stamp["missing_peers"])]
+    lines += ["", *_left_out(rows, stamp)]
     _plot(folder, right)
     text = "\n".join(lines).rstrip() + "\n"
     (folder / "report.md").write_text(text)
@@ -71,13 +72,15 @@ def _ms(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _left_out(rows: list[Row], missing: dict[str, str]) -> Iterable[str]:
+def _left_out(rows: list[Row], stamp: dict[str, Any]) -> Iterable[str]:
     for row in rows:
         if not is_right(row):
             case = ", ".join(str(row[key]) for key in CASE if row[key])
             yield f"- {row['provider']} ({case}): gradient error {row['grad_error']:.0e}, no result"
-    for name, reason in missing.items():
+    for name, reason in stamp["missing_peers"].items():
         yield f"- {name}: not measured, {reason}"
+    for case in stamp.get("out_of_time", []):
+        yield f"- {case}: not measured, out of time"
 
 
 def _plot(folder: Path, rows: list[Row]) -> None:

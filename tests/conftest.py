@@ -88,7 +88,7 @@ def device(target: Target) -> str:
 def native(target: Target) -> None:
     """For tests of speed, memory or compilation, of which the interpreter says nothing."""
     if target == ("triton", "cpu"):
-        pytest.skip("says nothing in the interpreter")
+        pytest.skip("a test of speed, memory or compilation, and the interpreter has none of them")
 
 
 @pytest.fixture

@@ -217,7 +217,7 @@ LOSS = {
 
 
 def message_of(function, *arguments, **options):
-    with pytest.raises(ValueError) as caught:  # noqa: PT011, the caller looks at the message
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - assert_says looks at the message
         function(*arguments, **options)
     return str(caught.value)
 

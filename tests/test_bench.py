@@ -76,6 +76,7 @@ def test_a_wrong_gradient_is_no_result_and_a_missing_peer_is_named(tmp_path):
         entry("torch.compile", [0.1], error=0.3),
         entry("hybrid_kernels", [2.0], error=1e-7, v=200),
     )
+    results["machine_info"]["hybrid_kernels"]["out_of_time"] = ["bench_losses[late]"]
     (tmp_path / "raw.json").write_text(json.dumps(results))
     summary.write(tmp_path)
     text = report.render(tmp_path)
@@ -83,6 +84,7 @@ def test_a_wrong_gradient_is_no_result_and_a_missing_peer_is_named(tmp_path):
     assert "| torch.compile |" not in text
     assert "- torch.compile (4, 100, float32, reverse_kl): gradient error 3e-01, no result" in text
     assert "- Liger 0.8.5: not measured, liger_kernel is not installed" in text
+    assert "- bench_losses[late]: not measured, out of time" in text
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 

@@ -132,7 +132,7 @@ def test_compiled_with_dynamic_shapes(native, backend, device, fresh_compiler):
             torch.testing.assert_close(loss, compute(other.student, *others))
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="inductor needs a C compiler")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="inductor needs a C compiler: no cc")
 def test_compiled_by_inductor(native, backend, device, fresh_compiler):
     case = cases.make(128, (2, 5), device=device)
     assert_compiles(case, *loss_of(case, backend, inplace=True), compiler="inductor")
@@ -143,7 +143,7 @@ def test_compiled_by_inductor(native, backend, device, fresh_compiler):
 def test_compiled_backward_twice(compiler, native, backend, device, fresh_compiler):
     """Compiled code must not scale the buffer that the second backward reads."""
     if compiler == "inductor" and shutil.which("cc") is None:
-        pytest.skip("inductor needs a C compiler")
+        pytest.skip("inductor needs a C compiler, and this machine has no cc")
     case = cases.make(128, (2, 5), device=device)
     compute, others = loss_of(case, backend)
     compiled = torch.compile(compute, fullgraph=True, backend=compiler)

@@ -127,11 +127,12 @@ def changed_options(folder: Path, config: TrainConfig) -> list[str]:
 
 
 def _random_state() -> dict[str, Any]:
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    # NumPy's stubs also allow a dict here, which only get_state(legacy=False) returns.
+    numpy_state = np.random.get_state()
+    assert isinstance(numpy_state, tuple)  # a dict only from get_state(legacy=False)
+    name, keys, position, has_gauss, gauss = numpy_state
     state: dict[str, Any] = {
         "python": json.dumps(random.getstate()),
-        "numpy": [str(name), keys.tolist(), int(position), int(has_gauss), float(gauss)],  # type: ignore[union-attr]
+        "numpy": [str(name), keys.tolist(), int(position), int(has_gauss), float(gauss)],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
