@@ -12,7 +12,7 @@ import tempfile
 import unittest.mock
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,9 +22,9 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import driver
 
 from hybrid_kernels import Divergence, available_divergences
-from hybrid_kernels.kernels import config, resident, sweep
+from hybrid_kernels.kernels import config, resident, sweep, topk
 from hybrid_kernels.kernels import rows as launchers
-from hybrid_kernels.rows import STATISTICS, Coefficients, Rows
+from hybrid_kernels.rows import Coefficients, Rows, Support
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -47,13 +47,25 @@ MODES = {
     "gradient": (False, True),
 }
 # That an entry needs: one for each side's sum, and what the gradient takes anew.
-EXPONENTIALS = {"reverse_kl": 3, "forward_kl": 4, "jeffreys": 4, "jsd": 5}
+EXPONENTIALS = {
+    "reverse_kl": 3,
+    "forward_kl": 4,
+    "jeffreys": 4,
+    "jsd": 5,
+    "skew_reverse_kl": 5,
+    "skew_forward_kl": 6,
+    "alpha": 5,
+    "renyi": 5,
+    "tv": 4,
+}
+TOPK_EXPONENTIALS = 2
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
 DTYPES = (torch.bfloat16, torch.float32)
 _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
@@ -102,6 +114,9 @@ def compile_rows(
     small: bool = True,
     count: int = 8192,
     tuning: config.Tuning | None = None,
+    teachers: int = 1,
+    support: int = 0,
+    tail: str = "bucket",
 ) -> Compiled:
     """A row kernel as a call with these inputs would launch it.
 
@@ -117,17 +132,21 @@ def compile_rows(
         distil: with a teacher.
         small: with the branch that only rows of a small divergence take.
         count: rows; Triton makes a constant of a single one.
+        teachers: how many there are.
+        support: K of top-K teachers; 0 where they are full.
+        tail: what stands for the rest of a support.
         tuning: of the row-resident form.
     """
 
-    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     logits = meta(1, count, vocabulary, dtype=dtype)
+    members = teachers if distil else 0
     name, parameter = Divergence(divergence).canonical()
+    ids = meta(count, support, dtype=torch.int64)
     rows = Rows(
         logits,
-        logits if distil else None,
+        (meta(count, support) if support else logits,) * members,
+        (1.0,) * members,
+        Support(ids, meta(count), tail, 2.0**-24) if support else None,
         meta(count, dtype=torch.int64) if policy_gradient else None,
         meta(count, dtype=torch.bool) if mask else None,
         name,
@@ -135,16 +154,18 @@ def compile_rows(
         1.0,
         teacher_floor,
     )
+    seen = launchers.empty_support(rows) if support else None
     own = meta(count) if policy_gradient else None
     coefficients = Coefficients(meta(1) if distil else None, own, own)
-    statistics = meta(STATISTICS, count)
+    statistics = rows.statistics()
     flags = MODES[mode]
     if flags is None:
         device = DEVICES[target]
-        launch = config.resident(vocabulary, dtype.itemsize, count, device, tuning)
+        sides = launchers.held(rows)
+        launch = config.resident(vocabulary, dtype.itemsize, count, device, tuning, sides)
         assert launch is not None
         arguments = (
-            *launchers.row_arguments(rows, statistics, coefficients, logits),
+            *launchers.row_arguments(rows, seen, statistics, coefficients, logits),
             meta(1),
             meta(1, dtype=torch.int32),
             launch.groups,
@@ -153,15 +174,32 @@ def compile_rows(
         kernel = resident.resident_kernel
     else:
         measure, write = flags
-        launch = config.sweep(vocabulary, rows.one_sweep)
+        launch = launchers.sweep_form(rows)
         gradient = logits if write else None
         arguments = launchers.row_arguments(
-            rows, statistics, coefficients if write else None, gradient
+            rows, seen, statistics, coefficients if write else None, gradient
         )
         constants = launchers.sweep_constants(rows, gradient, launch, measure=measure)
         kernel = sweep.sweep_kernel
     constants["HAS_SMALL"] &= small
     return _compile(_source(kernel, arguments, constants), target, launch, dtype)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def compile_marks(target: str, vocabulary: int, dtype: torch.dtype, support: int) -> Compiled:
+    """The kernel that looks at top-K supports before the rows are read."""
+    logits = meta(1, 8192, vocabulary, dtype=dtype)
+    ids = meta(8192, support, dtype=torch.int64)
+    known = Support(ids, None, "bucket", 2.0**-24)
+    log_probs = (meta(8192, support),)
+    rows = Rows(logits, log_probs, (1.0,), known, None, None, "reverse_kl", 0.0, 1.0, None)
+    arguments = launchers.mark_arguments(rows, launchers.empty_support(rows))
+    constants = launchers.mark_constants(rows, logits)
+    launch = config.Sweep(support, 4)
+    return _compile(_source(topk.mark_kernel, arguments, constants), target, launch, dtype)
 
 
 def compile_scale(target: str, vocabulary: int, dtype: torch.dtype) -> Compiled:
@@ -200,22 +238,31 @@ class _Driver(NamedTuple):
 
 def _source(kernel, arguments: tuple, constants: dict) -> ASTSource:
     """What a launch with these arguments would specialise: None, 1 and multiples of 16."""
-    signature: dict[str, str] = {}
     values: dict[tuple[int, ...], object] = {}
     hints: dict[tuple[int, ...], list] = {}
-    named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
-    for index, name in enumerate(kernel.arg_names):
-        value = named[name]
-        if name in constants or value is None or (isinstance(value, int) and value == 1):
-            signature[name], values[(index,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name], hints[(index,)] = _TYPES[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[name] = "i32" if value < 2**31 else "i64"
+
+    def type_of(value: Any, path: tuple[int, ...], constant: bool = False) -> Any:
+        """The type of an argument, or of each part of one that has parts."""
+        if isinstance(value, tuple) and not constant:
+            parts = [type_of(part, (*path, i)) for i, part in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        if constant or value is None or (isinstance(value, int) and value == 1):
+            values[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            hints[path] = [["tt.divisibility", 16]]
+            return _TYPES[value.dtype]
+        if isinstance(value, int):
             if value % 16 == 0:
-                hints[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32"
+                hints[path] = [["tt.divisibility", 16]]
+            return "i32" if value < 2**31 else "i64"
+        return "fp32"
+
+    named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+    signature = {
+        name: type_of(named[name], (index,), name in constants)
+        for index, name in enumerate(kernel.arg_names)
+    }
     return ASTSource(kernel, signature, values, hints)
 
 
@@ -272,7 +319,7 @@ def machine_code(compiled: Compiled) -> list[Instruction]:
     return found
 
 
-def cost(compiled: Compiled, divergence: str) -> Cost:
+def cost(compiled: Compiled, exponentials: int) -> Cost:
     """What an entry costs in the longest loop, which is the one over rows.
 
     Branches are taken to be independent, so that ways exist on paper which skip the sums and yet
@@ -288,7 +335,7 @@ def cost(compiled: Compiled, divergence: str) -> Cost:
     wanted = min(stored, compiled.itemsize)
     paths = [_cost(path, compiled.entries) for path in _paths(code)]
     return min(
-        (p for p in paths if p.exponentials >= EXPONENTIALS[divergence] and p.stored >= wanted),
+        (p for p in paths if p.exponentials >= exponentials and p.stored >= wanted),
         key=lambda p: (p.loaded, p.instructions),
     )
 
@@ -371,23 +418,35 @@ def main() -> None:
         "128 bits; the floor is both models' entry read once and the gradient's written once."
     )
     print(
-        "      V dtype    divergence | splits  slice warps | registers spilled shared | "
-        "bytes in  out  floor | exp2 special instructions"
+        "      V dtype    problem                    | splits  slice warps | registers spilled "
+        "shared | bytes in  out  floor | exp2 special instructions"
     )
-    cases = itertools.product(VOCABULARIES, DTYPES, available_divergences())
-    for vocabulary, dtype, divergence in cases:
+    for vocabulary, dtype, divergence in itertools.product(
+        VOCABULARIES, DTYPES, available_divergences()
+    ):
         case = ("sm_90", vocabulary, dtype, divergence, "resident")
-        used = resources(compile_rows(*case))
-        compiled = compile_rows(*case, mask=False, small=False)
-        each, launch = cost(compiled, divergence), compiled.launch
-        assert isinstance(launch, config.Resident)
-        print(
-            f"{vocabulary:7} {str(dtype)[6:]:8} {divergence:10} | {launch.splits:6} "
-            f"{launch.slice_v:6} {launch.num_warps:5} | {used.registers:9} {used.spilled:7} "
-            f"{used.shared:6} | {each.loaded:8.2f} {each.stored:4.2f} {3 * dtype.itemsize:6} | "
-            f"{each.exponentials:4.1f} {each.special:7.1f} {each.instructions:12.1f}",
-            flush=True,
-        )
+        _report(divergence, case, EXPONENTIALS[divergence], 3)
+    # Of a support, what its K entries cost is part of what the others do.
+    case = ("sm_90", 151936, torch.bfloat16, "reverse_kl", "resident")
+    for size in (32, 128, 512, 1024):
+        _report(f"reverse_kl, top-{size}", case, TOPK_EXPONENTIALS, 2, support=size)
+    for count in (2, 3):
+        _report(f"reverse_kl, {count} teachers", case, 2 * count + 1, 2 + count, teachers=count)
+
+
+def _report(name: str, case: tuple, exponentials: int, moved: int, **options) -> None:
+    used = resources(compile_rows(*case, **options))
+    compiled = compile_rows(*case, mask=False, small=False, **options)
+    each, launch = cost(compiled, exponentials), compiled.launch
+    assert isinstance(launch, config.Resident)
+    _, vocabulary, dtype, *_ = case
+    print(
+        f"{vocabulary:7} {str(dtype)[6:]:8} {name:26} | {launch.splits:6} "
+        f"{launch.slice_v:6} {launch.num_warps:5} | {used.registers:9} {used.spilled:7} "
+        f"{used.shared:6} | {each.loaded:8.2f} {each.stored:4.2f} {moved * dtype.itemsize:6} | "
+        f"{each.exponentials:4.1f} {each.special:7.1f} {each.instructions:12.1f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -10,22 +10,24 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import hybrid_kernels
-from hybrid_kernels import reference
+from hybrid_kernels import Mixture, TopK, reference
 
 
 class Problem(NamedTuple):
-    """Raw logits `[N, V]` of both models and the divergence between them."""
+    """Raw logits `[N, V]` of both models and the divergence between them. Where `known` is given,
+    it is all that anybody knows of the teacher."""
 
     student: Tensor
-    teacher: Tensor
+    teacher: Any
     divergence: str
     mask: Tensor | None = None
+    known: TopK | None = None
 
     @classmethod
     def random(
@@ -37,10 +39,12 @@ class Problem(NamedTuple):
         device: str = "cpu",
         noise: float = 0.5,
         masked: float = 0.0,
+        support: int = 0,
     ) -> "Problem":
         """Logits of spread 2 nats whose teacher differs by `noise` nats, from a fixed seed.
 
-        `masked` is the share of rows that don't count.
+        `masked` is the share of rows that don't count; `support` the K of a top-K teacher, as a
+        server returns it.
         """
         generator = torch.Generator(device).manual_seed(0)
         options = {"generator": generator, "device": device}
@@ -51,7 +55,8 @@ class Problem(NamedTuple):
             z.copy_(logits)
             w.copy_(logits + noise * torch.randn(z.shape, **options))
         mask = torch.rand(rows, **options) >= masked if masked else None
-        return cls(student.requires_grad_(), teacher, divergence, mask)
+        known = TopK.from_logits(teacher, support) if support else None
+        return cls(student.requires_grad_(), teacher, divergence, mask, known)
 
 
 Run = Callable[[], Tensor]
@@ -95,6 +100,19 @@ def ours(problem: Problem) -> Run:
             problem.student, problem.teacher, mask=problem.mask, divergence=problem.divergence
         ).loss,
     )
+
+
+def ours_top_k(problem: Problem) -> Run:
+    """`hybrid_loss` from K log-probabilities of the teacher, with the tail as a bucket."""
+    assert problem.known is not None
+    problem = problem._replace(teacher=problem.known)
+    return ours(problem)
+
+
+def ours_two_teachers(problem: Problem) -> Run:
+    """`hybrid_loss` from two teachers, whose logits are never averaged in memory."""
+    mixture = Mixture([(1.0, problem.teacher), (0.5, problem.teacher.flip(0))])
+    return ours(problem._replace(teacher=mixture))
 
 
 def ours_hybrid(problem: Problem) -> Run:
@@ -165,6 +183,45 @@ def _composition(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
     log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))
     value = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
     return 0.5 * value.sum(-1).mean()
+
+
+def _top_k_composition(student: Tensor, known: TopK) -> Tensor:
+    """What a careful user writes for the reverse KL: the tail of both sides by logsumexp."""
+    log_p = student.float().log_softmax(-1)
+    own = log_p.gather(-1, known.ids)
+    log_p_tail = log_p.scatter(-1, known.ids, -torch.inf).logsumexp(-1)
+    log_q_tail = torch.log1p(-known.log_probs.exp().sum(-1))
+    value = (own.exp() * (own - known.log_probs)).sum(-1)
+    return (value + log_p_tail.exp() * (log_p_tail - log_q_tail)).mean()
+
+
+def eager_top_k(problem: Problem) -> Run:
+    """The top-K composition in eager torch."""
+    assert problem.known is not None
+    known = problem.known
+    return lambda: _backward(problem, _top_k_composition(problem.student, known))
+
+
+def compiled_top_k(problem: Problem) -> Run:
+    """The top-K composition under `torch.compile`."""
+    assert problem.known is not None
+    known = problem.known
+    # (Not the dataclass, which the compiler would guard.)
+    ids, log_probs = known.ids, known.log_probs
+    composition = torch.compile(lambda z, i, q: _top_k_composition(z, TopK(i, q)), dynamic=False)
+    return lambda: _backward(problem, composition(problem.student, ids, log_probs))
+
+
+def eager_two_teachers(problem: Problem) -> Run:
+    """The composition twice, in eager torch."""
+    other = problem.teacher.flip(0)
+
+    def run() -> Tensor:
+        first = _composition(problem.student, problem.teacher, problem.divergence)
+        second = _composition(problem.student, other, problem.divergence)
+        return _backward(problem, first + 0.5 * second)
+
+    return run
 
 
 def eager(problem: Problem) -> Run:
@@ -238,6 +295,7 @@ def _backward(problem: Problem, loss: Tensor) -> Tensor:
     return problem.student.grad
 
 
+_WRITTEN = ("reverse_kl", "forward_kl", "jeffreys", "jsd")
 _KL_AND_JSD = ("reverse_kl", "forward_kl", "jsd")
 
 PROVIDERS: dict[str, Provider] = {
@@ -249,9 +307,16 @@ PROVIDERS: dict[str, Provider] = {
     "hybrid_kernels scoring": Provider(
         ours_statistics, op="token_terms, no gradient", moved=2, is_gradient=False
     ),
-    "torch eager": Provider(eager),
-    "torch.compile": Provider(compiled),
-    "torch.compile, max-autotune": Provider(compiled_autotuned, gpu_only=True),
+    "hybrid_kernels, top-K": Provider(ours_top_k, moved=2),
+    "hybrid_kernels, two teachers": Provider(ours_two_teachers, moved=4, is_gradient=False),
+    "torch eager, top-K": Provider(eager_top_k, divergences=("reverse_kl",)),
+    "torch.compile, top-K": Provider(compiled_top_k, divergences=("reverse_kl",)),
+    "torch eager, two teachers": Provider(eager_two_teachers, is_gradient=False),
+    "torch eager": Provider(eager, divergences=_WRITTEN),
+    "torch.compile": Provider(compiled, divergences=_WRITTEN),
+    "torch.compile, max-autotune": Provider(
+        compiled_autotuned, gpu_only=True, divergences=_WRITTEN
+    ),
     "speculators 0.9.0": Provider(speculators, "speculators", True, _KL_AND_JSD),
     "Liger 0.8.5": Provider(liger, "liger_kernel", True, _KL_AND_JSD),
 }
@@ -261,9 +326,12 @@ def oracle(problem: Problem, rows: Tensor) -> Tensor:
     """The dense gradient of some valid rows in float64, scaled as in the mean over all of them."""
     student = problem.student.detach()[rows].cpu().double().requires_grad_()
     count = problem.student.shape[0] if problem.mask is None else int(problem.mask.sum())
+    teacher: Tensor | TopK = problem.teacher[rows].cpu().double()
+    if problem.known is not None:
+        teacher = TopK(problem.known.ids[rows].cpu(), problem.known.log_probs[rows].cpu())
     result = reference.hybrid_loss(
         student,
-        problem.teacher[rows].cpu().double(),
+        teacher,
         divergence=problem.divergence,
         num_tokens=count,
     )

@@ -1,6 +1,6 @@
 """What is measured: lists of cases, one for each kind of machine."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,10 @@ TWO_LAUNCHES = (
     "hybrid_kernels scoring",
 )
 TORCH = ("torch eager", "torch.compile")
+SUPPORTS = (32, 128, 512, 1024)
+TOP_K = "hybrid_kernels, top-K"
+TOP_K_TORCH = ("torch eager, top-K", "torch.compile, top-K")
+TWO_TEACHERS = ("hybrid_kernels, two teachers", "torch eager, two teachers")
 PEERS = ("speculators 0.9.0", "Liger 0.8.5")
 
 
@@ -35,10 +39,11 @@ class Case(NamedTuple):
 
 
 # Arguments of `Problem.random` by the name of the inputs.
-INPUTS: dict[str, dict[str, float]] = {
+INPUTS: dict[str, dict[str, Any]] = {
     "": {},
     "close models": {"noise": 0.02},
     "half of the rows masked": {"masked": 0.5},
+    **{f"K={size}": {"support": size} for size in SUPPORTS},
 }
 
 
@@ -65,7 +70,13 @@ def cpu() -> list[Case]:
         for name in available_divergences()
         if name not in ("reverse_kl", "jsd")
     ]
-    return main + others + families
+    supports = [
+        Case(name, 256, 151936, torch.float32, inputs=f"K={size}")
+        for size in SUPPORTS
+        for name in (TOP_K, *(TOP_K_TORCH if size in (128, 1024) else ()))
+    ]
+    several = [Case(name, 256, 151936, torch.float32) for name in TWO_TEACHERS]
+    return main + others + families + supports + several
 
 
 def gpu() -> list[Case]:
@@ -83,7 +94,16 @@ def gpu() -> list[Case]:
         for vocabulary in VOCABULARIES
     ]
     cases += [Case(name, 8192, 151936) for name in TWO_LAUNCHES]
-    cases += [Case(OURS, 8192, 151936, inputs=inputs) for inputs in INPUTS if inputs]
+    cases += [Case(TOP_K, 8192, 151936, inputs=f"K={size}") for size in SUPPORTS]
+    cases += [
+        Case(name, 8192, 151936, inputs=f"K={size}") for size in (128, 1024) for name in TOP_K_TORCH
+    ]
+    cases += [Case(name, 8192, 151936) for name in TWO_TEACHERS]
+    cases += [
+        Case(OURS, 8192, 151936, inputs=inputs)
+        for inputs, options in INPUTS.items()
+        if inputs and "support" not in options
+    ]
     cases += [
         Case(provider, rows, 151936)
         for rows in (1024, 4096, 16384, 65536)

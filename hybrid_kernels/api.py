@@ -11,7 +11,14 @@ from torch import Tensor
 
 from hybrid_kernels import ops, validate
 from hybrid_kernels.rows import FIELDS
-from hybrid_kernels.types import IGNORED_TOKEN, Divergence, HybridLoss, Teacher, TokenTerms
+from hybrid_kernels.types import (
+    IGNORED_TOKEN,
+    Divergence,
+    HybridLoss,
+    Teacher,
+    TokenTerms,
+    TopK,
+)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -55,8 +62,8 @@ def hybrid_loss(
             contiguous; rows may have any stride, so that `logits[:, :-1, :V]` needs no copy. (Only
             leading dimensions that need more than two row strides are refused, as a slice of the
             third of four dimensions does.)
-        teacher: `[..., V]` logits, of any of these dtypes; never differentiable. None where
-            `dense_weight` is 0 (policy gradient alone).
+        teacher: `[..., V]` logits, of any of these dtypes; a `TopK`; or a `Mixture` of several.
+            Never differentiable. None where `dense_weight` is 0 (policy gradient alone).
         token_ids: `[...]` int64 or int32. Rows with the id -100 are masked.
         advantages: `[...]` floating, a constant; or a function of the row statistics
             (`TokenTerms` -> `[...]`), called without gradient between the statistics and the
@@ -71,7 +78,15 @@ def hybrid_loss(
         reduction: "mean" over the valid tokens (or `num_tokens`), "sum", or "none".
         num_tokens: the divisor of the mean, a number or a device scalar. Give the count of the
             whole optimizer step, so that micro-batches and ranks add up exactly.
-        tail: what stands for the vocabulary outside a top-K support; no effect on a full teacher.
+        tail: what stands for the vocabulary outside a `TopK` teacher's support S, on which the
+            models have the masses P and Q; no effect on a full teacher. "bucket": one more
+            category of mass 1-P and 1-Q, whose value is a lower bound of the full one. For the
+            reverse KL its gradient is p (l - L) on S and p (rho - L) off it, with
+            rho = log((1-P)/(1-Q)); where `token_ids` and the teacher's `token_log_prob` are given,
+            a token y sampled outside S also takes `dense_weight (l_y - rho)` off its advantage,
+            which makes the expected gradient that of the full KL. "renormalize": both models
+            conditioned on S, another objective. "mask": the bucket's value, its gradient on S
+            alone.
         teacher_floor: teacher log-probabilities below it are raised to it (the raised entries are
             not renormalised), so that a token the teacher forbids has a large, finite cost.
         inplace: write the gradient over `student_logits`, which then holds no logits any more.
@@ -97,8 +112,9 @@ def hybrid_loss(
         An entry with z = -inf takes no part; w = -inf where p > 0 makes the reverse KL +inf and its
         gradient non-finite (see `teacher_floor`); NaN or +inf makes its own row NaN.
     """
-    rows = _Rows(student_logits, teacher, token_ids, mask, process_group, tail)
-    config = _config(divergence, temperature, teacher_floor, backend, student_logits)
+    options = (process_group, tail, teacher_floor)
+    rows = _Rows(student_logits, teacher, token_ids, mask, *options)
+    config = _config(rows, divergence, temperature, teacher_floor, tail, backend)
     validate.choice("reduction", reduction, validate.REDUCTIONS)
     validate.num_tokens(num_tokens, reduction, student_logits.device)
     validate.row_weight("dense_weight", dense_weight, rows.shape, student_logits.device)
@@ -110,6 +126,7 @@ def hybrid_loss(
         )
     if advantages is not None and token_ids is None:
         raise ValueError("token_ids: None, but advantages need the sampled tokens; give both")
+    student, teachers, *others = rows.tensors
     wants_gradient = torch.is_grad_enabled() and student_logits.requires_grad
     if inplace:
         validate.inplace(student_logits)
@@ -129,8 +146,9 @@ def hybrid_loss(
     )
     scale = _normaliser(reduction, num_tokens, rows)
     if wants_gradient:
+        summed = reduction != "none"
         loss, statistics = ops.HybridLossFunction.apply(
-            *rows.tensors, *weights, scale, statistics, reduction != "none", inplace, config
+            student, *others, *weights, scale, statistics, summed, inplace, config, *teachers
         )
     else:
         if statistics is None:
@@ -144,6 +162,8 @@ def hybrid_loss(
         log_prob=terms.log_prob,
         teacher_log_prob=terms.teacher_log_prob,
         entropy=terms.entropy,
+        student_mass=rows.mass(statistics, FIELDS.student_mass),
+        teacher_mass=rows.mass(statistics, FIELDS.teacher_mass),
     )
 
 
@@ -189,40 +209,65 @@ def token_terms(
 
     Notes:
         The logits are kept for the backward sweep, which writes one `[..., V]` gradient in the
-        student's dtype. Second derivatives raise.
+        student's dtype. Second derivatives raise. The gradient of a `TopK` teacher's divergence is
+        that of its value: tokens sampled outside the support correct nothing here.
     """
-    rows = _Rows(student_logits, teacher, token_ids, mask, process_group, tail)
-    config = _config(divergence, temperature, teacher_floor, backend, student_logits)
+    options = (process_group, tail, teacher_floor)
+    rows = _Rows(student_logits, teacher, token_ids, mask, *options)
+    config = _config(rows, divergence, temperature, teacher_floor, tail, backend)
     if torch.is_grad_enabled() and student_logits.requires_grad:
-        validate.can_be_saved("teacher", teacher)
+        for tensor in rows.tensors[1]:
+            validate.can_be_saved("teacher", tensor)
         validate.can_be_saved("token_ids", token_ids)
-    statistics = ops.TokenTermsFunction.apply(*rows.tensors, config)
+    student, teachers, *others = rows.tensors
+    statistics = ops.TokenTermsFunction.apply(student, *others, config, *teachers)
     return rows.terms(statistics, differentiable=True)
 
 
 class _Rows:
     """The checked inputs, flattened to rows, and the way back to the caller's shape."""
 
-    def __init__(self, student_logits, teacher, token_ids, mask, process_group, tail) -> None:
+    def __init__(
+        self, student_logits, teacher, token_ids, mask, process_group, tail, teacher_floor
+    ) -> None:
         validate.student(student_logits)
         validate.no_process_group(process_group)
         validate.choice("tail", tail, validate.TAILS)
+        validate.teacher_floor(teacher_floor)
         self.shape = student_logits.shape[:-1]
         device = student_logits.device
-        if teacher is not None:
-            validate.teacher(teacher, student_logits)
+        members = [] if teacher is None else validate.teacher(teacher, student_logits)
         if token_ids is not None:
             validate.token_ids(token_ids, self.shape, device)
         if mask is not None:
             validate.row_mask(mask, self.shape, device)
         self.valid = _valid_rows(mask, token_ids)
         self.has_teacher, self.has_tokens = teacher is not None, token_ids is not None
+        self.shares = [weight for weight, _ in members]
+        self.resolution, support, token_log_prob = 0.0, None, None
+        supports = [member for _, member in members if isinstance(member, TopK)]
+        logits = [student_logits, *(m for _, m in members if isinstance(m, Tensor))]
+        student, *teachers = _as_rows(logits)
+        if supports:
+            self.resolution = max(member.resolution for member in supports)
+            size = supports[0].ids.shape[-1]
+            support = supports[0].ids.reshape(-1, size).contiguous()
+            teachers = [m.log_probs.reshape(-1, size).float().contiguous() for m in supports]
+            token_log_prob = _mean_token_log_prob(supports, self.shares, teacher_floor)
+        self.has_support = support is not None
         self.tensors = (
-            *_as_rows(student_logits, teacher),
+            student,
+            teachers,
+            support,
+            token_log_prob,
             None if token_ids is None else token_ids.reshape(-1).contiguous(),
             self.valid,
         )
         self.count = self.shape.numel()
+
+    def mass(self, statistics: Tensor, index: int) -> Tensor | None:
+        """A mass on a top-K support, in the caller's shape."""
+        return statistics[index].view(self.shape).detach() if self.has_support else None
 
     def terms(self, statistics: Tensor, differentiable: bool = False) -> TokenTerms:
         """The fields for the user, in the caller's shape."""
@@ -241,13 +286,17 @@ class _Rows:
         )
 
 
-def _config(divergence, temperature, teacher_floor, backend, student_logits) -> tuple:
+def _config(rows, divergence, temperature, teacher_floor, tail, backend) -> tuple:
     """The constants of a call, in the order in which every operator takes them."""
     validate.temperature(temperature)
-    validate.teacher_floor(teacher_floor)
     name, parameter = validate.divergence(divergence).canonical()
     floor = None if teacher_floor is None else float(teacher_floor)
-    return name, parameter, float(temperature), floor, resolve_backend(backend, student_logits)
+    student, _, support, *_ = rows.tensors
+    backend = resolve_backend(backend, student)
+    if support is not None and backend == "triton":
+        validate.support_size(support.shape[-1])
+    constants = (name, parameter, float(temperature), floor, tail, rows.resolution, backend)
+    return (rows.shares, *constants)
 
 
 def resolve_backend(backend: str, tensor: Tensor) -> str:
@@ -297,20 +346,36 @@ def _normaliser(reduction: str, num_tokens: float | Tensor | None, rows: _Rows) 
     return rows.valid.sum().clamp(min=1).float().reciprocal()
 
 
-def _as_rows(student: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """`[..., V]` as `[O, I, V]` without a copy: leading dimensions merge where strides allow."""
-    student_split = _row_split("student_logits", student)
-    if teacher is None:
-        return student.view(*student_split, student.shape[-1]), None
-    # Where one side needs two row strides and the other does not, the other follows.
-    teacher_split = _row_split("teacher", teacher)
-    split = student_split if student_split[0] != 1 else teacher_split
-    if teacher_split[0] not in (1, split[0]):
-        raise ValueError(
-            f"teacher: rows of strides {tuple(teacher.stride()[:-1])} don't group like the "
-            f"student's, {tuple(student.stride()[:-1])}; use teacher.contiguous(), which copies"
-        )
-    return student.view(*split, student.shape[-1]), teacher.view(*split, teacher.shape[-1])
+def _mean_token_log_prob(
+    supports: list[TopK], shares: list[float], floor: float | None
+) -> Tensor | None:
+    """log q(y) as `[N]`: the weighted mean over the members; None where one doesn't tell."""
+    total, mean = sum(shares), None
+    for share, member in zip(shares, supports, strict=True):
+        if member.token_log_prob is None:
+            return None
+        own = member.token_log_prob.reshape(-1).float()
+        own = share / total * (own if floor is None else own.clamp(min=floor))
+        mean = own if mean is None else mean + own
+    return mean
+
+
+def _as_rows(logits: list[Tensor]) -> list[Tensor]:
+    """`[..., V]` as `[O, I, V]` without a copy: leading dimensions merge where strides allow.
+
+    The first is the student's, the others are teachers'.
+    """
+    names = ["student_logits"] + ["teacher"] * (len(logits) - 1)
+    splits = [_row_split(name, t) for name, t in zip(names, logits, strict=True)]
+    # Where one side needs two row strides and another does not, the other follows.
+    split = next((own for own in splits if own[0] != 1), splits[0])
+    for tensor, own in zip(logits, splits, strict=True):
+        if own[0] not in (1, split[0]):
+            raise ValueError(
+                f"teacher: rows of strides {tuple(tensor.stride()[:-1])} don't group like the "
+                f"others', {tuple(logits[0].stride()[:-1])}; use teacher.contiguous(), which copies"
+            )
+    return [tensor.view(*split, tensor.shape[-1]) for tensor in logits]
 
 
 def _row_split(name: str, logits: Tensor) -> tuple[int, int]:

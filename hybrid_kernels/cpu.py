@@ -16,17 +16,20 @@ import ctypes
 import math
 import mmap
 import sys
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from hybrid_kernels import cpu_topk
+from hybrid_kernels.cpu_forms import FORMS, row_dot
 from hybrid_kernels.rows import (
     FIELDS,
     LOWEST,
+    MEMBER,
+    MEMBER_FIELDS,
     SMALL_DIVERGENCE,
-    STATISTICS,
+    STUDENT_FIELDS,
     Coefficients,
     Rows,
 )
@@ -103,7 +106,9 @@ def _blocks(
     outer, inner, size = rows.student.shape
     on_cpu = rows.student.device.type == "cpu"
     step = max(1, min(BLOCK_ELEMENTS // size, inner))
-    buffers = torch.empty((4, step, size), dtype=torch.float32, device=rows.student.device).unbind()
+    count = 5 if len(rows.teachers) > 1 and rows.support is None else 4
+    shape = (count, step, size)
+    buffers = torch.empty(shape, dtype=torch.float32, device=rows.student.device).unbind()
     if coefficients is not None:
         # Every logit gradient has the factor 1/T.
         columns = (None if c is None else (c / rows.temperature)[:, None] for c in coefficients)
@@ -137,7 +142,9 @@ class _Block:
     """A few consecutive rows: their logits, and four buffers in cache.
 
     `x` holds z - max z, `log_ratio` l and then g, `p` and `q` the probabilities, which `p_factor`
-    and `q_factor` have still to normalise. What there is one of per row is a column `[r, 1]`.
+    and `q_factor` have still to normalise (`q` then h). What there is one of per row is a column
+    `[r, 1]`. With several teachers, which take their turns in these buffers, a fifth one sums up
+    dD/dz.
     """
 
     def __init__(
@@ -157,7 +164,9 @@ class _Block:
         self.statistics = statistics[:, self.range]
         self.coefficients = coefficients
         self.student = rows.student[outer, start:stop]
-        self.teacher = None if rows.teacher is None else rows.teacher[outer, start:stop]
+        self.teachers: list[Tensor] = []
+        if rows.support is None:
+            self.teachers = [teacher[outer, start:stop] for teacher in rows.teachers]
         self.gradient = None if gradient is None else gradient[outer, start:stop]
         self.ids = None
         if rows.token_ids is not None:
@@ -168,18 +177,20 @@ class _Block:
         count = stop - start
         if count < buffers[0].shape[0]:
             buffers = tuple(buffer[:count] for buffer in buffers)
-        self.x, self.log_ratio, self.p, self.q = buffers
+        self.x, self.log_ratio, self.p, self.q = buffers[:4]
+        self.pull = buffers[4] if len(buffers) > 4 else None
         self.p_factor: Tensor | None = None
         self.q_factor: Tensor | None = None
-        keeps_x = rows.teacher_floor is not None or (
-            coefficients and coefficients.entropy is not None
-        )
+        keeps_x = rows.teacher_floor is not None or len(self.teachers) > 1
+        keeps_x = keeps_x or (coefficients and coefficients.entropy is not None)
         if not keeps_x:
             self.q = self.x  # one buffer less in cache
         self.on_cpu = rows.student.device.type == "cpu"
         self.inv_t = 1.0 / rows.temperature
         self.dropped: Tensor | None = None
-        self.form = None if self.teacher is None else _FORMS[rows.divergence]
+        self.form = FORMS[rows.divergence]
+        self.compared: cpu_topk.Comparison | None = None
+        self.slope_factor: Tensor | None = None
         self.columns: dict[int, Tensor] = {}
 
     def measure(self) -> None:
@@ -199,11 +210,11 @@ class _Block:
             self.dropped = self.student == -torch.inf
             self.x.masked_fill_(self.dropped, LOWEST)
         zero = torch.zeros_like(lse)
-        columns = self.columns = dict.fromkeys(range(STATISTICS), zero)
+        columns = self.columns = dict.fromkeys(range(self.statistics.shape[0]), zero)
         columns[FIELDS.student_max] = top
         columns[FIELDS.student_lse] = lse
         columns[FIELDS.logsumexp] = self._over_t(top) + lse
-        mean_x = _row_dot(self.p, self.x).mul_(self.p_factor)
+        mean_x = row_dot(self.p, self.x).mul_(self.p_factor)
         columns[FIELDS.entropy] = lse - self._over_t(mean_x)
         if self.ids is not None:
             log_prob = self._over_t(self.x.gather(1, self.ids)) - lse
@@ -212,28 +223,67 @@ class _Block:
             if not self.on_cpu:
                 log_prob.masked_fill_(self.outside, torch.nan)
             columns[FIELDS.log_prob] = log_prob
-        if self.teacher is not None:
-            self._compare(guarded)
+        if self.rows.support is not None:
+            self._compare_support(total)
+        for member in range(len(self.teachers)):
+            self._compare(member, guarded)
         return torch.cat(tuple(columns.values()), 1)
 
-    def _compare(self, guarded: bool) -> None:
-        """The teacher's statistics, the divergence and the sum of its slopes."""
-        assert self.teacher is not None
-        assert self.form is not None
+    def _compare_support(self, total: Tensor) -> None:
+        """The divergence on a top-K support, of p that sum to `total`. Leaves p 0 there."""
+        support, columns = self.rows.support, self.columns
+        assert support is not None
+        ids = support.ids[self.range].long()
+        kept = cpu_topk.first_of_each(ids) & (ids < self.x.shape[1])
+        index = torch.where(kept, ids, 0)
+        on_support = torch.where(kept, self.p.gather(1, index), 0.0)
+        # Taken away from themselves they leave an exact 0, and what is not kept leaves all alone.
+        self.p.scatter_add_(1, index, on_support.neg())
+        compared = self.compared = cpu_topk.compare(
+            self.rows,
+            self.range,
+            self.x.gather(1, index),
+            columns[FIELDS.student_lse],
+            self.p.sum(-1, keepdim=True),
+            kept,
+            None if self.ids is None else self.ids,
+            columns[FIELDS.log_prob] if self.ids is not None else None,
+        )
+        self.support_index, self.kept = index, kept
+        self.support_p = on_support / total
+        divergence = compared.divergence
+        if not self.on_cpu:
+            # (On the CPU such ids were an error before.)
+            outside = ((ids < -1) | (ids >= self.x.shape[1])).any(-1, keepdim=True)
+            divergence = divergence.masked_fill(outside, torch.nan)
+        columns[FIELDS.divergence] = divergence
+        columns[FIELDS.student_mass] = compared.student_mass
+        columns[FIELDS.teacher_mass] = compared.teacher_mass
+        if compared.teacher_log_prob is not None:
+            columns[FIELDS.teacher_log_prob] = compared.teacher_log_prob
+        if compared.correction is not None:
+            columns[FIELDS.tail_correction] = compared.correction
+
+    def _compare(self, member: int, guarded: bool) -> None:
+        """A teacher's statistics, its share of the divergence and the sum of its slopes."""
         columns, form, floor = self.columns, self.form, self.rows.teacher_floor
         p, q, log_ratio = self.p, self.q, self.log_ratio
+        share, teacher = self.rows.shares[member], self.teachers[member]
+        first = STUDENT_FIELDS + member * MEMBER_FIELDS
         student_lse = columns[FIELDS.student_lse]
-        top, total = self._exponentials(self.teacher, log_ratio, q)
+        top, total = self._exponentials(teacher, log_ratio, q)
         teacher_lse = total.log()
-        columns[FIELDS.teacher_max] = top
-        columns[FIELDS.teacher_lse] = teacher_lse
+        columns[first + MEMBER.teacher_max] = top
+        columns[first + MEMBER.teacher_lse] = teacher_lse
         if self.ids is not None:
             log_q = self._over_t(log_ratio.gather(1, self.ids)) - teacher_lse
-            columns[FIELDS.teacher_log_prob] = log_q if floor is None else log_q.clamp_(min=floor)
+            log_q = log_q if floor is None else log_q.clamp_(min=floor)
+            mean = columns[FIELDS.teacher_log_prob] + share / sum(self.rows.shares) * log_q
+            columns[FIELDS.teacher_log_prob] = mean if self.pull is not None else log_q
         self.q_factor = total.reciprocal()
-        self._subtract(columns[FIELDS.student_max], top, teacher_lse - student_lse)
+        self._subtract(teacher, columns[FIELDS.student_max], top, teacher_lse - student_lse)
         lost = 0.0
-        if guarded or floor is not None or not form.linear:
+        if guarded or floor is not None or not form.linear or self.pull is not None:
             self._normalise()
         if floor is not None:
             torch.minimum(log_ratio, self._over_t(self.x) - (student_lse + floor), out=log_ratio)
@@ -250,6 +300,11 @@ class _Block:
         value, slope_sum = form.sums(p, q, log_ratio, self.rows.parameter)
         if self.p_factor is not None:
             value = slope_sum = value * self.p_factor
+        if form.lost_share is not None:
+            value = value + form.lost_share(self.rows.parameter) * lost
+        if form.outer is not None:
+            value, self.slope_factor = form.outer(value, self.rows.parameter)
+            columns[first + MEMBER.slope_factor] = self.slope_factor
         if guarded and form.diverges:
             # 0 * inf where p underflows: with both normalisers sound, a NaN can mean only that the
             # teacher forbids what the student may still say.
@@ -257,23 +312,40 @@ class _Block:
             infinite = (value.isnan() & sound) | (value == torch.inf)
             value = torch.where(infinite, torch.inf, value)
             slope_sum = torch.where(infinite, torch.inf, slope_sum)
-        columns[FIELDS.slope_sum] = slope_sum
+        columns[first + MEMBER.slope_sum] = slope_sum
         if form.small_value is not None:
             small = value < SMALL_DIVERGENCE
             if guarded or bool(small.any()):
                 self._normalise()
                 refined = form.small_value(p, q, log_ratio) + form.lost_sign * lost
                 value = torch.where(small, refined, value)
-        columns[FIELDS.divergence] = value
+        if self.pull is None:
+            columns[FIELDS.divergence] = value if share == 1.0 else share * value
+        else:
+            columns[FIELDS.divergence] = columns[FIELDS.divergence] + share * value
+            self._add_pull(self.pull, member, slope_sum)
+
+    def _add_pull(self, pull: Tensor, member: int, slope_sum: Tensor) -> None:
+        """Adds a member's dD/dz: its share of p (g - sum of slopes) - h."""
+        if member == 0:
+            pull.zero_()
+        weight = torch.full_like(slope_sum, self.rows.shares[member])
+        if self.slope_factor is not None:
+            weight = weight * self.slope_factor
+        g = self.log_ratio if self.form.has_g else self.log_ratio.zero_()
+        pull.addcmul_(self.p, g.sub_(slope_sum).mul_(weight))
+        if self.form.has_h:
+            pull.sub_(self.q.mul_(weight))
 
     def _over_t(self, value: Tensor) -> Tensor:
         return value if self.inv_t == 1.0 else value * self.inv_t
 
     def _normalise(self) -> None:
-        if self.p_factor is not None and self.q_factor is not None:
+        if self.p_factor is not None:
             self.p.mul_(self.p_factor)
+        if self.q_factor is not None:
             self.q.mul_(self.q_factor)
-            self.p_factor, self.q_factor = None, None
+        self.p_factor = self.q_factor = None
 
     def _exponentials(self, logits: Tensor, centred: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """Fills z - max z and exp((z - max z)/T); returns max z and the sum of the latter."""
@@ -287,15 +359,16 @@ class _Block:
         torch.exp(self._over_t(centred), out=out)
         return top, out.sum(-1, keepdim=True)
 
-    def _subtract(self, student_max: Tensor, teacher_max: Tensor, shift: Tensor) -> None:
+    def _subtract(
+        self, teacher: Tensor, student_max: Tensor, teacher_max: Tensor, shift: Tensor
+    ) -> None:
         """Fills ((z - max z) - (w - max w))/T + shift, the difference exact for models that agree.
 
         z - w is exact for close numbers, where z - max z and w - max w would each be rounded. So
         the difference of the maxima goes last, all but its integer part, which is taken off the
         larger side first: a large offset between the models must not cost digits either.
         """
-        assert self.teacher is not None
-        log_ratio, student, teacher = self.log_ratio, self.student, self.teacher
+        log_ratio, student = self.log_ratio, self.student
         rest = student_max - teacher_max
         plain = student.dtype == teacher.dtype == torch.float32 and self.on_cpu
         if plain and bool((rest.abs() < 0.5).all()):
@@ -320,20 +393,32 @@ class _Block:
         c_div, c_logp, c_ent = (self._own(c) for c in self.coefficients)
         p, inner, form, columns = self.p, self.log_ratio, self.form, self.columns
         factor = 1.0 if self.p_factor is None else self.p_factor
-        slope_sum = columns[FIELDS.slope_sum]
-        if c_div is not None and self.dropped is not None:
-            # A weight of 0 leaves nothing of an infinite divergence.
-            unweighted = c_div == 0
-            slope_sum = torch.where(unweighted, 0.0, slope_sum)
-            inner.masked_fill_(unweighted, 0.0)
-            self.q.masked_fill_(unweighted, 0.0)
-        if c_div is not None and form is not None and form.has_g:
+        compared = self.compared
+        # One teacher's slopes are still in the buffers.
+        alone = c_div is not None and self.pull is None and compared is None
+        constant = 0.0
+        if c_div is not None and alone:
+            slope_sum = columns[STUDENT_FIELDS + MEMBER.slope_sum]
+            if self.dropped is not None:
+                # A weight of 0 leaves nothing of an infinite divergence.
+                unweighted = c_div == 0
+                slope_sum = torch.where(unweighted, 0.0, slope_sum)
+                inner.masked_fill_(unweighted, 0.0)
+                self.q.masked_fill_(unweighted, 0.0)
+            if self.slope_factor is not None:
+                c_div = torch.where(c_div == 0, 0.0, c_div * self.slope_factor)
+            if self.rows.shares[0] != 1.0:
+                c_div = c_div * self.rows.shares[0]
+            constant = constant - c_div * slope_sum
+        if c_div is not None and alone and form.has_g:
             inner.mul_(c_div * factor)
         else:
             inner.zero_()
-        constant = 0.0
-        if c_div is not None:
-            constant = constant - c_div * slope_sum
+        if c_div is not None and compared is not None:
+            if compared.correction is not None:
+                own = _weighted(c_div, compared.correction)
+                c_logp = own if c_logp is None else c_logp + own
+            constant = constant + _weighted(c_div, compared.tail_pull)
         if c_logp is not None:
             constant = constant - c_logp
         if c_ent is not None:
@@ -342,103 +427,43 @@ class _Block:
         inner.add_(constant * factor)
         out = self.gradient if self.gradient.dtype == torch.float32 else inner
         torch.mul(p, inner, out=out)
-        if c_div is not None and form is not None and form.has_q:
+        if c_div is not None and alone and form.has_h:
             out.sub_(self.q.mul_(c_div))
+        if c_div is not None and self.pull is not None:
+            out.add_(_weighted(c_div, self.pull))
+        if compared is not None:
+            self._add_support(out, compared, c_div, c_logp, c_ent)
         if c_logp is not None and self.ids is not None:
             out.scatter_add_(1, self.ids, c_logp.expand_as(self.ids))
         if out is not self.gradient:
             self.gradient.copy_(out)
 
+    def _add_support(
+        self,
+        out: Tensor,
+        compared: cpu_topk.Comparison,
+        c_div: Tensor | None,
+        c_logp: Tensor | None,
+        c_ent: Tensor | None,
+    ) -> None:
+        """The gradient of a top-K support, where p was 0 so far."""
+        assert isinstance(self.support_p, Tensor)
+        inner = torch.zeros_like(self.support_p)
+        if c_logp is not None:
+            inner -= c_logp
+        if c_ent is not None:
+            entropy = self.columns[FIELDS.entropy]
+            log_p = torch.where(self.support_p > 0, self.support_p, 1.0).log()
+            inner -= c_ent * (log_p + entropy)
+        gradient = self.support_p * inner
+        if c_div is not None:
+            gradient += _weighted(c_div, compared.pull)
+        out.scatter_add_(1, self.support_index, torch.where(self.kept, gradient, 0.0))
+
     def _own(self, column: Tensor | None) -> Tensor | None:
         return column if column is None or column.shape[0] == 1 else column[self.range]
 
 
-class _Form(NamedTuple):
-    """A divergence on block buffers, in terms of p, q and the log-ratio l.
-
-    The slopes of its terms are dt/dlog p = p g - q, up to a multiple of p (which changes no logit
-    gradient), where the g or the q may be absent.
-
-    Attributes:
-        sums: (p, q, l, parameter) -> the value and the sum of the slopes, each `[r, 1]`; leaves g
-            in the buffer of l.
-        linear: whether both sums are linear in p and do not read q: p may be unnormalised.
-        has_g: whether the slopes have p g.
-        has_q: whether the slopes have -q.
-        diverges: whether a term is infinite where q = 0 < p.
-        small_value: (p, q, l) -> `[r, 1]`, the value as a sum of positive terms, right near p = q.
-        lost_sign: the sign with which 1 - sum q of the entries that take part enters it.
-    """
-
-    sums: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    linear: bool = False
-    has_g: bool = True
-    has_q: bool = False
-    diverges: bool = False
-    small_value: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    lost_sign: float = 0.0
-
-
-def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    # torch.dot would be faster on one row, and less exact: it adds a whole row up in one pass.
-    return torch.linalg.vecdot(a, b)[:, None]
-
-
-def _reverse_kl(p: Tensor, q: Tensor, log_ratio: Tensor, _: float) -> tuple[Tensor, Tensor]:
-    value = _row_dot(p, log_ratio)
-    return value, value
-
-
-def _forward_kl(p: Tensor, q: Tensor, log_ratio: Tensor, _: float) -> tuple[Tensor, Tensor]:
-    return -_row_dot(q, log_ratio), -q.sum(-1, keepdim=True)
-
-
-def _jeffreys(p: Tensor, q: Tensor, log_ratio: Tensor, _: float) -> tuple[Tensor, Tensor]:
-    reverse = _row_dot(p, log_ratio)
-    return reverse - _row_dot(q, log_ratio), reverse - q.sum(-1, keepdim=True)
-
-
-def _jsd(p: Tensor, q: Tensor, log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    # log(m/p) = log(beta e^-l + 1 - beta), from the side where the exponential is at most 1.
-    weight = torch.where(log_ratio > 0, beta, 1 - beta)
-    log_m_over_p = log_ratio.abs().neg_().expm1_().mul_(weight).log1p_()
-    log_m_over_p.sub_(log_ratio.clamp(max=0.0))
-    teacher_side = _row_dot(q, log_ratio.add_(log_m_over_p))
-    g = torch.mul(log_m_over_p, beta - 1, out=log_ratio)
-    student_side = _row_dot(p, g)
-    return student_side - beta * teacher_side, student_side
-
-
-def _excess(log_ratio: Tensor) -> Tensor:
-    """exp(-l) - 1 + l for |l| < 0.5, by its series: the difference itself would cancel."""
-    series = torch.full_like(log_ratio, 1.0 / 362880)
-    for factorial in (40320, 5040, 720, 120, 24, 6, 2):
-        series.mul_(-log_ratio).add_(1.0 / factorial)
-    return series.mul_(log_ratio).mul_(log_ratio)
-
-
-def _reverse_small(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
-    near = log_ratio.abs() < 0.5
-    return torch.where(near, p * _excess(log_ratio), q - p + p * log_ratio).sum(-1, keepdim=True)
-
-
-def _forward_small(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
-    return _reverse_small(q, p, -log_ratio)
-
-
-def _jeffreys_small(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
-    near = log_ratio.abs() < 0.5
-    difference = torch.where(near, -p * torch.expm1(-log_ratio), p - q)
-    return (difference * log_ratio).sum(-1, keepdim=True)
-
-
-_FORMS = {
-    "reverse_kl": _Form(
-        _reverse_kl, linear=True, diverges=True, small_value=_reverse_small, lost_sign=1.0
-    ),
-    "forward_kl": _Form(
-        _forward_kl, has_g=False, has_q=True, small_value=_forward_small, lost_sign=-1.0
-    ),
-    "jeffreys": _Form(_jeffreys, has_q=True, diverges=True, small_value=_jeffreys_small),
-    "jsd": _Form(_jsd),
-}
+def _weighted(weight: Tensor, value: Tensor) -> Tensor:
+    """weight * value; a weight of 0 leaves nothing of an infinity."""
+    return torch.where(weight == 0, 0.0, weight * value)

@@ -17,6 +17,7 @@ Shapes and names are those of `rows.py`.
 """
 
 import functools
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels import validate
-from hybrid_kernels.rows import FIELDS, STATISTICS, Coefficients, Rows
+from hybrid_kernels.rows import FIELDS, Coefficients, Rows, Support, statistics_size
 
 
 def _implementation(backend: str) -> ModuleType:
@@ -37,36 +38,72 @@ def _implementation(backend: str) -> ModuleType:
     return cpu
 
 
+def _rows(
+    student, teachers, support, token_log_prob, token_ids, valid, shares, divergence, parameter,
+    temperature, teacher_floor, tail, resolution,
+) -> Rows:  # fmt: skip
+    """The arguments that all operators share, as one problem."""
+    return Rows(
+        student,
+        tuple(teachers),
+        tuple(shares),
+        None if support is None else Support(support, token_log_prob, tail, resolution),
+        token_ids,
+        valid,
+        divergence,
+        parameter,
+        temperature,
+        teacher_floor,
+    )
+
+
 def _check_values(rows: Rows) -> None:
-    if rows.token_ids is not None and (rows.student.device.type == "cpu" or validate.debug()):
-        validate.token_ids_in_range(rows.token_ids, rows.valid, rows.student.shape[-1])
+    if rows.student.device.type != "cpu" and not validate.debug():
+        return
+    vocabulary = rows.student.shape[-1]
+    if rows.token_ids is not None:
+        validate.token_ids_in_range(rows.token_ids, rows.valid, vocabulary)
+    if rows.support is not None:
+        for log_probs in rows.teachers:
+            ids, resolution = rows.support.ids, rows.support.resolution
+            validate.support_values(ids, log_probs, rows.valid, vocabulary, resolution)
 
 
 @torch.library.custom_op("hybrid_kernels::row_statistics", mutates_args=())
 def row_statistics(
     student: Tensor,
-    teacher: Tensor | None,
+    teachers: Sequence[Tensor],
+    support: Tensor | None,
+    token_log_prob: Tensor | None,
     token_ids: Tensor | None,
     valid: Tensor | None,
+    shares: Sequence[float],
     divergence: str,
     parameter: float,
     temperature: float,
     teacher_floor: float | None,
+    tail: str,
+    resolution: float,
     backend: str,
 ) -> Tensor:
-    rows = Rows(
-        student, teacher, token_ids, valid, divergence, parameter, temperature, teacher_floor
-    )
+    rows = _rows(
+        student, teachers, support, token_log_prob, token_ids, valid, shares, divergence, parameter,
+        temperature, teacher_floor, tail, resolution,
+    )  # fmt: skip
     _check_values(rows)
-    statistics = student.new_empty((STATISTICS, rows.total), dtype=torch.float32)
+    statistics = rows.statistics()
     _implementation(backend).row_statistics(rows, statistics)
     return statistics
 
 
 @row_statistics.register_fake
-def _(student, *args) -> Tensor:
+def _(student, teachers, *args) -> Tensor:
+    return _fake_statistics(student, teachers)
+
+
+def _fake_statistics(student: Tensor, teachers: Sequence[Tensor]) -> Tensor:
     count = student.shape[0] * student.shape[1]
-    return student.new_empty((STATISTICS, count), dtype=torch.float32)
+    return student.new_empty((statistics_size(len(teachers)), count), dtype=torch.float32)
 
 
 @torch.library.custom_op("hybrid_kernels::row_gradient", mutates_args=("gradient",))
@@ -77,18 +114,24 @@ def row_gradient(
     log_prob_coefficient: Tensor | None,
     entropy_coefficient: Tensor | None,
     student: Tensor,
-    teacher: Tensor | None,
+    teachers: Sequence[Tensor],
+    support: Tensor | None,
+    token_log_prob: Tensor | None,
     token_ids: Tensor | None,
     valid: Tensor | None,
+    shares: Sequence[float],
     divergence: str,
     parameter: float,
     temperature: float,
     teacher_floor: float | None,
+    tail: str,
+    resolution: float,
     backend: str,
 ) -> None:
-    rows = Rows(
-        student, teacher, token_ids, valid, divergence, parameter, temperature, teacher_floor
-    )
+    rows = _rows(
+        student, teachers, support, token_log_prob, token_ids, valid, shares, divergence, parameter,
+        temperature, teacher_floor, tail, resolution,
+    )  # fmt: skip
     coefficients = Coefficients(divergence_coefficient, log_prob_coefficient, entropy_coefficient)
     _implementation(backend).row_gradient(rows, statistics, coefficients, gradient)
 
@@ -105,29 +148,34 @@ def hybrid_rows(
     log_prob_coefficient: Tensor | None,
     entropy_coefficient: Tensor | None,
     student: Tensor,
-    teacher: Tensor | None,
+    teachers: Sequence[Tensor],
+    support: Tensor | None,
+    token_log_prob: Tensor | None,
     token_ids: Tensor | None,
     valid: Tensor | None,
+    shares: Sequence[float],
     divergence: str,
     parameter: float,
     temperature: float,
     teacher_floor: float | None,
+    tail: str,
+    resolution: float,
     backend: str,
 ) -> Tensor:
-    rows = Rows(
-        student, teacher, token_ids, valid, divergence, parameter, temperature, teacher_floor
-    )
+    rows = _rows(
+        student, teachers, support, token_log_prob, token_ids, valid, shares, divergence, parameter,
+        temperature, teacher_floor, tail, resolution,
+    )  # fmt: skip
     _check_values(rows)
     coefficients = Coefficients(divergence_coefficient, log_prob_coefficient, entropy_coefficient)
-    statistics = student.new_empty((STATISTICS, rows.total), dtype=torch.float32)
+    statistics = rows.statistics()
     _implementation(backend).hybrid_rows(rows, statistics, coefficients, gradient)
     return statistics
 
 
 @hybrid_rows.register_fake
-def _(gradient, c_div, c_logp, c_ent, student, *args) -> Tensor:
-    count = student.shape[0] * student.shape[1]
-    return student.new_empty((STATISTICS, count), dtype=torch.float32)
+def _(gradient, c_div, c_logp, c_ent, student, teachers, *args) -> Tensor:
+    return _fake_statistics(student, teachers)
 
 
 @torch.library.custom_op("hybrid_kernels::scale_rows", mutates_args=("gradient",))
@@ -175,33 +223,39 @@ def _first_order(backward):
 
 
 class TokenTermsFunction(torch.autograd.Function):
-    """Statistics whose first rows are differentiable with any upstream gradient."""
+    """Statistics whose first rows are differentiable with any upstream gradient.
+
+    Teachers come last, one by one, because autograd does not look into containers.
+    """
 
     @staticmethod
-    def forward(ctx, student, teacher, token_ids, valid, config):
-        statistics = row_statistics(student, teacher, token_ids, valid, *config)
-        ctx.save_for_backward(student, teacher, token_ids, valid, statistics)
+    def forward(ctx, student, support, token_log_prob, token_ids, valid, config, *teachers):
+        rows = (token_ids, valid)
+        statistics = row_statistics(student, teachers, support, token_log_prob, *rows, *config)
+        ctx.save_for_backward(student, support, *rows, statistics, *teachers)
         ctx.config = config
         return statistics
 
     @staticmethod
     @_first_order
     def backward(ctx, upstream):  # pyright: ignore[reportIncompatibleMethodOverride]
-        student, teacher, token_ids, valid, statistics = ctx.saved_tensors
+        student, support, token_ids, valid, statistics, *teachers = ctx.saved_tensors
         gradient = _empty_gradient(student)
         row_gradient(
             gradient,
             statistics,
-            upstream[FIELDS.divergence].contiguous() if teacher is not None else None,
+            upstream[FIELDS.divergence].contiguous() if teachers else None,
             upstream[FIELDS.log_prob].contiguous() if token_ids is not None else None,
             upstream[FIELDS.entropy].contiguous(),
             student,
-            teacher,
+            teachers,
+            support,
+            None,  # not log q(y): the gradient of the value needs no correction
             token_ids,
             valid,
             *ctx.config,
         )
-        return gradient, None, None, None, None
+        return gradient, *(None,) * (5 + len(teachers))
 
 
 class HybridLossFunction(torch.autograd.Function):
@@ -215,7 +269,8 @@ class HybridLossFunction(torch.autograd.Function):
     def forward(
         ctx,
         student,
-        teacher,
+        support,
+        token_log_prob,
         token_ids,
         valid,
         dense,
@@ -226,13 +281,14 @@ class HybridLossFunction(torch.autograd.Function):
         summed,
         inplace,
         config,
+        *teachers,
     ):
         weights = Weights(dense, advantages, entropy)
         # detach() shares storage and version counter: whoever saved the logits for their own
         # backward is told by autograd that they were overwritten.
         gradient = student.detach() if inplace else _empty_gradient(student)
         coefficients = _coefficients(weights, scale)
-        problem = (student, teacher, token_ids, valid, *config)
+        problem = (student, teachers, support, token_log_prob, token_ids, valid, *config)
         if statistics is None:
             statistics = hybrid_rows(gradient, *coefficients, *problem)
         else:
@@ -241,7 +297,7 @@ class HybridLossFunction(torch.autograd.Function):
         if summed:
             loss = (loss * scale).sum()
         ctx.save_for_backward(gradient, valid)
-        ctx.backend = config[-1]
+        ctx.backend, ctx.inputs = config[-1], 13 + len(teachers)
         ctx.mark_non_differentiable(statistics)
         return loss, statistics
 
@@ -255,7 +311,7 @@ class HybridLossFunction(torch.autograd.Function):
         if valid is not None and upstream.shape == valid.shape:
             upstream = torch.where(valid, upstream, 0.0)
         scale_rows(gradient, upstream.contiguous(), ctx.backend)
-        return gradient, *(None,) * 11
+        return gradient, *(None,) * (ctx.inputs - 1)
 
 
 class Weights(NamedTuple):
@@ -267,10 +323,17 @@ class Weights(NamedTuple):
 
 
 def row_losses(statistics: Tensor, weights: Weights, valid: Tensor | None) -> Tensor:
-    """`dense * D - advantages * log p(y) - entropy_weight * H` per row; 0 on masked rows."""
+    """`dense * D - advantages * log p(y) - entropy_weight * H` per row; 0 on masked rows.
+
+    The correction for tokens sampled outside a top-K support is part of the advantages: it is 0
+    where there is none.
+    """
     loss = None
     if weights.dense is not None:
-        loss = weights.dense * statistics[FIELDS.divergence]
+        tail = statistics[FIELDS.tail_correction]
+        # (Not 0 * -inf, of a token that the student forbids.)
+        corrected = torch.where(tail == 0, 0.0, tail * statistics[FIELDS.log_prob])
+        loss = weights.dense * (statistics[FIELDS.divergence] + corrected)
         if isinstance(weights.dense, Tensor):
             # A weight of 0 leaves nothing of an infinite divergence.
             loss = torch.where(weights.dense == 0, 0.0, loss)

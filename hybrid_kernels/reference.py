@@ -7,11 +7,20 @@ Formulas: arXiv 2512.23097 and, for the Jensen-Shannon convention, arXiv 2306.13
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hybrid_kernels.types import IGNORED_TOKEN, Divergence, HybridLoss, TokenTerms
+from hybrid_kernels.types import (
+    IGNORED_TOKEN,
+    Divergence,
+    HybridLoss,
+    Mixture,
+    Teacher,
+    TokenTerms,
+    TopK,
+)
 
 
 def valid_rows(shape: torch.Size, mask: Tensor | None, token_ids: Tensor | None, device) -> Tensor:
@@ -30,7 +39,7 @@ def divergence_value(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Te
     An entry with log p = -inf takes no part. Where q = 0 < p the term is its limit: +inf for the
     divergences that contain p log(p/q), finite for the others.
     """
-    name, beta = divergence.canonical()
+    name, parameter = divergence.canonical()
     taking_part = log_p != -torch.inf
     log_p = torch.where(taking_part, log_p, 0.0)
     p, q = log_p.exp(), log_q.exp()
@@ -40,6 +49,11 @@ def divergence_value(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Te
     def q_times(value: Tensor) -> Tensor:
         return torch.where(has_q, q * value, 0.0)
 
+    def log_mixture(weight: float) -> Tensor:
+        """log of weight q + (1 - weight) p."""
+        m = weight * q + (1 - weight) * p
+        return torch.where(taking_part, m, 1.0).log()
+
     if name == "reverse_kl":
         terms = p * (log_p - log_q)
     elif name == "forward_kl":
@@ -47,25 +61,165 @@ def divergence_value(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Te
     elif name == "jeffreys":
         terms = p * (log_p - log_q) + q_times(finite_log_q - log_p)
     elif name == "jsd":
-        m = beta * q + (1 - beta) * p
-        log_m = torch.where(taking_part, m, 1.0).log()
-        terms = beta * q_times(finite_log_q - log_m) + (1 - beta) * p * (log_p - log_m)
+        log_m = log_mixture(parameter)
+        terms = parameter * q_times(finite_log_q - log_m) + (1 - parameter) * p * (log_p - log_m)
+    elif name == "skew_reverse_kl":
+        terms = p * (log_p - log_mixture(1 - parameter))
+    elif name == "skew_forward_kl":
+        terms = q_times(finite_log_q - log_mixture(parameter))
+    elif name in ("alpha", "renyi"):
+        tilted = parameter * log_p + (1 - parameter) * log_q
+        log_s = torch.where(taking_part, tilted, -torch.inf).logsumexp(-1)
+        if name == "renyi":
+            return log_s / (parameter - 1)
+        return -torch.expm1(log_s) / (parameter * (1 - parameter))
+    elif name == "tv":
+        terms = (p - q).abs() / 2
     else:
         raise ValueError(f"divergence: no reference value for {name!r}")
     return torch.where(taking_part, terms, 0.0).sum(-1)
 
 
+def log_tail_mass(log_probs: Tensor, resolution: float) -> Tensor:
+    """log(1 - sum_k exp(log_probs_k)) over the last dimension.
+
+    1 - q_max is taken by expm1, so that a tail of 1e-12 is not lost. Where what is left is smaller
+    than the rounding of the log-probabilities, the tail counts as one rounding of 1, 2^-24 (or
+    more, in less than fp32).
+    """
+    largest, index = log_probs.max(-1, keepdim=True)
+    others = log_probs.exp().scatter(-1, index, 0.0)
+    tail = -torch.expm1(largest[..., 0]) - others.sum(-1)
+    spread = torch.where(log_probs > -torch.inf, log_probs.exp() * log_probs.abs(), 0.0).sum(-1)
+    hidden = max(resolution, 2.0**-24)
+    return torch.where(tail <= spread * resolution, hidden, tail).log()
+
+
+class Support(NamedTuple):
+    """A top-K teacher's categories: log p and log q `[..., K + 1]`, the last one the tail."""
+
+    log_p: Tensor
+    log_q: Tensor
+
+    @classmethod
+    def of(cls, log_p: Tensor, teacher: TopK, floor: float | None) -> "Support":
+        ids, kept = teacher.ids, distinct(teacher.ids)
+        log_q = torch.where(kept, teacher.log_probs.to(log_p.dtype), -torch.inf)
+        log_q = torch.cat([log_q, log_tail_mass(log_q, teacher.resolution)[..., None]], -1)
+        if floor is not None:
+            log_q = log_q.clamp(min=floor)
+            log_q = torch.where(
+                torch.nn.functional.pad(kept, (0, 1), value=True), log_q, -torch.inf
+            )
+        own = torch.where(kept, log_p.gather(-1, ids.clamp(min=0)), -torch.inf)
+        outside = torch.ones_like(log_p, dtype=torch.int32)
+        outside = outside.scatter_add(-1, ids.clamp(min=0), -kept.to(torch.int32)) > 0
+        present = (outside & (log_p > -torch.inf)).any(-1)
+        # Where nothing is outside, the tail takes no part (and a logsumexp of nothing no gradient).
+        tail = torch.where(outside | ~present[..., None], log_p, -torch.inf).logsumexp(-1)
+        tail = torch.where(present, tail, -torch.inf)
+        return cls(torch.cat([own, tail[..., None]], -1), log_q)
+
+    def renormalised(self) -> "Support":
+        log_p, log_q = self.log_p[..., :-1], self.log_q[..., :-1]
+        return Support(log_p - log_p.logsumexp(-1, True), log_q - log_q.logsumexp(-1, True))
+
+
+def distinct(ids: Tensor) -> Tensor:
+    """Bool `[..., K]`: ids that are no padding (-1) and did not occur before."""
+    same = ids[..., :, None] == ids[..., None, :]
+    return (ids >= 0) & ~same.tril(-1).any(-1)
+
+
+def members(teacher: Teacher | None) -> list[tuple[float, Teacher]]:
+    """A teacher as weighted members."""
+    if teacher is None:
+        return []
+    return list(teacher.members) if isinstance(teacher, Mixture) else [(1.0, teacher)]
+
+
+class _Comparison(NamedTuple):
+    """What one member of the teacher contributes, per row."""
+
+    divergence: Tensor
+    teacher_log_prob: Tensor | None = None
+    correction: Tensor | None = None
+    student_mass: Tensor | None = None
+    teacher_mass: Tensor | None = None
+
+
+def _compare(z, teacher, ids, keep, divergence, temperature, floor, tail) -> _Comparison:
+    """One member; z are the student's logits over the temperature, ids `[..., 1]` or None."""
+    log_p = z.log_softmax(-1)
+    if not isinstance(teacher, TopK):
+        log_q = (torch.where(keep, teacher, 0.0).to(z.dtype) / temperature).log_softmax(-1)
+        log_q = log_q if floor is None else log_q.clamp(min=floor)
+        value = divergence_value(log_p, log_q, divergence)
+        return _Comparison(value, None if ids is None else log_q.gather(-1, ids)[..., 0])
+    first = torch.arange(teacher.ids.shape[-1], device=z.device)
+    teacher = TopK(
+        torch.where(keep, teacher.ids, first % z.shape[-1]),
+        torch.where(keep, teacher.log_probs, -50.0),
+        teacher.token_log_prob,
+    )
+    support = Support.of(log_p, teacher, floor)
+    kept = distinct(teacher.ids)
+    raw_mass = torch.where(kept, teacher.log_probs.to(z.dtype), -torch.inf).exp().sum(-1)
+    masses = support.log_p[..., :-1].exp().sum(-1).detach(), raw_mass
+    if tail == "renormalize":
+        value = divergence_value(*support.renormalised(), divergence)
+    elif tail == "mask":
+        # The value of the bucket, whose gradient goes to the support alone.
+        inside = torch.zeros_like(z, dtype=torch.int32)
+        inside = inside.scatter_add(-1, teacher.ids.clamp(min=0), kept.to(torch.int32)) > 0
+        masked = torch.where(inside, z, z.detach()).log_softmax(-1)
+        value = divergence_value(*Support.of(masked, teacher, floor), divergence)
+    else:
+        value = divergence_value(*support, divergence)
+    if ids is None:
+        return _Comparison(value, None, None, *masses)
+    found = (teacher.ids == ids) & kept
+    outside = ~found.any(-1)
+    log_q = torch.where(found, support.log_q[..., :-1], 0.0).sum(-1)
+    elsewhere = torch.full_like(log_q, torch.nan)
+    correction = None
+    if teacher.token_log_prob is not None:
+        elsewhere = teacher.token_log_prob.to(log_q.dtype)
+        elsewhere = elsewhere if floor is None else elsewhere.clamp(min=floor)
+        if tail == "bucket" and divergence.canonical()[0] == "reverse_kl":
+            rho = support.log_p[..., -1] - support.log_q[..., -1]
+            correction = log_p.gather(-1, ids)[..., 0] - elsewhere - rho
+            correction = torch.where(outside, correction.detach(), 0.0)
+    log_q = torch.where(outside, elsewhere, log_q)
+    return _Comparison(value, log_q, correction, *masses)
+
+
+class _Terms(NamedTuple):
+    """`TokenTerms`, and what only `HybridLoss` has."""
+
+    terms: TokenTerms
+    correction: Tensor | None
+    student_mass: Tensor | None
+    teacher_mass: Tensor | None
+
+
 def token_terms(
     student_logits: Tensor,
-    teacher: Tensor | None = None,
+    teacher: Teacher | None = None,
     token_ids: Tensor | None = None,
     *,
     mask: Tensor | None = None,
     divergence: str | Divergence = "reverse_kl",
     temperature: float = 1.0,
+    tail: str = "bucket",
     teacher_floor: float | None = None,
 ) -> TokenTerms:
     """`hybrid_kernels.token_terms` as eager torch; every field follows autograd."""
+    options = mask, divergence, temperature, tail, teacher_floor
+    return _terms(student_logits, teacher, token_ids, *options).terms
+
+
+def _terms(student_logits, teacher, token_ids, mask, divergence, temperature, tail, floor):
     if isinstance(divergence, str):
         divergence = Divergence(divergence)
     valid = valid_rows(student_logits.shape[:-1], mask, token_ids, student_logits.device)
@@ -75,29 +229,38 @@ def token_terms(
     log_p = z.log_softmax(-1)
     support = log_p != -torch.inf
     entropy = -torch.where(support, log_p.exp() * torch.where(support, log_p, 0.0), 0.0).sum(-1)
-    value = log_prob = teacher_log_prob = None
+    log_prob = None
     ids = None if token_ids is None else torch.where(valid, token_ids, 0)[..., None]
     if ids is not None:
         log_prob = torch.where(valid, log_p.gather(-1, ids)[..., 0], 0.0)
-    if teacher is not None:
-        log_q = (torch.where(keep, teacher, 0.0).to(z.dtype) / temperature).log_softmax(-1)
-        if teacher_floor is not None:
-            log_q = log_q.clamp(min=teacher_floor)
-        value = torch.where(valid, divergence_value(log_p, log_q, divergence), 0.0)
-        if ids is not None:
-            teacher_log_prob = torch.where(valid, log_q.gather(-1, ids)[..., 0], 0.0)
-    return TokenTerms(
-        divergence=value,
+    weights = [weight for weight, _ in members(teacher)]
+    compared = [
+        _compare(z, member, ids, keep, divergence, temperature, floor, tail)
+        for _, member in members(teacher)
+    ]
+
+    def total(field: str, divisor: float = 1.0) -> Tensor | None:
+        """The weighted sum of a field over the members; None where there is none."""
+        values = [getattr(one, field) for one in compared]
+        if not values or any(value is None for value in values):
+            return None
+        value = sum(weight / divisor * x for weight, x in zip(weights, values, strict=True))
+        return torch.where(valid, value, 0.0)
+
+    terms = TokenTerms(
+        divergence=total("divergence"),
         log_prob=log_prob,
-        teacher_log_prob=teacher_log_prob,
+        teacher_log_prob=total("teacher_log_prob", sum(weights)),
         entropy=torch.where(valid, entropy, 0.0),
         logsumexp=torch.where(valid, z.logsumexp(-1), 0.0),
     )
+    masses = total("student_mass", sum(weights)), total("teacher_mass", sum(weights))
+    return _Terms(terms, total("correction"), *masses)
 
 
 def hybrid_loss(
     student_logits: Tensor,
-    teacher: Tensor | None,
+    teacher: Teacher | None,
     token_ids: Tensor | None = None,
     advantages: Tensor | Callable[[TokenTerms], Tensor] | None = None,
     *,
@@ -108,21 +271,17 @@ def hybrid_loss(
     temperature: float = 1.0,
     reduction: str = "mean",
     num_tokens: float | Tensor | None = None,
+    tail: str = "bucket",
     teacher_floor: float | None = None,
 ) -> HybridLoss:
     """`hybrid_kernels.hybrid_loss` as eager torch.
 
-    Per token `dense_weight * D(p, q) - advantages * log p(y) - entropy_weight * H(p)`.
+    Per token `dense_weight * D(p, q) - advantages * log p(y) - entropy_weight * H(p)`, where the
+    sampled-tail correction of a top-K teacher is part of the advantages.
     """
-    terms = token_terms(
-        student_logits,
-        teacher,
-        token_ids,
-        mask=mask,
-        divergence=divergence,
-        temperature=temperature,
-        teacher_floor=teacher_floor,
-    )
+    options = mask, divergence, temperature, tail, teacher_floor
+    found = _terms(student_logits, teacher, token_ids, *options)
+    terms = found.terms
     detached = TokenTerms(
         divergence=None if terms.divergence is None else terms.divergence.detach(),
         log_prob=None if terms.log_prob is None else terms.log_prob.detach(),
@@ -141,6 +300,8 @@ def hybrid_loss(
         if callable(advantages):
             advantages = advantages(detached)
         loss = loss - torch.where(valid, advantages, 0.0) * terms.log_prob
+    if found.correction is not None and terms.log_prob is not None:
+        loss = loss + dense_weight * found.correction * terms.log_prob
     if not _is_zero(entropy_weight):
         loss = loss - entropy_weight * terms.entropy
     loss = torch.where(valid, loss, 0.0)
@@ -150,7 +311,13 @@ def hybrid_loss(
     elif reduction == "sum":
         loss = loss.sum()
     return HybridLoss(
-        loss, detached.divergence, detached.log_prob, detached.teacher_log_prob, detached.entropy
+        loss,
+        detached.divergence,
+        detached.log_prob,
+        detached.teacher_log_prob,
+        detached.entropy,
+        found.student_mass,
+        found.teacher_mass,
     )
 
 

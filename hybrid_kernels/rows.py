@@ -2,11 +2,12 @@
 
 Logits are `[O, I, V]` with N = O * I rows, because a slice such as `logits[:, :-1]` has two row
 strides; everything per row is `[N]`; the statistics of all rows are one fp32 tensor
-`[STATISTICS, N]`, indexed by `FIELDS`.
+`[statistics_size(members), N]`, indexed by `FIELDS` and `MEMBER`.
 """
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # Stands for -inf in a log-ratio: 0 times it is 0, where 0 * -inf would be NaN. (About -1e30, and a
@@ -26,29 +27,68 @@ ONE_SWEEP = ("reverse_kl", "forward_kl", "jeffreys")
 
 
 class Fields(NamedTuple):
-    """The rows of a statistics tensor. The first five are for users, the rest for the gradient."""
+    """The first rows of a statistics tensor: seven for users, and what the gradient needs."""
 
     divergence: int = 0
     log_prob: int = 1
     teacher_log_prob: int = 2
     entropy: int = 3
     logsumexp: int = 4
-    student_max: int = 5  # max_v z_v
-    teacher_max: int = 6  # max_v w_v
-    student_lse: int = 7  # log sum_v exp((z_v - max z) / T)
-    teacher_lse: int = 8  # log sum_v exp((w_v - max w) / T)
-    slope_sum: int = 9  # sum_v s_v, with s_v = dt_v/dlog p_v up to a multiple of p_v
+    student_mass: int = 5  # on a top-K support
+    teacher_mass: int = 6
+    tail_correction: int = 7  # log p(y) - log q(y) - rho where y lies outside the support
+    student_max: int = 8  # max_v z_v
+    student_lse: int = 9  # log sum_v exp((z_v - max z) / T)
+
+
+class MemberFields(NamedTuple):
+    """The rows that follow for each member of the teacher (once where there is none)."""
+
+    teacher_max: int = 0  # max_v w_v
+    teacher_lse: int = 1  # log sum_v exp((w_v - max w) / T)
+    slope_sum: int = 2  # sum_v s_v, with s_v = dt_v/dlog p_v up to a multiple of p_v
+    slope_factor: int = 3  # of all slopes: 1, unless the divergence is a function of the sum of t
+    tail_slope: int = 4  # s/p of the tail of a top-K support
 
 
 FIELDS = Fields()
-STATISTICS = len(FIELDS)
+STUDENT_FIELDS = len(FIELDS)
+MEMBER = MemberFields()
+MEMBER_FIELDS = len(MEMBER)
+
+
+def statistics_size(members: int) -> int:
+    """How many rows a statistics tensor has."""
+    return STUDENT_FIELDS + max(members, 1) * MEMBER_FIELDS
+
+
+class Support(NamedTuple):
+    """What is known of top-K teachers beside their log-probabilities.
+
+    Attributes:
+        ids: `[N, K]` integers; -1 is padding, and of equal ids the first counts.
+        token_log_prob: `[N]` fp32, log q(y), a weighted mean over the members; or None.
+        tail: what stands for the vocabulary outside: "bucket", "renormalize" or "mask".
+        resolution: the relative rounding of the log-probabilities as they were given.
+    """
+
+    ids: Tensor
+    token_log_prob: Tensor | None
+    tail: str
+    resolution: float
 
 
 class Rows(NamedTuple):
-    """One problem: the tensors of N rows and the constants of the divergence."""
+    """One problem: the tensors of N rows and the constants of the divergence.
+
+    `teachers` are the members, each with its weight in `shares`: logits `[O, I, V]` or, where there
+    is a support, log-probabilities `[N, K]` in fp32.
+    """
 
     student: Tensor
-    teacher: Tensor | None
+    teachers: tuple[Tensor, ...]
+    shares: tuple[float, ...]
+    support: Support | None
     token_ids: Tensor | None
     valid: Tensor | None
     divergence: str
@@ -62,7 +102,28 @@ class Rows(NamedTuple):
 
     @property
     def one_sweep(self) -> bool:
+        """Whether one sweep over the vocabulary finds all statistics."""
+        if self.support is not None or not self.teachers:
+            return True
         return self.divergence in ONE_SWEEP and self.teacher_floor is None
+
+    @property
+    def logits(self) -> list[Tensor]:
+        """All sides that are known on the whole vocabulary."""
+        return [self.student, *(self.teachers if self.support is None else ())]
+
+    @property
+    def corrects_tail(self) -> bool:
+        """Whether tokens sampled outside the support mend the bucket's gradient."""
+        support = self.support
+        if support is None or support.token_log_prob is None or self.token_ids is None:
+            return False
+        return support.tail == "bucket" and self.divergence == "reverse_kl"
+
+    def statistics(self) -> Tensor:
+        """An empty statistics tensor."""
+        size = (statistics_size(len(self.teachers)), self.total)
+        return self.student.new_empty(size, dtype=torch.float32)
 
 
 class Coefficients(NamedTuple):

@@ -1,6 +1,6 @@
 """The values that go into and come out of the public functions.
 
-Everything here is plain data: no arithmetic on tensors, no kernel.
+Everything here is plain data; the only arithmetic is that of `TopK.from_logits`.
 """
 
 import math
@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
+_ROWS = 64  # that `TopK.from_logits` works on at once
 IGNORED_TOKEN = -100  # the token id of a masked row, as in transformers
 
 
@@ -61,12 +63,18 @@ class TokenTerms(NamedTuple):
 
 @dataclass(frozen=True)
 class TopK:
-    """A teacher known by K of its log-probabilities.
+    """A teacher known by K of its log-probabilities, as servers return them.
+
+    The student's logits, and they alone, are divided by the temperature of a loss: give
+    log-probabilities of the same temperature.
 
     Attributes:
-        ids: `[..., K]` int64, the support.
-        log_probs: `[..., K]`, full-softmax log-probabilities on it.
-        token_log_prob: `[...]`, log q(y) of the sampled token, where known.
+        ids: `[..., K]` int64 or int32, the support; -1 is padding, and of equal ids the first
+            counts.
+        log_probs: `[..., K]` floating, log-probabilities of the softmax over the whole vocabulary.
+        token_log_prob: `[...]`, log q(y) of the sampled tokens, where known. For tokens outside the
+            support it is what `teacher_log_prob` then holds (else NaN), and it makes the gradient
+            of the reverse KL unbiased (see `tail` in `hybrid_loss`).
     """
 
     ids: Tensor
@@ -75,16 +83,72 @@ class TopK:
 
     @classmethod
     def from_logits(
-        cls, teacher_logits: Tensor, k: int | None = None, *, ids: Tensor | None = None
+        cls,
+        teacher_logits: Tensor,
+        k: int | None = None,
+        *,
+        ids: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        temperature: float = 1.0,
     ) -> "TopK":
         """The support and its log-probabilities from full logits.
 
+        A support of the teacher's own K best entries misses the tokens that the student likes and
+        the teacher rejects, which the reverse KL is there for: `ids=student_logits.topk(k).indices`
+        has them, and with `k` as well the support is the union.
+
+        Args:
+            teacher_logits: `[..., V]` floating.
+            k: how many of the teacher's own best entries to take.
+            ids: `[..., K]` int64, entries to take.
+            token_ids: `[...]` int64, the sampled tokens; fills `token_log_prob`. -100 marks rows
+                without one.
+            temperature: that of the loss.
+
         Raises:
-            ValueError: top-K teachers are not yet supported.
+            ValueError: neither `k` nor `ids`, or `k` outside [1, V].
+
+        Notes:
+            Log-probabilities near 0 keep their relative precision, so that the tail of a peaked
+            teacher is not lost. Works row by row: no `[..., V]` copy in fp32 exists.
         """
-        raise ValueError(
-            "teacher: TopK is not yet supported; give the teacher's logits as a [..., V] tensor"
-        )
+        vocabulary = teacher_logits.shape[-1]
+        if k is None and ids is None:
+            raise ValueError("k: neither k nor ids is given; give one of them, or both")
+        if k is not None and not 1 <= k <= vocabulary:
+            raise ValueError(f"k: {k} is not in [1, {vocabulary}], the size of the vocabulary")
+        supports = [] if ids is None else [ids.long()]
+        if k is not None:
+            supports.append(teacher_logits.detach().topk(k, dim=-1).indices)
+        support = torch.cat(supports, -1)
+        wanted = support if token_ids is None else torch.cat([support, token_ids[..., None]], -1)
+        log_probs = _log_probs(teacher_logits.detach(), wanted, temperature)
+        if token_ids is None:
+            return cls(support, log_probs)
+        return cls(support, log_probs[..., :-1].contiguous(), log_probs[..., -1].contiguous())
+
+    @property
+    def resolution(self) -> float:
+        """The relative rounding of the log-probabilities."""
+        return torch.finfo(self.log_probs.dtype).eps / 2
+
+
+def _log_probs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits/T) at some ids, fp32; -inf at ids below 0."""
+    if logits.ndim > 2:
+        pairs = zip(logits, ids, strict=True)
+        parts = [_log_probs(z, i, temperature) for z, i in pairs]
+        return torch.stack(parts) if parts else ids.to(torch.float32)
+    if logits.ndim == 2 and logits.shape[0] > _ROWS:
+        pairs = zip(logits.split(_ROWS), ids.split(_ROWS), strict=True)
+        return torch.cat([_log_probs(z, i, temperature) for z, i in pairs])
+    x = logits.float() / temperature
+    top, first = x.max(-1, keepdim=True)
+    x -= top
+    # log1p of what is beside the largest entry: the largest log-probability may be -1e-12.
+    lse = x.exp().scatter_(-1, first, 0.0).sum(-1, keepdim=True).log1p()
+    found = x.gather(-1, ids.clamp(min=0)) - lse
+    return found.masked_fill(ids < 0, -math.inf)
 
 
 @dataclass(frozen=True)
@@ -108,10 +172,15 @@ class LinearTeacher:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several weighted teachers: the dense term is `sum_i weight_i D(p, q_i)`.
+    """Several weighted teachers: the divergence is `sum_i weight_i D(p, q_i)`.
+
+    For the reverse KL that is, up to a constant, W = sum_i weight_i times the divergence from the
+    normalised geometric mean of the teachers (arXiv 2512.23097 for one teacher). The
+    `teacher_log_prob` of the results is `sum_i (weight_i / W) log q_i(y)`, so that a token's cost
+    is `W (log_prob - teacher_log_prob)`; masses on a support are weighted means alike.
 
     Attributes:
-        members: pairs of (weight, teacher).
+        members: pairs of (weight > 0, teacher), all with logits or all `TopK` with the same `ids`.
     """
 
     members: Sequence[tuple[float, "Teacher"]]
@@ -128,6 +197,21 @@ class _Family:
     default: float = 0.0
     low: float = -math.inf
     high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def allows(self, value: object) -> bool:
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return False
+        above = self.low < value if self.open_low else self.low <= value
+        below = value < self.high if self.open_high else value <= self.high
+        return math.isfinite(value) and above and below
+
+    @property
+    def interval(self) -> str:
+        left = "(" if self.open_low or self.low == -math.inf else "["
+        right = ")" if self.open_high or self.high == math.inf else "]"
+        return f"{left}{self.low:g}, {self.high:g}{right}"
 
 
 # The formula of each stands in `reference.py` (value) and, for the kernels, in `kernels/math.py`
@@ -137,6 +221,22 @@ _FAMILIES = {
     "forward_kl": _Family(),
     "jeffreys": _Family(),
     "jsd": _Family("beta", default=0.5, low=0.0, high=1.0),
+    "skew_reverse_kl": _Family("alpha", default=0.1, low=0.0, high=1.0, open_high=True),
+    "skew_forward_kl": _Family("alpha", default=0.1, low=0.0, high=1.0, open_high=True),
+    "alpha": _Family("alpha", default=0.5),
+    "renyi": _Family("alpha", default=0.5, low=0.0, open_low=True),
+    "tv": _Family(),
+}
+
+# A parameter at which a family is, or tends to, another one's divergence.
+_LIMITS = {
+    ("jsd", 0.0): "forward_kl",
+    ("jsd", 1.0): "reverse_kl",
+    ("skew_reverse_kl", 0.0): "reverse_kl",
+    ("skew_forward_kl", 0.0): "forward_kl",
+    ("alpha", 0.0): "forward_kl",
+    ("alpha", 1.0): "reverse_kl",
+    ("renyi", 1.0): "reverse_kl",
 }
 
 
@@ -148,20 +248,27 @@ def available_divergences() -> tuple[str, ...]:
 class Divergence:
     """A divergence between the student p and the teacher q, with its parameters.
 
-    ================  ==================================================================
-    name              value
-    ================  ==================================================================
-    ``reverse_kl``    KL(p||q) = sum_v p_v (log p_v - log q_v)
-    ``forward_kl``    KL(q||p)
-    ``jeffreys``      KL(p||q) + KL(q||p)
-    ``jsd``           beta KL(q||m) + (1-beta) KL(p||m), m = beta q + (1-beta) p;
-                      beta = 0 is KL(q||p) and beta = 1 is KL(p||q), their limits after
-                      division by beta (1-beta) (the convention of GKD, arXiv 2306.13649)
-    ================  ==================================================================
+    ===================  ===============================================================
+    name                 value
+    ===================  ===============================================================
+    ``reverse_kl``       KL(p||q) = sum_v p_v (log p_v - log q_v)
+    ``forward_kl``       KL(q||p)
+    ``jeffreys``         KL(p||q) + KL(q||p)
+    ``jsd``              beta KL(q||m) + (1-beta) KL(p||m), m = beta q + (1-beta) p;
+                         beta = 0 is KL(q||p) and beta = 1 is KL(p||q), their limits after
+                         division by beta (1-beta) (the convention of GKD, arXiv 2306.13649)
+    ``skew_reverse_kl``  KL(p || (1-alpha) q + alpha p) (DistiLLM, arXiv 2402.03898)
+    ``skew_forward_kl``  KL(q || alpha q + (1-alpha) p)
+    ``alpha``            (1 - S) / (alpha (1-alpha)), S = sum_v p_v^alpha q_v^(1-alpha)
+                         (Amari); alpha = 1 is its limit KL(p||q), alpha = 0 KL(q||p)
+    ``renyi``            log(S) / (alpha - 1); alpha = 1 is its limit KL(p||q)
+    ``tv``               total variation, sum_v |p_v - q_v| / 2
+    ===================  ===============================================================
 
     Args:
         name: one of `available_divergences()`.
-        **params: `beta` in [0, 1] for ``jsd`` (default 0.5).
+        **params: `beta` in [0, 1] for ``jsd`` (default 0.5); `alpha` in [0, 1) for the skew KLs
+            (default 0.1), any for ``alpha`` and above 0 for ``renyi`` (default 0.5).
 
     Raises:
         ValueError: unknown name or parameter, or a parameter outside its range.
@@ -176,11 +283,10 @@ class Divergence:
             if key != family.parameter:
                 takes = f"only {family.parameter!r}" if family.parameter else "no parameter"
                 raise ValueError(f"divergence: {name!r} got {key!r}, it takes {takes}")
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not family.low <= value <= family.high:
+            if not family.allows(value):
                 raise ValueError(
                     f"divergence: {name!r} got {key}={value!r}, which must be a number in "
-                    f"[{family.low:g}, {family.high:g}]"
+                    f"{family.interval}"
                 )
         self.name = name
         self.params = params
@@ -199,6 +305,5 @@ class Divergence:
         """The kernel's name of this divergence and its parameter (0 where it has none)."""
         family = _FAMILIES[self.name]
         value = float(self.params.get(family.parameter or "", family.default))
-        if self.name == "jsd" and value in (0.0, 1.0):
-            return ("forward_kl" if value == 0.0 else "reverse_kl"), 0.0
-        return self.name, value
+        limit = _LIMITS.get((self.name, value))
+        return (self.name, value) if limit is None else (limit, 0.0)

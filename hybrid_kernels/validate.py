@@ -1,13 +1,14 @@
 """Every input check of the package.
 
 Each failure is a ValueError that names the argument, says what it got and how to mend it. Nothing
-here reads a tensor's values on a device, so nothing synchronises; the one check of values,
-`token_ids_in_range`, runs on CPU tensors and in debug mode.
+here reads a tensor's values on a device, so nothing synchronises; the two checks of values,
+`token_ids_in_range` and `support_values`, run on CPU tensors and in debug mode.
 """
 
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")
 TAILS = ("bucket", "renormalize", "mask")
 BACKENDS = ("auto", "torch", "triton")
+MAX_SUPPORT = 1024  # of a top-K teacher, on Triton
 
 
 def debug() -> bool:
@@ -29,12 +31,46 @@ def student(logits: Tensor) -> None:
     _logits("student_logits", logits)
 
 
-def teacher(value: object, student_logits: Tensor) -> None:
-    """A teacher given as logits that match the student's."""
-    if isinstance(value, (TopK, LinearTeacher, Mixture)):
-        kind = type(value).__name__
+def teacher(value: object, student_logits: Tensor) -> list[tuple[float, Tensor | TopK]]:
+    """A teacher that matches the student's logits, as weighted members."""
+    members = _members(value)
+    supports = []
+    for _, member in members:
+        if isinstance(member, TopK):
+            _top_k(member, student_logits)
+            supports.append(member)
+        else:
+            _full_teacher(member, student_logits)
+    if supports and len(supports) < len(members):
         raise ValueError(
-            f"teacher: {kind} is not yet supported; give the teacher's logits as a [..., V] tensor"
+            "teacher: a Mixture of TopK teachers and of full ones; give all of them in one form "
+            "(TopK.from_logits makes a TopK of logits)"
+        )
+    if any(not _same_tensor(other.ids, supports[0].ids) for other in supports[1:]):
+        raise ValueError(
+            "teacher: the TopK members of a Mixture have different supports; give all of them the "
+            "same `ids` tensor, as TopK.from_logits(logits, ids=ids) does"
+        )
+    return members
+
+
+def _members(value: object) -> list[tuple[float, Any]]:
+    if not isinstance(value, Mixture):
+        return [(1.0, value)]
+    if not value.members:
+        raise ValueError("teacher: a Mixture without members; give (weight, teacher) pairs")
+    for weight, member in value.members:
+        number("teacher: the weight of a Mixture's member", weight, low=0.0, open_low=True)
+        if isinstance(member, Mixture):
+            raise ValueError("teacher: a Mixture inside a Mixture; give all members at once")
+    return [(float(weight), member) for weight, member in value.members]
+
+
+def _full_teacher(value: object, student_logits: Tensor) -> None:
+    if isinstance(value, LinearTeacher):
+        raise ValueError(
+            "teacher: LinearTeacher is not yet supported; give the teacher's logits as a [..., V] "
+            "tensor"
         )
     _logits("teacher", value)
     assert isinstance(value, Tensor)
@@ -47,6 +83,90 @@ def teacher(value: object, student_logits: Tensor) -> None:
     _same_rows("teacher", value.shape[:-1], student_logits.shape[:-1])
     _same_device("teacher", value, student_logits.device)
     no_grad_wanted("teacher", value)
+
+
+def _top_k(value: TopK, student_logits: Tensor) -> None:
+    tensors = {"ids": value.ids, "log_probs": value.log_probs}
+    if value.token_log_prob is not None:
+        tensors["token_log_prob"] = value.token_log_prob
+    for name, tensor in tensors.items():
+        name = f"teacher: TopK.{name}"
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        _same_device(name, tensor, student_logits.device)
+        no_grad_wanted(name, tensor)
+        if name.endswith("ids"):
+            if tensor.dtype not in (torch.int64, torch.int32):
+                raise ValueError(f"{name}: expected int64 or int32, got {tensor.dtype}")
+        elif tensor.dtype not in LOGIT_DTYPES:
+            raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+    ids, log_probs = value.ids, value.log_probs
+    if ids.ndim < 1 or ids.shape != log_probs.shape or ids.shape[-1] < 1:
+        raise ValueError(
+            f"teacher: TopK.ids has shape {tuple(ids.shape)} and log_probs "
+            f"{tuple(log_probs.shape)}; both are [..., K], K >= 1"
+        )
+    rows = student_logits.shape[:-1]
+    _same_rows("teacher: TopK", ids.shape[:-1], rows)
+    if value.token_log_prob is not None:
+        _same_rows("teacher: TopK.token_log_prob", value.token_log_prob.shape, rows)
+    vocabulary = student_logits.shape[-1]
+    if ids.shape[-1] > vocabulary:
+        raise ValueError(
+            f"teacher: a TopK support of {ids.shape[-1]} ids, of a vocabulary of {vocabulary}; "
+            "check that teacher and student have the same tokenizer, and drop repeated ids"
+        )
+
+
+def _same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether both see the same memory in the same way; their values are not looked at."""
+    if a is b:
+        return True
+    alike = a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    return alike and not torch.compiler.is_compiling() and a.data_ptr() == b.data_ptr()
+
+
+def support_size(size: int) -> None:
+    """A support that the Triton kernels can hold."""
+    if size > MAX_SUPPORT:
+        raise ValueError(
+            f"teacher: a TopK support of {size} ids, more than the {MAX_SUPPORT} that the Triton "
+            "kernels hold; give fewer, or the full logits"
+        )
+
+
+def support_values(
+    ids: Tensor, log_probs: Tensor, valid: Tensor | None, vocabulary: int, resolution: float
+) -> None:
+    """Ids in [-1, V) and log-probabilities of at most 1 in all, on valid rows. Reads values."""
+    if valid is not None:
+        ids, log_probs = ids[valid], log_probs[valid]
+    wrong = (ids < -1) | (ids >= vocabulary)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"teacher: TopK.ids has {int(ids[wrong][0])}, which is outside the vocabulary "
+            f"[0, {vocabulary}); -1 is padding"
+        )
+    ordered, order = ids.sort(-1)
+    kept = (ordered >= 0) & torch.nn.functional.pad(
+        ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True
+    )
+    log_probs = log_probs.gather(-1, order).double()
+    # Computed in fp32 and rounded once, at least.
+    slack = 1e-4 + 4 * resolution * (1 + log_probs.abs())
+    positive = kept & (log_probs > slack)
+    if bool(positive.any()):
+        raise ValueError(
+            f"teacher: TopK.log_probs has {float(log_probs[positive][0]):g}, but log-probabilities "
+            "are at most 0; give the log_softmax over the whole vocabulary, not logits"
+        )
+    q = torch.where(kept, log_probs.exp(), 0.0)
+    mass, allowed = q.sum(-1), 1 + (q * slack).sum(-1)
+    if bool((mass > allowed).any()):
+        raise ValueError(
+            f"teacher: TopK.log_probs sum to a mass of {float(mass[mass > allowed][0]):g}, more "
+            "than 1; give the log_softmax over the whole vocabulary"
+        )
 
 
 def no_grad_wanted(name: str, tensor: Tensor) -> None:

@@ -1,20 +1,27 @@
 """The inputs of the tests, from one factory, and the ways to run a function on them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import hybrid_kernels
-from hybrid_kernels import Divergence
+from hybrid_kernels import Divergence, Mixture, TopK
+from hybrid_kernels.types import Teacher
 
 VOCABULARIES = (1, 7, 127, 128, 1000, 50257, 151936)
 STYLES = ("typical", "close", "offset", "one_hot", "ties", "forbidden_by_student")
 LAYOUTS = ("contiguous", "sliced", "expanded", "one_row")
 
-_PARAMETERS = {"jsd": [{"beta": beta} for beta in (0.0, 0.3, 1.0)]}
+_PARAMETERS = {
+    "jsd": [{"beta": 0.3}],
+    "skew_reverse_kl": [{"alpha": 0.3}],
+    "skew_forward_kl": [{"alpha": 0.3}],
+    "alpha": [{"alpha": 0.3}, {"alpha": 1.7}],
+    "renyi": [{"alpha": 0.3}, {"alpha": 1.7}],
+}
 DIVERGENCES = [
     Divergence(name, **parameters)
     for name in hybrid_kernels.available_divergences()
@@ -35,7 +42,8 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Case:
-    """One problem. `view` makes logits `[..., V]` of what `student` and `teacher` store.
+    """One problem. `view` makes logits `[..., V]` of what `student` and `teacher` store; a teacher
+    that is `given` takes the place of the latter.
 
     `upstream` is a random gradient per row, used where the loss is per row; `scalar_upstream` the
     one of a scalar loss. Advantages and upstream are NaN on masked rows.
@@ -49,6 +57,7 @@ class Case:
     upstream: Tensor
     view: Callable[[Tensor], Tensor]
     scalar_upstream: float = -1.7
+    given: Teacher | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -61,6 +70,10 @@ class Case:
     @property
     def teacher_logits(self) -> Tensor | None:
         return None if self.teacher is None else self.view(self.teacher)
+
+    @property
+    def any_teacher(self) -> Teacher | None:
+        return self.teacher_logits if self.given is None else self.given
 
     @property
     def valid(self) -> Tensor:
@@ -77,7 +90,7 @@ class Case:
         leaf, logits = self._leaf(dtype)
         advantages = options.pop("advantages", self.advantages)
         result = function(
-            logits, self.teacher_logits, self.token_ids, advantages, mask=self.mask, **options
+            logits, self.any_teacher, self.token_ids, advantages, mask=self.mask, **options
         )
         per_row = options.get("reduction") == "none"
         upstream = self.upstream if per_row else torch.full_like(result.loss, self.scalar_upstream)
@@ -92,7 +105,7 @@ class Case:
     ) -> Outcome:
         """As `hybrid_loss`, with an upstream gradient into every differentiable field at once."""
         leaf, logits = self._leaf(dtype)
-        terms = function(logits, self.teacher_logits, self.token_ids, mask=self.mask, **options)
+        terms = function(logits, self.any_teacher, self.token_ids, mask=self.mask, **options)
         fields = [terms.divergence, terms.log_prob, terms.entropy]
         upstreams = [self.upstream, 1 - self.upstream, 0.5 * self.upstream]
         pairs = [(f, u.to(f)) for f, u in zip(fields, upstreams, strict=True) if f is not None]
@@ -177,6 +190,41 @@ def make(
         student, teacher = _padded(student), _padded(teacher)
     tensors = (student, teacher, token_ids, advantages, mask, upstream)
     return Case(*(None if t is None else t.to(device) for t in tensors), view=view)
+
+
+def with_teachers(case: Case, members: int, support: str | None, temperature: float = 1.0) -> Case:
+    """The case with several weighted teachers, or with one known on a support.
+
+    Supports: None for full teachers; "teacher", "student" (the best 5 entries of one side) and
+    "union" (of both, with repetitions and padding). Garbage stands on masked rows.
+    """
+    generator = torch.Generator().manual_seed(members)
+    logits, device = case.teacher_logits, case.student.device
+    assert logits is not None
+    noise = [torch.randn(logits.shape, generator=generator).to(device) for _ in range(members)]
+    noise[0] *= 0
+    teachers: list[Any] = [(logits + step).to(logits.dtype) for step in noise]
+    if support is not None:
+        best = min(5, case.vocabulary)
+        ids = {
+            "teacher": logits.topk(best).indices,
+            "student": case.logits.topk(best).indices,
+            "union": torch.cat(
+                [case.logits.topk(best).indices, logits.topk(best).indices[..., :3]], -1
+            ),
+        }[support]
+        if support == "union":
+            ids[..., 1] = -1
+        tokens = torch.where(case.valid, case.token_ids, 0)
+        teachers = [
+            TopK.from_logits(w, ids=ids, token_ids=tokens, temperature=temperature)
+            for w in teachers
+        ]
+        ids = teachers[0].ids.masked_fill(~case.valid[..., None], 10**9)
+        teachers = [TopK(ids, t.log_probs, t.token_log_prob) for t in teachers]
+    weights = [0.8 + 0.5 * i for i in range(members)]
+    mixture = Mixture(list(zip(weights, teachers, strict=True)))
+    return replace(case, given=teachers[0] if members == 1 else mixture)
 
 
 def _padded(logits: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Every kernel compiles for every GPU family we name; the shipped ones are as they should be."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -15,12 +17,24 @@ pytestmark = pytest.mark.skipif(
 )
 
 DIVERGENCES = available_divergences()
+# These differ in what a sweep adds up; the others read the same and differ in arithmetic alone.
+KINDS = ["reverse_kl", "forward_kl", "jeffreys", "jsd"]
+OTHERS = [name for name in DIVERGENCES if name not in KINDS]
 OPTIONS = {
     "floor": {"teacher_floor": -20.0},
     "distillation-only": {"policy_gradient": False, "mask": False},
     "policy-gradient-only": {"distil": False},
 }
-
+TEACHERS = {
+    "top-32": {"support": 32},
+    "top-128": {"support": 128},
+    "top-1024": {"support": 1024},
+    "top-100-renormalized": {"support": 100, "tail": "renormalize"},
+    "top-100-masked": {"support": 100, "tail": "mask"},
+    "two-top-100": {"support": 100, "teachers": 2},
+    "two": {"teachers": 2},
+    "three": {"teachers": 3},
+}
 
 # The row-resident form is for NVIDIA GPUs; other tests compile for sm_90.
 ELSEWHERE = [
@@ -29,25 +43,79 @@ ELSEWHERE = [
     for mode in aot.MODES
     if gpu != "sm_90" and (gpu, mode) != ("gfx942", "resident")
 ]
+ONE_MODE = [("sm_80", "resident"), ("sm_100", "resident"), ("gfx942", "sweeping")]
+FORMS = [
+    *itertools.product([128, *aot.VOCABULARIES], aot.DTYPES, KINDS),
+    *itertools.product([50257, 151936], [torch.bfloat16], OTHERS),
+    *itertools.product([151936], [torch.float32], OTHERS),
+]
+SWEEPS = [
+    *itertools.product([128, 50257, 151936], aot.DTYPES, KINDS),
+    *itertools.product([151936], [torch.bfloat16], OTHERS),
+]
+
+
+def assembled(compiled, gpu):
+    return compiled.kernel.asm["hsaco" if gpu == "gfx942" else "cubin"]
 
 
 @pytest.mark.parametrize(("gpu", "mode"), ELSEWHERE)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", KINDS)
 def test_compiles_for_every_target(gpu, divergence, mode):
     compiled = aot.compile_rows(gpu, 151936, torch.bfloat16, divergence, mode)
-    assert compiled.kernel.asm["hsaco" if gpu == "gfx942" else "cubin"]
+    assert assembled(compiled, gpu)
+
+
+@pytest.mark.parametrize(("gpu", "mode"), ONE_MODE)
+@pytest.mark.parametrize("divergence", OTHERS)
+def test_other_divergences_compile_for_every_target(gpu, divergence, mode):
+    compiled = aot.compile_rows(gpu, 151936, torch.bfloat16, divergence, mode)
+    assert assembled(compiled, gpu)
+
+
+@pytest.mark.parametrize(("gpu", "mode"), ONE_MODE)
+@pytest.mark.parametrize("teachers", ["top-128", "three"])
+def test_other_teachers_compile_for_every_target(gpu, teachers, mode):
+    case = (gpu, 151936, torch.bfloat16, "reverse_kl", mode)
+    assert assembled(aot.compile_rows(*case, **TEACHERS[teachers]), gpu)
+    assert assembled(aot.compile_marks(gpu, 151936, torch.bfloat16, 128), gpu)
+
+
+@pytest.mark.parametrize("teachers", TEACHERS)
+@pytest.mark.parametrize("mode", aot.MODES)
+def test_other_teachers_spill_nothing(mode, teachers):
+    for vocabulary in (50257, 151936):
+        case = ("sm_90", vocabulary, torch.bfloat16, "reverse_kl", mode)
+        compiled = aot.compile_rows(*case, **TEACHERS[teachers])
+        # Three teachers have more scalars than registers are left for.
+        assert aot.resources(compiled).spilled <= (32 if teachers == "three" else 0)
+
+
+@pytest.mark.parametrize("size", [32, 128, 1024])
+def test_a_support_is_marked_without_spills(size):
+    compiled = aot.compile_marks("sm_90", 151936, torch.bfloat16, size)
+    assert aot.resources(compiled).spilled == 0
+
+
+def test_a_support_moves_two_thirds_of_a_teacher():
+    """The student's logits once, the gradient once, and a bit for each entry."""
+    case = ("sm_90", 151936, torch.bfloat16, "reverse_kl", "resident")
+    compiled = aot.compile_rows(*case, mask=False, small=False, support=128)
+    cost, launch = aot.cost(compiled, aot.TOPK_EXPONENTIALS), compiled.launch
+    room = launch.chunks * launch.chunk_v / launch.slice_v
+    assert cost.loaded == pytest.approx(2 * room)
+    assert cost.stored == pytest.approx(2 * room)
+    assert cost.narrow < 50
 
 
 @pytest.mark.parametrize("gpu", aot.TARGETS)
 @pytest.mark.parametrize("vocabulary", [50257, 151936])
 def test_scale_kernel_compiles(gpu, vocabulary):
     compiled = aot.compile_scale(gpu, vocabulary, torch.bfloat16)
-    assert compiled.kernel.asm["hsaco" if gpu == "gfx942" else "cubin"]
+    assert assembled(compiled, gpu)
 
 
-@pytest.mark.parametrize("vocabulary", [128, *aot.VOCABULARIES])
-@pytest.mark.parametrize("dtype", aot.DTYPES, ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("vocabulary", "dtype", "divergence"), FORMS)
 def test_the_row_resident_form(vocabulary, dtype, divergence):
     """No spills; each logit read once and each gradient written once, in 128-bit pieces."""
     shipped = aot.compile_rows("sm_90", vocabulary, dtype, divergence, "resident")
@@ -57,7 +125,7 @@ def test_the_row_resident_form(vocabulary, dtype, divergence):
     main = aot.compile_rows(
         "sm_90", vocabulary, dtype, divergence, "resident", mask=False, small=False
     )
-    cost = aot.cost(main, divergence)
+    cost = aot.cost(main, aot.EXPONENTIALS[divergence])
     # A slice fills its last chunk in part; what is not there is not read.
     launch = main.launch
     room = launch.chunks * launch.chunk_v / launch.slice_v
@@ -67,9 +135,7 @@ def test_the_row_resident_form(vocabulary, dtype, divergence):
     assert cost.narrow < 40
 
 
-@pytest.mark.parametrize("vocabulary", [128, 50257, 151936])
-@pytest.mark.parametrize("dtype", aot.DTYPES, ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("vocabulary", "dtype", "divergence"), SWEEPS)
 @pytest.mark.parametrize("mode", ["sweeping", "statistics", "gradient"])
 def test_the_sweeping_form_spills_nothing(vocabulary, dtype, divergence, mode):
     compiled = aot.compile_rows("sm_90", vocabulary, dtype, divergence, mode)

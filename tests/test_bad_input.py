@@ -14,6 +14,7 @@ from hybrid_kernels import (
     returns_to_go,
     sparse_advantages,
     token_terms,
+    validate,
 )
 
 V = 7
@@ -23,6 +24,7 @@ IDS = torch.zeros(2, 3, dtype=torch.long)
 ROWS = torch.ones(2, 3)
 MASK = torch.ones(2, 3, dtype=torch.bool)
 META = torch.device("meta")
+TOP_K = TopK.from_logits(TEACHER, 3)
 
 # Of hybrid_loss and token_terms: changed arguments, and what the message must contain, in order.
 SHARED = {
@@ -82,16 +84,87 @@ SHARED = {
         "teacher: requires a gradient",
         "teacher.detach()",
     ),
-    "teacher top-k": ({"teacher": TopK(IDS, ROWS)}, "teacher: TopK is not yet", "[..., V]"),
     "teacher linear": (
         {"teacher": LinearTeacher(ROWS, ROWS)},
         "teacher: LinearTeacher is not yet",
         "[..., V]",
     ),
-    "teacher mixture": (
-        {"teacher": Mixture([(1.0, TEACHER)])},
-        "teacher: Mixture is not yet",
-        "[..., V]",
+    "mixture of nothing": ({"teacher": Mixture([])}, "teacher: a Mixture without members"),
+    "mixture weight": (
+        {"teacher": Mixture([(0.0, TEACHER)])},
+        "teacher: the weight of a Mixture's member: 0.0",
+        "(0, inf)",
+    ),
+    "mixture in a mixture": (
+        {"teacher": Mixture([(1.0, Mixture([(1.0, TEACHER)]))])},
+        "teacher: a Mixture inside a Mixture",
+        "all members at once",
+    ),
+    "mixture of both kinds": (
+        {"teacher": Mixture([(1.0, TEACHER), (1.0, TOP_K)])},
+        "teacher: a Mixture of TopK teachers and of full ones",
+        "TopK.from_logits",
+    ),
+    "mixture of supports": (
+        {"teacher": Mixture([(1.0, TOP_K), (1.0, TopK(TOP_K.ids.clone(), TOP_K.log_probs))])},
+        "teacher: the TopK members of a Mixture have different supports",
+        "same `ids`",
+    ),
+    "mixture member": (
+        {"teacher": Mixture([(1.0, TEACHER[..., :5])])},
+        "teacher: vocabulary of 5",
+    ),
+    "support too large": (
+        {"teacher": TopK(torch.zeros(2, 3, 9, dtype=torch.long), torch.zeros(2, 3, 9))},
+        "teacher: a TopK support of 9 ids",
+        "vocabulary of 7",
+        "tokenizer",
+    ),
+    "support shapes": (
+        {"teacher": TopK(TOP_K.ids, TOP_K.log_probs[..., :2])},
+        "teacher: TopK.ids has shape (2, 3, 3)",
+        "log_probs (2, 3, 2)",
+    ),
+    "support rows": (
+        {"teacher": TopK(TOP_K.ids[:1], TOP_K.log_probs[:1])},
+        "teacher: TopK: leading shape (1, 3)",
+    ),
+    "support dtype": (
+        {"teacher": TopK(TOP_K.ids.float(), TOP_K.log_probs)},
+        "teacher: TopK.ids: expected int64",
+    ),
+    "support log_probs dtype": (
+        {"teacher": TopK(TOP_K.ids, TOP_K.log_probs.double())},
+        "teacher: TopK.log_probs: expected float32",
+    ),
+    "support with gradient": (
+        {"teacher": TopK(TOP_K.ids, TOP_K.log_probs.clone().requires_grad_())},
+        "teacher: TopK.log_probs: requires a gradient",
+    ),
+    "support device": (
+        {"teacher": TopK(TOP_K.ids.to(META), TOP_K.log_probs)},
+        "teacher: TopK.ids: on meta",
+    ),
+    "support token_log_prob": (
+        {"teacher": TopK(TOP_K.ids, TOP_K.log_probs, torch.zeros(2))},
+        "teacher: TopK.token_log_prob: leading shape (2,)",
+    ),
+    "support id": (
+        {"teacher": TopK(TOP_K.ids + 7, TOP_K.log_probs)},
+        "teacher: TopK.ids has",
+        "[0, 7)",
+        "-1 is padding",
+    ),
+    "support of logits": (
+        {"teacher": TopK(TOP_K.ids, TOP_K.log_probs + 5)},
+        "teacher: TopK.log_probs has",
+        "at most 0",
+        "log_softmax",
+    ),
+    "support mass": (
+        {"teacher": TopK(TOP_K.ids, torch.full((2, 3, 3), -0.5))},
+        "teacher: TopK.log_probs sum to a mass of 1.8",
+        "more than 1",
     ),
     "process group": (
         {"process_group": object()},
@@ -268,10 +341,36 @@ def test_ids_that_nobody_reads_may_be_anything():
         ("jsd", {"beta": 1.5}, ("'jsd' got beta=1.5", "[0, 1]")),
         ("jsd", {"beta": float("nan")}, ("'jsd' got beta=nan", "[0, 1]")),
         ("jsd", {"beta": "half"}, ("'jsd' got beta='half'", "number")),
+        ("skew_reverse_kl", {"alpha": 1.0}, ("'skew_reverse_kl' got alpha=1.0", "[0, 1)")),
+        ("skew_forward_kl", {"alpha": -0.1}, ("'skew_forward_kl' got alpha=-0.1", "[0, 1)")),
+        ("renyi", {"alpha": 0.0}, ("'renyi' got alpha=0.0", "(0, inf)")),
+        ("alpha", {"alpha": float("inf")}, ("'alpha' got alpha=inf", "(-inf, inf)")),
+        ("tv", {"alpha": 0.5}, ("'tv' got 'alpha'", "no parameter")),
     ],
 )
 def test_divergences(name, parameters, parts):
     assert_says(message_of(Divergence, name, **parameters), parts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ({}, ("k: neither k nor ids",)),
+        ({"k": 0}, ("k: 0 is not in [1, 7]",)),
+        ({"k": 8}, ("k: 8 is not in [1, 7]",)),
+    ],
+)
+def test_supports(arguments, parts):
+    assert_says(message_of(TopK.from_logits, TEACHER, **arguments), parts)
+
+
+def test_a_support_that_the_kernels_cannot_hold():
+    logits = torch.randn(1, 1100)
+    known = TopK.from_logits(logits, 1025)
+    assert hybrid_loss(logits, known, backend="torch").loss.isfinite()
+    validate.support_size(1024)
+    with pytest.raises(ValueError, match="support of 1025 ids, more than the 1024"):
+        validate.support_size(1025)
 
 
 COSTS, REWARDS = torch.zeros(4, 5), torch.zeros(4)

@@ -84,6 +84,22 @@ def test_every_form_takes_mixed_formats(form, divergence, dtype, backend):
     assert_matches_reference(case, backend, divergence=divergence)
 
 
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "mask"])
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("vocabulary", [201, 264])
+def test_every_form_takes_a_support(form, vocabulary, members, tail, backend):
+    case = cases.make(vocabulary, (1, 4), style="forbidden_by_student", masked=True)
+    case = cases.with_teachers(case, members, "union")
+    assert_matches_reference(case, backend, entropy_weight=0.3, tail=tail)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "renyi"])
+@pytest.mark.parametrize("style", ["close", "forbidden_by_student"])
+def test_every_form_takes_several_teachers(form, style, divergence, backend):
+    case = cases.with_teachers(cases.make(201, (1, 4), style=style, masked=True), 3, None)
+    assert_matches_reference(case, backend, divergence=divergence, entropy_weight=0.3)
+
+
 def test_every_form_without_a_teacher(form, backend):
     case = cases.make(201, (2, 3), masked=True)
     case.teacher = None
@@ -144,9 +160,10 @@ def test_a_row_too_long_for_the_device_is_swept(monkeypatch):
     monkeypatch.setattr(config, "INTERPRETED", False)
     monkeypatch.setattr(config.Device, "of", lambda tensor: config.Device("small", 4))
     logits = torch.empty(1, 2, 151936, device="meta")
-    rows = Rows(logits, logits, None, None, "reverse_kl", 0.0, 1.0, None)
+    constants = ("reverse_kl", 0.0, 1.0, None)
+    rows = Rows(logits, (logits,), (1.0,), None, None, None, *constants)
     assert isinstance(launchers.form(rows, hip=False), config.Sweep)
-    short = Rows(logits[..., :4096], None, None, None, "reverse_kl", 0.0, 1.0, None)
+    short = Rows(logits[..., :4096], (), (), None, None, None, *constants)
     assert isinstance(launchers.form(short, hip=False), config.Resident)
     assert isinstance(launchers.form(short, hip=True), config.Sweep)
 

@@ -173,9 +173,9 @@ def test_masked_rows_are_not_read():
 
 def test_which_form_runs():
     student, teacher = logits(4, 151_936)
-    rows = launchers.Rows(
-        student.detach()[None], teacher[None], None, None, "reverse_kl", 0.0, 1.0, None
-    )
+    constants = ("reverse_kl", 0.0, 1.0, None)
+    logits_of = (student.detach()[None], (teacher[None],), (1.0,))
+    rows = launchers.Rows(*logits_of, None, None, None, *constants)
     launch = launchers.form(rows)
     assert isinstance(launch, config.Resident)
     assert launch.splits > 1

@@ -24,16 +24,26 @@ ALLOWED = {
     "kernels.reduce": {"kernels.config"},
     "kernels.math": {"rows", "kernels.reduce"},
     "kernels.access": {"rows", "kernels.math"},
-    "kernels.sweep": {"rows", "kernels.math", "kernels.reduce", "kernels.access"},
-    "kernels.resident": {"rows", "kernels.math", "kernels.reduce", "kernels.access"},
+    "kernels.topk": {"rows", "kernels.math", "kernels.reduce", "kernels.access"},
+    "kernels.sweep": {"rows", "kernels.math", "kernels.reduce", "kernels.access", "kernels.topk"},
+    "kernels.resident": {
+        "rows",
+        "kernels.math",
+        "kernels.reduce",
+        "kernels.access",
+        "kernels.topk",
+    },
     "kernels.rows": {
         "rows",
         "kernels.access",
         "kernels.config",
         "kernels.resident",
         "kernels.sweep",
+        "kernels.topk",
     },
-    "cpu": {"rows"},
+    "cpu_forms": {"rows"},
+    "cpu_topk": {"rows", "cpu_forms"},
+    "cpu": {"rows", "cpu_forms", "cpu_topk"},
     "ops": {"types", "rows", "validate", "cpu", "kernels.rows"},
     "api": {"types", "rows", "validate", "ops", "kernels.config"},
     "": {"types", "returns", "api"},
@@ -102,7 +112,7 @@ def test_the_table_has_no_cycle_and_no_stranger():
 def test_the_reference_knows_nothing_of_the_package_but_its_types():
     tree = ast.parse((PACKAGE / "reference.py").read_text())
     roots = {i.split(".")[0] for i in imports(tree)} - {"hybrid_kernels"}
-    assert roots <= {"torch", "collections", "__future__"}
+    assert roots <= {"torch", "collections", "typing", "__future__"}
 
 
 @pytest.mark.parametrize("folder", [ROOT / "train", PACKAGE / "integrations"], ids=lambda p: p.name)

@@ -7,7 +7,7 @@ import torch
 
 import cases
 from cases import DIVERGENCES, divergence_id
-from hybrid_kernels import hybrid_loss, ops, token_terms
+from hybrid_kernels import Divergence, TopK, hybrid_loss, ops, token_terms
 
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
 
@@ -27,18 +27,25 @@ def several_threads():
     torch.set_num_threads(threads)
 
 
-def problem(case, divergence, backend):
+def problem(case, divergence, backend, support=False):
     """The arguments that the operators share: rows `[O, I, V]`, and the constants."""
     name, parameter = divergence.canonical()
-    ids, valid = case.token_ids.reshape(-1), case.valid.reshape(-1)
-    return (case.logits, case.teacher_logits, ids, valid, name, parameter, 0.7, None, backend)
+    rows = (case.token_ids.reshape(-1), case.valid.reshape(-1))
+    constants = (name, parameter, 0.7, None, "bucket", 2.0**-24, backend)
+    if support:
+        known = TopK.from_logits(case.teacher_logits, 5, token_ids=case.token_ids.clamp(0, 6))
+        ids, log_probs = known.ids.flatten(0, -2), known.log_probs.flatten(0, -2)
+        topk = ([log_probs, log_probs - 1], ids, known.token_log_prob.flatten())
+        return (case.logits, *topk, *rows, [1.0, 0.5], *constants)
+    return (case.logits, [case.teacher_logits], None, None, *rows, [1.0], *constants)
 
 
-@every_divergence
+@pytest.mark.parametrize("support", [False, True], ids=["full", "top-k"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
 @pytest.mark.parametrize("layout", ["contiguous", "sliced"])
-def test_opcheck(layout, divergence, backend, device):
+def test_opcheck(layout, divergence, support, backend, device):
     case = cases.make(7, (2, 3), layout=layout, masked=True, device=device)
-    arguments = problem(case, divergence, backend)
+    arguments = problem(case, Divergence(divergence), backend, support)
     gradient = torch.zeros_like(case.logits)
     coefficients = (torch.ones(6, device=device), torch.ones(1, device=device), None)
     torch.library.opcheck(ops.row_statistics, arguments)

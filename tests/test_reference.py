@@ -33,6 +33,19 @@ EXPECTED = {
     Divergence("jsd", beta=0.1): jensen_shannon(0.1),
     Divergence("jsd", beta=0.9): jensen_shannon(0.9),
     Divergence("jsd", beta=1.0): kl_divergence(P, Q),
+    Divergence("skew_reverse_kl", alpha=0.2): kl_divergence(P, mixture(0.8)),
+    Divergence("skew_reverse_kl", alpha=0.0): kl_divergence(P, Q),
+    Divergence("skew_forward_kl", alpha=0.2): kl_divergence(Q, mixture(0.2)),
+    Divergence("skew_forward_kl", alpha=0.0): kl_divergence(Q, P),
+    Divergence("alpha", alpha=0.0): kl_divergence(Q, P),
+    Divergence("alpha", alpha=1.0): kl_divergence(P, Q),
+    # Four times the squared Hellinger distance, and half the chi-square.
+    Divergence("alpha", alpha=0.5): 2 * (P.probs.sqrt() - Q.probs.sqrt()).square().sum(-1),
+    Divergence("alpha", alpha=2.0): ((P.probs - Q.probs).square() / Q.probs).sum(-1) / 2,
+    Divergence("renyi", alpha=0.5): -2 * (P.probs * Q.probs).sqrt().sum(-1).log(),
+    Divergence("renyi", alpha=1.0): kl_divergence(P, Q),
+    Divergence("renyi", alpha=2.0): (P.probs.square() / Q.probs).sum(-1).log(),
+    Divergence("tv"): (P.probs - Q.probs).clamp(min=0).sum(-1),
 }
 
 
@@ -54,15 +67,24 @@ def by_hand(divergence, p, q):
     def kl(a, b):
         return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
 
-    if divergence.name == "reverse_kl":
+    name, parameter = divergence.canonical()
+    if name == "reverse_kl":
         return kl(p, q)
-    if divergence.name == "forward_kl":
+    if name == "forward_kl":
         return kl(q, p)
     if divergence.name == "jeffreys":
         return sum((x - y) * math.log(x / y) for x, y in zip(p, q, strict=True))
-    beta = divergence.params.get("beta", 0.5)
-    if beta in (0.0, 1.0):
-        return kl(p, q) if beta else kl(q, p)
+    if divergence.name == "tv":
+        return sum(max(x - y, 0) for x, y in zip(p, q, strict=True))
+    if divergence.name in ("alpha", "renyi"):
+        a = parameter
+        s = sum(x**a * y ** (1 - a) for x, y in zip(p, q, strict=True))
+        return math.log(s) / (a - 1) if divergence.name == "renyi" else (1 - s) / (a * (1 - a))
+    if divergence.name.startswith("skew"):
+        a = parameter
+        one, other = (p, q) if divergence.name == "skew_reverse_kl" else (q, p)
+        return kl(one, [a * x + (1 - a) * y for x, y in zip(one, other, strict=True)])
+    beta = parameter
     m = [beta * y + (1 - beta) * x for x, y in zip(p, q, strict=True)]
     return beta * kl(q, m) + (1 - beta) * kl(p, m)
 

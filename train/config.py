@@ -14,6 +14,9 @@ from train.schedules import Schedule, number, parse_schedule
 
 BASELINES = ("none", "leave_one_out", "group_mean", "per_token_leave_one_out")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
+SUPPORTS = ("student", "teacher", "union")
+TAILS = ("bucket", "renormalize", "mask")
+MAX_TOP_K = 512  # of each side; the kernels hold a union of twice as many
 # Written into a run's config.yaml for the reader; not an option.
 ENVIRONMENT = "environment"
 _ONE = Schedule(1.0)
@@ -37,12 +40,25 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    """One teacher: its checkpoint, and the weight of its divergence.
+
+    Attributes:
+        model: a local `transformers` directory or a hub name.
+        weight: above 0.
+    """
+
+    model: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The options of a run. `{output_dir}` in the four paths below stands for that folder."""
 
     output_dir: str
     student: str  # a local `transformers` directory or a hub name
-    teacher: str
+    teachers: list[TeacherConfig]  # `teacher: path` is short for one
     train_file: str  # JSONL: `prompt` (text, or chat messages) and the columns of the rewards
     eval_file: str | None = None  # held out; None skips every evaluation
     setup: str | None = None  # `module:function`, called once with {output_dir}/assets to fill it
@@ -59,7 +75,10 @@ class TrainConfig:
     baseline: str = "leave_one_out"
     cost_clip: float | None = None  # bounds |log p(y) - log q(y)| where it enters the returns, nats
     teacher_floor: float | None = None  # teacher log-probabilities below are raised to it, nats
-    vocab_size: int | None = None  # the shared prefix, where the two models pad differently
+    vocab_size: int | None = None  # the shared prefix, where the models pad differently
+    top_k_teacher: int | None = None  # K: teachers tell their log-probabilities on a support only
+    top_k_support: str = "student"  # whose best K: student, teacher (the first) or union
+    tail: str = "bucket"  # what stands for the rest: bucket, renormalize or mask
 
     # Rollouts.
     num_generations: int = 8  # responses per prompt
@@ -106,7 +125,7 @@ class TrainConfig:
             if isinstance(value, Schedule):
                 value = value.as_option()
             elif isinstance(value, list):
-                value = [{"function": item.function, "weight": item.weight} for item in value]
+                value = [dict(vars(item)) for item in value]
             options[spec.name] = value
         return options
 
@@ -146,15 +165,19 @@ def make_config(options: dict[str, Any]) -> TrainConfig:
         UserError: as in `load_config`.
     """
     options = {key: value for key, value in options.items() if key != ENVIRONMENT}
-    if "teachers" in options:
-        options["teacher"] = _one_teacher(options.pop("teachers"), options.get("teacher"))
+    teacher = options.pop("teacher", None)
+    if teacher is not None:
+        if options.get("teachers") is not None:
+            raise UserError("teachers: given together with teacher; keep one of the two")
+        options["teachers"] = teacher
     specs = {spec.name: spec for spec in fields(TrainConfig)}
     for key in options:
         if key not in specs:
             raise UserError(f"{key}: unknown option{_suggestion(key, list(specs))}")
-    for key in ("output_dir", "student", "teacher", "train_file"):
+    for key in ("output_dir", "student", "teachers", "train_file"):
         if options.get(key) is None:
-            raise UserError(f"{key}: missing; add it to the file or the command line")
+            name = "teacher" if key == "teachers" else key
+            raise UserError(f"{name}: missing; add it to the file or the command line")
     hints = typing.get_type_hints(TrainConfig)
     try:
         values = {key: _typed(key, value, hints[key]) for key, value in options.items()}
@@ -162,26 +185,17 @@ def make_config(options: dict[str, Any]) -> TrainConfig:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
-    for key in ("student", "teacher", "train_file", "eval_file"):
+    folder = values["output_dir"]
+    for key in ("student", "train_file", "eval_file"):
         if values.get(key) is not None:
-            values[key] = values[key].replace("{output_dir}", values["output_dir"])
+            values[key] = values[key].replace("{output_dir}", folder)
+    values["teachers"] = [
+        TeacherConfig(item.model.replace("{output_dir}", folder), item.weight)
+        for item in values["teachers"]
+    ]
     config = TrainConfig(**values)
     _check(config)
     return config
-
-
-def _one_teacher(teachers: Any, teacher: Any) -> Any:
-    if teacher is not None:
-        raise UserError("teachers: given together with teacher; keep one of the two")
-    if isinstance(teachers, str):
-        return teachers
-    if not isinstance(teachers, list) or not teachers:
-        raise UserError(f"teachers: got {teachers!r}, expected a list of checkpoints")
-    if len(teachers) > 1:
-        raise UserError(
-            f"teachers: got {len(teachers)}; several teachers are not yet supported, give one"
-        )
-    return teachers[0]
 
 
 def _suggestion(key: str, known: list[str]) -> str:
@@ -214,25 +228,27 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, str):
             return value
         raise UserError(f"{name}: got {value!r} ({type(value).__name__}), expected text")
-    return _rewards(name, value)
+    if typing.get_args(hint) == (TeacherConfig,):
+        return _weighted(name, value, TeacherConfig, "model", "a checkpoint")
+    return _weighted(name, value, RewardConfig, "function", "`module:function`, `file.py:function`")
 
 
-def _rewards(name: str, value: Any) -> list[RewardConfig]:
+def _weighted(name: str, value: Any, kind: type, key: str, form: str) -> list:
+    """Entries that may be given with a weight or, as the text alone, without one."""
     entries = value if isinstance(value, list) else [value]
-    rewards = []
+    found = []
     for entry in entries:
         if isinstance(entry, str):
-            entry = {"function": entry}
-        if not isinstance(entry, dict) or not isinstance(entry.get("function"), str):
+            entry = {key: entry}
+        if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
             raise UserError(
-                f"{name}: got {entry!r}, expected `module:function`, `file.py:function`, or "
-                "{function: ..., weight: ...}"
+                f"{name}: got {entry!r}, expected {form}, or {{{key}: ..., weight: ...}}"
             )
-        if unknown := sorted(set(entry) - {"function", "weight"}):
-            raise UserError(f"{name}: unknown key {unknown[0]!r}; use function and weight")
-        weight = number(f"{name}: weight of {entry['function']}", entry.get("weight", 1.0))
-        rewards.append(RewardConfig(entry["function"], weight))
-    return rewards
+        if unknown := sorted(set(entry) - {key, "weight"}):
+            raise UserError(f"{name}: unknown key {unknown[0]!r}; use {key} and weight")
+        weight = number(f"{name}: weight of {entry[key]}", entry.get("weight", 1.0))
+        found.append(kind(entry[key], weight))
+    return found
 
 
 def _check(config: TrainConfig) -> None:
@@ -261,13 +277,30 @@ def _check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise UserError(f"{name}: got {value}, expected more than 0")
+    if not config.teachers:
+        raise UserError("teachers: got an empty list; give at least one checkpoint")
+    for teacher in config.teachers:
+        if teacher.weight <= 0:
+            raise UserError(
+                f"teachers: weight of {teacher.model}: got {teacher.weight}, expected more than 0"
+            )
+    if config.top_k_teacher is not None and not 1 <= config.top_k_teacher <= MAX_TOP_K:
+        raise UserError(
+            f"top_k_teacher: got {config.top_k_teacher}, expected a number from 1 to {MAX_TOP_K}"
+        )
     if not 0 < config.top_p <= 1:
         raise UserError(f"top_p: got {config.top_p}, expected a number in (0, 1]")
     if config.teacher_floor is not None and config.teacher_floor > 0:
         raise UserError(
             f"teacher_floor: got {config.teacher_floor}, expected a log-probability, at most 0"
         )
-    for name, choices in (("baseline", BASELINES), ("lr_scheduler_type", LR_SCHEDULERS)):
+    choices_of = {
+        "baseline": BASELINES,
+        "lr_scheduler_type": LR_SCHEDULERS,
+        "top_k_support": SUPPORTS,
+        "tail": TAILS,
+    }
+    for name, choices in choices_of.items():
         if getattr(config, name) not in choices:
             raise UserError(
                 f"{name}: got {getattr(config, name)!r}, expected one of {', '.join(choices)}"

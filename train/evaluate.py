@@ -36,7 +36,7 @@ def evaluate(
         rollout = generate(models.student, batch, sampler, greedy=True)
         terms = token_terms(
             models.student_logits(rollout),
-            models.teacher_logits(rollout),
+            models.full_teacher(rollout),
             mask=rollout.mask,
             temperature=models.temperature,
         )

@@ -107,7 +107,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     held_out: list[Example] = []
     if config.eval_file is not None:
         held_out = read_examples("eval_file", config.eval_file, models.tokenizer)
-    check_lengths(config, examples + held_out, models.student, models.teacher)
+    check_lengths(config, examples + held_out, models.student, *models.teachers)
     prompts = PromptStream(examples, config.seed)
     sampler = Sampler.create(config, models.student, models.tokenizer, models.vocab_size)
 
@@ -117,7 +117,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     scheduler = get_scheduler(
         config.lr_scheduler_type, optimizer, config.warmup_steps, config.max_steps
     )
-    torch.nn.Module.to(models.teacher, accelerator.device)
+    for teacher in models.teachers:
+        torch.nn.Module.to(teacher, accelerator.device)
     models.student, optimizer, scheduler = accelerator.prepare(models.student, optimizer, scheduler)
 
     done = 0
@@ -161,7 +162,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 config.eval_steps and step % config.eval_steps == 0
             )
             norms = gradient_norms(config, models, batches[0], weights) if evaluates else {}
-            statistics = StepStatistics(config)
+            statistics = StepStatistics(config, models.total_weight)
             for batch in batches:
                 result = micro_batch_loss(config, models, batch, weights, num_tokens)
                 accelerator.backward(result.loss)
@@ -238,28 +239,33 @@ def micro_batch_loss(
     Args:
         num_tokens: trained tokens of the whole optimizer step.
     """
+    student_logits = models.student_logits(batch.rollout)
     return hybrid_loss(
-        models.student_logits(batch.rollout),
-        models.teacher_logits(batch.rollout),
+        student_logits,
+        models.teacher(batch.rollout, student_logits),
         batch.rollout.tokens,
-        advantage_function(config, batch, weights),
+        advantage_function(config, batch, weights, models.total_weight),
         mask=batch.mask,
         dense_weight=weights.dense_weight,
         entropy_weight=config.entropy_weight,
         divergence=parse_divergence(config.divergence),
         temperature=models.temperature,
         num_tokens=num_tokens,
+        tail=config.tail,
         teacher_floor=config.teacher_floor,
     )
 
 
 def advantage_function(
-    config: TrainConfig, batch: MicroBatch, weights: Weights
+    config: TrainConfig, batch: MicroBatch, weights: Weights, total_weight: float
 ) -> Callable[[TokenTerms], Tensor]:
-    """The sparse term's advantages `[B, T]` as a function of the fresh statistics."""
+    """The sparse term's advantages `[B, T]` as a function of the fresh statistics.
+
+    `total_weight` is that of all teachers.
+    """
 
     def advantages(terms: TokenTerms) -> Tensor:
-        costs = sampled_costs(terms)
+        costs = sampled_costs(terms, total_weight)
         if config.cost_clip is not None:
             costs = costs.clamp(-config.cost_clip, config.cost_clip)
         return sparse_advantages(
@@ -277,11 +283,12 @@ def advantage_function(
     return advantages
 
 
-def sampled_costs(terms: TokenTerms | HybridLoss) -> Tensor:
-    """c_t = log p(y_t) - log q(y_t), `[B, T]` nats, 0 on masked tokens."""
+def sampled_costs(terms: TokenTerms | HybridLoss, total_weight: float) -> Tensor:
+    """c_t = sum_i w_i (log p(y_t) - log q_i(y_t)), `[B, T]` nats, 0 on masked tokens."""
     assert terms.log_prob is not None
     assert terms.teacher_log_prob is not None
-    return terms.log_prob - terms.teacher_log_prob
+    costs = terms.log_prob - terms.teacher_log_prob
+    return costs if total_weight == 1.0 else total_weight * costs
 
 
 def gradient_norms(
@@ -293,11 +300,15 @@ def gradient_norms(
     gradient; each a mean over the micro-batch's own tokens. Costs one forward and two backwards,
     and leaves `.grad` alone.
     """
-    student, teacher = models.student_logits(batch.rollout), models.teacher_logits(batch.rollout)
+    student = models.student_logits(batch.rollout)
+    teacher = models.teacher(batch.rollout, student)
     parameters = [weight for weight in models.student.parameters() if weight.requires_grad]
     parts = {
         "grad_norm_dense": (None, weights.dense_weight),
-        "grad_norm_sparse": (advantage_function(config, batch, weights), 0.0),
+        "grad_norm_sparse": (
+            advantage_function(config, batch, weights, models.total_weight),
+            0.0,
+        ),
     }
     norms = {}
     for name, (advantages, dense_weight) in parts.items():
@@ -310,6 +321,7 @@ def gradient_norms(
             dense_weight=dense_weight,
             divergence=parse_divergence(config.divergence),
             temperature=models.temperature,
+            tail=config.tail,
             teacher_floor=config.teacher_floor,
         )
         gradients = torch.autograd.grad(part.loss, parameters, retain_graph=True, allow_unused=True)
@@ -323,8 +335,9 @@ def gradient_norms(
 class StepStatistics:
     """Sums over the micro-batches of a step, kept on the device until `means` reads them once."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, total_weight: float) -> None:
         self._config = config
+        self._total_weight = total_weight
         self._sums: dict[str, Tensor] = {}
         self._largest_mismatch: list[Tensor] = []
 
@@ -335,9 +348,11 @@ class StepStatistics:
         assert result.log_prob is not None
         assert batch.rollout.sampler_log_prob is not None
         mask, config = batch.mask, self._config
-        costs = sampled_costs(result)
-        # The exact KL where the op computes it, else its estimate at the sampled token.
+        costs = sampled_costs(result, self._total_weight)
+        # The exact KL where the op computes it, else its estimate at the sampled token. (On a
+        # support the op knows a lower bound.)
         exact = parse_divergence(config.divergence).canonical()[0] == "reverse_kl"
+        exact = exact and result.student_mass is None
         kl = result.divergence if exact else costs
         mismatch = torch.where(mask, batch.rollout.sampler_log_prob - result.log_prob, 0.0).abs()
         forbidden = max(FORBIDDEN, config.teacher_floor or -math.inf)
@@ -355,6 +370,9 @@ class StepStatistics:
             "truncated": batch.rollout.truncated.sum(),
             "reward": batch.reward.sum(),
         }
+        if result.student_mass is not None and result.teacher_mass is not None:
+            sums["student_mass"] = result.student_mass.sum()
+            sums["teacher_mass"] = result.teacher_mass.sum()
         sums |= {f"reward/{name}": values.sum() for name, values in batch.scores.items()}
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.double()
@@ -364,7 +382,8 @@ class StepStatistics:
         """The step's metrics.
 
         Per trained token (nats): kl, divergence, entropy, sampler_mismatch (of |sampler's -
-        trainer's log-probability|), costs_clipped (share). Per response: reward, reward/<name>,
+        trainer's log-probability|), costs_clipped (share), and student_mass and teacher_mass on the
+        support of top-K teachers. Per response: reward, reward/<name>,
         completion_length (tokens), truncated (share), objective (J = KL - lambda * reward, at the
         *final* lambda, so that steps of a schedule compare). Counts: tokens, teacher_forbidden.
         """
@@ -374,6 +393,7 @@ class StepStatistics:
         final = Weights.at(self._config, self._config.max_steps - 1).reward_weight
         objective = (sums["kl"] - final * sums["reward"]) / sequences
         per_token = ("kl", "divergence", "entropy", "sampler_mismatch", "costs_clipped")
+        per_token += ("student_mass", "teacher_mass")
         for name in sums:
             if name in per_token:
                 sums[name] /= tokens

@@ -1,8 +1,9 @@
-"""Student, teacher and tokenizer from `transformers` checkpoints, and what binds them together."""
+"""Student, teachers and tokenizer from `transformers` checkpoints, and what binds them."""
 
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hybrid_kernels import Mixture, TopK
 from train.config import TrainConfig, UserError
 from train.data import Example
 from train.rollout import Rollout, completion_logits, vocabulary_of
@@ -20,33 +22,79 @@ from train.rollout import Rollout, completion_logits, vocabulary_of
 
 @dataclass
 class Models:
-    """The student that learns, the teacher that it is compared with, and their tokenizer.
+    """The student that learns, the teachers that it is compared with, and their tokenizer.
 
     Attributes:
         student: fp32 weights.
-        teacher: frozen.
+        teachers: frozen.
+        weights: of the teachers' divergences.
         tokenizer: the student's.
-        vocab_size: the tokens that both know; logits beyond are cut off.
+        vocab_size: the tokens that all know; logits beyond are cut off.
         temperature: T of the student's policy, in sampling and in log-probabilities.
-        teacher_temperature: T of the teacher's distribution.
+        teacher_temperature: T of the teachers' distributions.
+        top_k: how many entries of a side a teacher's support has; None for full teachers.
+        top_k_support: whose they are: "student", "teacher" or "union".
     """
 
     student: PreTrainedModel
-    teacher: PreTrainedModel
+    teachers: list[PreTrainedModel]
+    weights: list[float]
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     temperature: float
     teacher_temperature: float
+    top_k: int | None = None
+    top_k_support: str = "student"
 
     def student_logits(self, rollout: Rollout) -> Tensor:
         """`[B, T, vocab_size]`, differentiable, not yet divided by the temperature."""
         return completion_logits(self.student, rollout, self.vocab_size)
 
+    @property
+    def total_weight(self) -> float:
+        """W = sum of the teachers' weights: a token costs W (log p(y) - mean log q(y))."""
+        return sum(self.weights)
+
+    def teacher(self, rollout: Rollout, student_logits: Tensor) -> Tensor | TopK | Mixture:
+        """What `hybrid_loss` takes as its teacher.
+
+        Args:
+            rollout: the sampled tokens.
+            student_logits: `[B, T, vocab_size]`, whose best entries may be the support.
+        """
+        if self.top_k is None:
+            return self.full_teacher(rollout)
+        members: list[TopK] = []
+        for model in self.teachers:
+            logits = self.teacher_logits(model, rollout)
+            ids = members[0].ids if members else self._support(student_logits, logits)
+            member = TopK.from_logits(
+                logits, ids=ids, token_ids=rollout.tokens, temperature=self.temperature
+            )
+            members.append(TopK(ids, member.log_probs, member.token_log_prob))
+        return self._weighted(members)
+
+    def full_teacher(self, rollout: Rollout) -> Tensor | Mixture:
+        """The teachers on the whole vocabulary, whatever they tell the loss."""
+        return self._weighted([self.teacher_logits(model, rollout) for model in self.teachers])
+
+    def _weighted(self, members: list) -> Any:
+        if self.weights == [1.0]:
+            return members[0]
+        return Mixture(list(zip(self.weights, members, strict=True)))
+
+    def _support(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        assert self.top_k is not None
+        size = min(self.top_k, self.vocab_size)
+        sides = {"student": [student_logits], "teacher": [teacher_logits]}
+        chosen = sides.get(self.top_k_support, [student_logits, teacher_logits])
+        return torch.cat([side.detach().topk(size, dim=-1).indices for side in chosen], -1)
+
     @torch.no_grad()
-    def teacher_logits(self, rollout: Rollout) -> Tensor:
+    def teacher_logits(self, teacher: PreTrainedModel, rollout: Rollout) -> Tensor:
         """`[B, T, vocab_size]`, scaled so that dividing by `temperature` (the student's, which the
         loss does to both sides) leaves softmax(w / teacher_temperature)."""
-        logits = completion_logits(self.teacher, rollout, self.vocab_size)
+        logits = completion_logits(teacher, rollout, self.vocab_size)
         if self.teacher_temperature != self.temperature:
             logits.mul_(self.temperature / self.teacher_temperature)
         return logits
@@ -70,15 +118,21 @@ def load_models(config: TrainConfig, student_path: str | Path) -> Models:
         sampling = (generation.temperature, generation.top_p, generation.top_k)
         generation.do_sample = any(value not in (None, 1.0, 50) for value in sampling) or None
     precision = torch.bfloat16 if config.bf16 else torch.float32
-    teacher = _load("teacher", AutoModelForCausalLM, config.teacher, dtype=precision)
-    _check_same_tokens(tokenizer, config.teacher)
+    teachers = []
+    for entry in config.teachers:
+        teacher = _load("teacher", AutoModelForCausalLM, entry.model, dtype=precision)
+        _check_same_tokens(tokenizer, entry.model)
+        teachers.append(teacher.eval().requires_grad_(False))
     return Models(
         student=student.eval(),
-        teacher=teacher.eval().requires_grad_(False),
+        teachers=teachers,
+        weights=[entry.weight for entry in config.teachers],
         tokenizer=tokenizer,
-        vocab_size=shared_vocabulary(config, student, teacher),
+        vocab_size=shared_vocabulary(config, student, *teachers),
         temperature=config.temperature,
         teacher_temperature=config.teacher_temperature or config.temperature,
+        top_k=config.top_k_teacher,
+        top_k_support=config.top_k_support,
     )
 
 
@@ -110,26 +164,27 @@ def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, teacher: str) -> None
 
 
 def shared_vocabulary(
-    config: TrainConfig, student: PreTrainedModel, teacher: PreTrainedModel
+    config: TrainConfig, student: PreTrainedModel, *teachers: PreTrainedModel
 ) -> int:
-    """How many tokens the two models have in common: declared, never guessed.
+    """How many tokens the models have in common: declared, never guessed.
 
     Raises:
         UserError: the models' output layers differ and `vocab_size` is not given, or is too large.
     """
-    sizes = [vocabulary_of(model) for model in (student, teacher)]
+    sizes = [vocabulary_of(model) for model in (student, *teachers)]
+    others = ", ".join(f"{size}" for size in sizes[1:])
     if config.vocab_size is None:
-        if sizes[0] != sizes[1]:
+        if len(set(sizes)) > 1:
             raise UserError(
                 f"vocab_size: missing, and the student has {sizes[0]} logits, the teacher "
-                f"{sizes[1]}; where they only pad differently, set vocab_size to the shared prefix "
+                f"{others}; where they only pad differently, set vocab_size to the shared prefix "
                 "(the tokenizer's length, as a rule)"
             )
         return sizes[0]
     if config.vocab_size > min(sizes):
         raise UserError(
             f"vocab_size: got {config.vocab_size}, but the student has {sizes[0]} logits and the "
-            f"teacher {sizes[1]}; give at most {min(sizes)}"
+            f"teacher {others}; give at most {min(sizes)}"
         )
     return config.vocab_size
 

@@ -165,17 +165,23 @@ def sweep(vocabulary: int, one_sweep: bool = True) -> Sweep:
 
 
 def resident(
-    vocabulary: int, itemsize: int, rows: int, device: Device, tuning: Tuning | None = None
+    vocabulary: int,
+    itemsize: int,
+    rows: int,
+    device: Device,
+    tuning: Tuning | None = None,
+    sides: int = 2,
 ) -> Resident | None:
     """How many programs share a row, and how many rows are in flight; None if a row needs more
     programs than the device holds at once.
 
     Args:
         vocabulary: V.
-        itemsize: bytes of the wider of both logits.
+        itemsize: bytes of the widest of the logits.
         rows: N.
         device: where it will run.
         tuning: its choices; by default those of the tuning file, else those of `DEFAULT_TUNING`.
+        sides: how many logits of an entry a program holds: several teachers make slices shorter.
     """
     if INTERPRETED:
         slice_v = _slice(vocabulary, INTERPRETED_SLICE)
@@ -183,7 +189,7 @@ def resident(
         chunks, splits = -(-slice_v // chunk_v), -(-vocabulary // slice_v)
         return Resident(chunk_v, chunks, slice_v, splits, rows, 1, 0, True)
     tuning = tuning or tuned(device.name, itemsize) or DEFAULT_TUNING[itemsize]
-    slice_v = _slice(vocabulary, tuning.slice_bytes // itemsize)
+    slice_v = _slice(vocabulary, 2 * tuning.slice_bytes // (itemsize * sides))
     splits = -(-vocabulary // slice_v)
     num_warps = tuning.num_warps
     # A short row takes a smaller program, and more of them.

@@ -12,6 +12,11 @@ softmaxes at temperature T, l = log p - log q, x = z - m and d = (z - m) - (w - 
 - Tiles come as they were loaded, because 16-bit numbers allow for shorter arithmetic.
 - Lanes outside the vocabulary hold `LOWEST` on both sides: finite, and adding 0 to every sum. (Both
   hold -inf where one is fp16, which ends before.)
+- What a row is compared with are its MEMBERS: the teachers of a mixture, or one. All that depends
+  on a teacher is a tuple, with one element for each; without a teacher there is one element, of the
+  student alone. Under TOPK teachers are known on a support only (`topk.py`), and a sweep over the
+  vocabulary tells the student's mass outside it: in the place of the teacher's logits stand marks,
+  which are 1 on the support.
 """
 
 from typing import NamedTuple
@@ -45,7 +50,8 @@ class Sums(NamedTuple):
     student_sum = sum e^x        student_x = sum e^x x       student_d = sum e^x d
     teacher_sum = sum e^(w-m_w)  teacher_d = sum e^(w-m_w) d  teacher_kept = sum over z > -inf
 
-    (exponents divided by T). Which of the last five are kept depends on the divergence.
+    (exponents divided by T). Which of the last five are kept depends on the divergence. Under TOPK
+    teacher_sum is sum e^x outside the support, and teacher_max the student's.
     """
 
     student_max: tl.tensor
@@ -59,7 +65,8 @@ class Sums(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The statistics of a whole row, as `rows.FIELDS` defines them; `shift` is l - d/T."""
+    """The statistics of a whole row and one teacher, as `rows.FIELDS` and `rows.MEMBER` define
+    them; `shift` is l - d/T."""
 
     student_max: tl.tensor
     teacher_max: tl.tensor
@@ -68,6 +75,8 @@ class Row(NamedTuple):
     shift: tl.tensor
     entropy: tl.tensor
     slope_sum: tl.tensor
+    slope_factor: tl.tensor
+    tail_slope: tl.tensor
 
 
 class Weights(NamedTuple):
@@ -132,6 +141,36 @@ def no_sums():
     return Sums(top, top, zero, zero, zero, zero, zero, zero)
 
 
+@triton.constexpr_function
+def sides(members, topk):
+    """How many `Sums` there are."""
+    return 1 if topk else max(members, 1)
+
+
+@triton.jit
+def all_sums(
+    zs,
+    wss,
+    constants,
+    CHUNKS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    TOPK: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    GUARDED: tl.constexpr = True,
+):
+    """The sums of one tile, given as tuples of CHUNKS parts: one `Sums` for each member."""
+    found = ()
+    for i in tl.static_range(sides(MEMBERS, TOPK)):
+        ws = zs
+        if MEMBERS > 0:
+            ws = wss[i]
+        own = tile_sums(
+            zs, ws, constants, CHUNKS, MEMBERS > 0 and not TOPK, TOPK, DIVERGENCE, GUARDED
+        )
+        found = found + (own,)
+    return found
+
+
 @triton.jit
 def tile_sums(
     zs,
@@ -139,10 +178,11 @@ def tile_sums(
     constants,
     CHUNKS: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
+    TOPK: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     GUARDED: tl.constexpr = True,
 ):
-    """The sums of one tile, given as tuples of CHUNKS parts."""
+    """The sums of one tile, given as tuples of CHUNKS parts, for one member."""
     zero = tl.full((), 0.0, tl.float32)
     top = zs[0].to(tl.float32)
     for i in tl.static_range(1, CHUNKS):
@@ -157,20 +197,27 @@ def tile_sums(
         student_max = tl.max(top, 0)
         teacher_max = zero
     student_max = tl.maximum(student_max, START)
+    if TOPK:
+        teacher_max = student_max
     # Entry by entry first: a thread adds up what it holds before threads add up what they have.
     lanes = _summands(
-        zs[0], ws[0], student_max, teacher_max, constants, HAS_TEACHER, DIVERGENCE, GUARDED
+        zs[0], ws[0], student_max, teacher_max, constants, HAS_TEACHER, TOPK, DIVERGENCE, GUARDED
     )
     for i in tl.static_range(1, CHUNKS):
         more = _summands(
-            zs[i], ws[i], student_max, teacher_max, constants, HAS_TEACHER, DIVERGENCE, GUARDED
-        )
+            zs[i], ws[i], student_max, teacher_max, constants, HAS_TEACHER, TOPK, DIVERGENCE,
+            GUARDED,
+        )  # fmt: skip
         lanes = plus(lanes, more)
     teacher_sum = zero
     student_d = zero
     teacher_d = zero
     teacher_kept = zero
-    if not HAS_TEACHER:
+    if TOPK:
+        student_sum, student_x, teacher_sum = sum_3(
+            lanes.student_sum, lanes.student_x, lanes.teacher_sum
+        )
+    elif not HAS_TEACHER:
         student_sum, student_x = sum_2(lanes.student_sum, lanes.student_x)
     elif needs_student_d(DIVERGENCE) and needs_teacher_d(DIVERGENCE):
         student_sum, student_x, teacher_sum, student_d, teacher_d, teacher_kept = sum_6(
@@ -210,6 +257,7 @@ def _summands(
     teacher_max,
     constants,
     HAS_TEACHER: tl.constexpr,
+    TOPK: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     GUARDED: tl.constexpr,
 ):
@@ -221,6 +269,8 @@ def _summands(
     kept = zero
     x = z.to(tl.float32) - student_max
     e = tl.exp2(x * constants.scale)
+    if TOPK:
+        f = tl.where(w != 0, 0.0, e)
     if HAS_TEACHER:
         f = tl.exp2((w.to(tl.float32) - teacher_max) * constants.scale)
         d = difference(z, w, student_max, teacher_max, GUARDED)
@@ -253,10 +303,30 @@ def plus(a, b):
 
 
 @triton.jit
-def is_finite(sums):
+def is_finite(sums, COUNT: tl.constexpr):
     """Whether a tile held finite numbers only: an infinite one leaves an infinity or 0 * inf."""
-    probe = sums.student_x + sums.student_d + sums.teacher_d
+    probe = sums[0].student_x
+    for i in tl.static_range(COUNT):
+        probe += sums[i].student_d + sums[i].teacher_d
     return probe - probe == 0.0
+
+
+@triton.jit
+def no_sums_of(COUNT: tl.constexpr):
+    """`no_sums` for each member."""
+    found = ()
+    for _ in tl.static_range(COUNT):
+        found = found + (no_sums(),)
+    return found
+
+
+@triton.jit
+def merge_all(a, b, scale, COUNT: tl.constexpr):
+    """`merge` for each member."""
+    found = ()
+    for i in tl.static_range(COUNT):
+        found = found + (merge(a[i], b[i], scale),)
+    return found
 
 
 @triton.jit
@@ -310,19 +380,25 @@ def normalisers(sums, constants, HAS_TEACHER: tl.constexpr):
         teacher_max = sums.teacher_max
         teacher_lse = log_sum(teacher_max, sums.teacher_sum)
         shift = teacher_lse - student_lse
-    return Row(sums.student_max, teacher_max, student_lse, teacher_lse, shift, entropy, zero)
+    return Row(
+        sums.student_max, teacher_max, student_lse, teacher_lse, shift, entropy, zero, zero, zero
+    )
 
 
 @triton.jit
-def with_slope_sum(row, slope_sum):
+def with_slopes(row, student, slope_sum, slope_factor, tail_slope):
+    """The row with what its divergence adds, and the student's statistics from `student`: those of
+    all members are equal, and known to be so once they are the same."""
     return Row(
-        row.student_max,
+        student.student_max,
         row.teacher_max,
-        row.student_lse,
+        student.student_lse,
         row.teacher_lse,
         row.shift,
-        row.entropy,
+        student.entropy,
         slope_sum,
+        slope_factor,
+        tail_slope,
     )
 
 
@@ -345,19 +421,54 @@ def swept_divergence(sums, row, constants, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def settle(value, slope_sum, shift, DIVERGENCE: tl.constexpr):
-    """What the edge cases make of a row's sums.
+def settle(value, slope_sum, shift, parameter, DIVERGENCE: tl.constexpr):
+    """What a row's divergence makes of the sums of its terms and slopes, and the edge cases of it.
+
+    Returns the value, the sum of slopes and the factor of all slopes, which is 1 where the
+    divergence is the sum of its terms. Renyi's is a function of the alpha divergence: with
+    S = 1 - a (1-a) A it is log(S)/(a-1), whose derivative with respect to A is a/S.
 
     +inf where the teacher forbids what the student may say: there 0 * inf may have made a NaN,
     which with both normalisers sound can mean nothing else. NaN where a normaliser is not sound,
     even if a minimum or maximum has dropped the NaN of an entry.
     """
+    factor = tl.full((), 1.0, tl.float32)
     if needs_student_d(DIVERGENCE):
         infinite = (value != value) | (value == float("inf"))
         value = tl.where(infinite, float("inf"), value)
         slope_sum = tl.where(infinite, float("inf"), slope_sum)
+    if DIVERGENCE == "renyi":
+        change = parameter * (parameter - 1.0) * value
+        value = log1p(tl.maximum(change, -1.0)) / (parameter - 1.0)
+        factor = parameter / (1.0 + change)
     sound = shift == shift
-    return tl.where(sound, value, float("nan")), tl.where(sound, slope_sum, float("nan"))
+    value = tl.where(sound, value, float("nan"))
+    return value, tl.where(sound, slope_sum, float("nan")), factor
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), with the relative precision of a small x."""
+    s = x / (2.0 + x)
+    s2 = s * s
+    near = 2.0 * s * (1.0 + s2 * (1.0 / 3.0 + s2 * (1.0 / 5.0 + s2 * (1.0 / 7.0))))
+    return tl.where(tl.abs(x) < 0.2, near, tl.log(1.0 + x))
+
+
+@triton.jit
+def settle_all(
+    values, slope_sums, stats, shares, parameter, MEMBERS: tl.constexpr, DIVERGENCE: tl.constexpr
+):
+    """`settle` for each member: the weighted sum of their divergences, and their rows."""
+    total = tl.full((), 0.0, tl.float32)
+    rows = ()
+    for i in tl.static_range(MEMBERS):
+        value, slope_sum, factor = settle(
+            values[i], slope_sums[i], stats[i].shift, parameter, DIVERGENCE
+        )
+        total += shares[i] * value
+        rows = rows + (with_slopes(stats[i], stats[0], slope_sum, factor, 0.0),)
+    return total, rows
 
 
 # -- one entry, once both normalisers are known --------------------------------------------------
@@ -395,23 +506,68 @@ def point(z, w, row, constants, HAS_FLOOR: tl.constexpr, GUARDED: tl.constexpr =
 def slope(log_ratio, parameter, DIVERGENCE: tl.constexpr):
     """u of the slope s = dt/dlog p = p u + v of each entry's term t.
 
-    Up to a constant, which no logit gradient sees.
+    Up to a constant, which no logit gradient sees: it is chosen such that u is 0 where p = q, for
+    a difference of numbers around 1 would have lost its digits there.
     """
     u = 0.0
     if needs_student_d(DIVERGENCE):
         u = log_ratio
     elif DIVERGENCE == "jsd":
-        u = (parameter - 1.0) * jsd_log_ratio(log_ratio, parameter)
+        u = (parameter - 1.0) * mixture_log_ratio(log_ratio, parameter)
+    elif DIVERGENCE == "skew_reverse_kl":
+        log_p_over_m = -mixture_log_ratio(log_ratio, 1.0 - parameter)
+        u = log_p_over_m - parameter * expm1(log_p_over_m)
+    elif DIVERGENCE == "skew_forward_kl":
+        log_q_over_m = -(log_ratio + mixture_log_ratio(log_ratio, parameter))
+        u = (parameter - 1.0) * expm1(log_q_over_m)
+    elif is_alpha(DIVERGENCE):
+        near, exponent = _alpha_range(log_ratio, parameter)
+        other = tl.where(near, -exponent, 0.0)
+        u = tl.where(near, excess(other) - other, -1.0) / (parameter - 1.0)
+    elif DIVERGENCE == "tv":
+        u = tl.where(log_ratio > 0.0, 0.5, tl.where(log_ratio < 0.0, -0.5, 0.0))
     return u
 
 
 @triton.jit
-def teacher_slope(q, DIVERGENCE: tl.constexpr):
+def teacher_slope(p, q, log_ratio, parameter, DIVERGENCE: tl.constexpr):
     """v of the slope s = p u + v."""
     v = 0.0
     if needs_teacher_d(DIVERGENCE):
         v = -q
+    elif is_alpha(DIVERGENCE):
+        near, _ = _alpha_range(log_ratio, parameter)
+        v = tl.where(near, 0.0, geometric(p, q, log_ratio, parameter) / (parameter - 1.0))
     return v
+
+
+@triton.constexpr_function
+def is_alpha(divergence):
+    return divergence in ("alpha", "renyi")
+
+
+@triton.constexpr_function
+def has_teacher_slope(divergence):
+    return divergence in ("forward_kl", "jeffreys", "alpha", "renyi")
+
+
+@triton.jit
+def _alpha_range(log_ratio, a):
+    """Whether the series of the alpha divergence hold, and (a-1) l."""
+    exponent = (a - 1.0) * log_ratio
+    return tl.maximum(tl.abs(exponent), tl.abs(log_ratio)) < 0.5, exponent
+
+
+@triton.jit
+def geometric(p, q, log_ratio, a):
+    """p^a q^(1-a), from the side on which the exponential of 0 < a < 1 is at most 1."""
+    below = log_ratio < 0.0
+    base = tl.where(below, q, p)
+    power = tl.exp2(tl.where(below, a, a - 1.0) * log_ratio * LOG2E)
+    product = tl.where(base > 0.0, base * power, 0.0)
+    # Where the teacher forbids an entry, however small p, a limit that no product has.
+    forbidden = tl.where(a > 1.0, float("inf"), 0.0)
+    return tl.where(log_ratio > -LOWEST * 0.5, forbidden, product)
 
 
 @triton.jit
@@ -428,24 +584,51 @@ def excess(log_ratio):
 
 
 @triton.jit
-def terms(p, q, log_ratio, parameter, DIVERGENCE: tl.constexpr):
-    """t of each entry: the divergence is their sum."""
+def expm1(x):
+    """e^x - 1."""
+    near = tl.abs(x) < 0.5
+    bounded = tl.where(near, x, 0.0)
+    return tl.where(near, bounded + excess(-bounded), tl.exp2(x * LOG2E) - 1.0)
+
+
+@triton.jit
+def terms(p, q, raw_q, log_ratio, parameter, DIVERGENCE: tl.constexpr):
+    """t of each entry: the divergence is their sum. `raw_q` is the teacher's own probability, q
+    that of an entry which takes part, raised to the floor."""
     if DIVERGENCE == "reverse_kl":
         t = p * log_ratio
     elif DIVERGENCE == "forward_kl":
         t = -q * tl.minimum(log_ratio, -LOWEST)
     elif DIVERGENCE == "jeffreys":
         t = (p - q) * log_ratio
-    else:
-        log_m_over_p = jsd_log_ratio(log_ratio, parameter)
+    elif DIVERGENCE == "jsd":
+        log_m_over_p = mixture_log_ratio(log_ratio, parameter)
         below = tl.minimum(log_ratio, -LOWEST)
         t = (parameter - 1.0) * p * log_m_over_p - parameter * q * (below + log_m_over_p)
+    elif DIVERGENCE == "skew_reverse_kl":
+        t = -p * mixture_log_ratio(log_ratio, 1.0 - parameter)
+    elif DIVERGENCE == "skew_forward_kl":
+        below = tl.minimum(log_ratio, -LOWEST)
+        t = -q * (below + mixture_log_ratio(log_ratio, parameter))
+    elif is_alpha(DIVERGENCE):
+        # a p + (1-a) q - p^a q^(1-a) over a (1-a): positive, and of sum (1 - S)/(a (1-a)).
+        near, exponent = _alpha_range(log_ratio, parameter)
+        bounded = tl.where(near, log_ratio, 0.0)
+        other = tl.where(near, -exponent, 0.0)
+        series = p * ((1.0 - parameter) * excess(bounded) - excess(other))
+        far = parameter * p + (1.0 - parameter) * q - geometric(p, q, log_ratio, parameter)
+        t = tl.where(near, series, far) / (parameter * (1.0 - parameter))
+        t += (raw_q - q) / parameter
+    else:
+        near = tl.abs(log_ratio) < 0.5
+        bounded = tl.where(near, log_ratio, 0.0)
+        t = 0.5 * tl.where(near, p * tl.abs(excess(bounded) - bounded), tl.abs(p - q))
     return t
 
 
 @triton.jit
-def jsd_log_ratio(log_ratio, beta):
-    """log(m/p) = log(beta e^-l + 1 - beta).
+def mixture_log_ratio(log_ratio, beta):
+    """log(m/p) = log(beta e^-l + 1 - beta), with m = beta q + (1-beta) p.
 
     Near p = q it is a series in l, whose first term carries the relative precision: the cumulants
     of a coin that falls to 1 with probability beta. Elsewhere it is taken from the side where the
@@ -481,6 +664,11 @@ def _fast_log2(x):
         return tl.log2(x)
 
 
+@triton.constexpr_function
+def has_small_terms(divergence):
+    return divergence in rows.KL_FAMILY
+
+
 @triton.jit
 def small_terms(p, q, raw_q, log_ratio, DIVERGENCE: tl.constexpr):
     """Terms whose sum is a KL as a sum of positive numbers: right where p is close to q.
@@ -512,20 +700,96 @@ def value_and_slope(
     DIVERGENCE: tl.constexpr,
 ):
     """A tile's part of the divergence and of the sum of slopes, both normalisers known."""
-    value, slopes = _values_and_slopes(zs[0], ws[0], row, constants, HAS_FLOOR, DIVERGENCE)
+    value, slopes = _entry_values(zs[0], ws[0], row, constants, HAS_FLOOR, DIVERGENCE)
     for i in tl.static_range(1, CHUNKS):
-        t, s = _values_and_slopes(zs[i], ws[i], row, constants, HAS_FLOOR, DIVERGENCE)
+        t, s = _entry_values(zs[i], ws[i], row, constants, HAS_FLOOR, DIVERGENCE)
         value += t
         slopes += s
     return sum_2(value, slopes)
 
 
 @triton.jit
-def _values_and_slopes(z, w, row, constants, HAS_FLOOR: tl.constexpr, DIVERGENCE: tl.constexpr):
+def _entry_values(z, w, row, constants, HAS_FLOOR: tl.constexpr, DIVERGENCE: tl.constexpr):
     p, q, log_ratio = point(z, w, row, constants, HAS_FLOOR)
-    t = terms(p, q, log_ratio, constants.parameter, DIVERGENCE)
-    s = p * slope(log_ratio, constants.parameter, DIVERGENCE) + teacher_slope(q, DIVERGENCE)
-    return t, s
+    parameter = constants.parameter
+    raw_q = q
+    if is_alpha(DIVERGENCE):
+        raw_q = teacher_probability(w, row, constants)
+    t = terms(p, q, raw_q, log_ratio, parameter, DIVERGENCE)
+    v = teacher_slope(p, q, log_ratio, parameter, DIVERGENCE)
+    return t, p * slope(log_ratio, parameter, DIVERGENCE) + v
+
+
+@triton.jit
+def values_and_slopes(
+    zs,
+    wss,
+    stats,
+    constants,
+    CHUNKS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    HAS_FLOOR: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+):
+    """`value_and_slope` for each member."""
+    values = ()
+    slopes = ()
+    for i in tl.static_range(MEMBERS):
+        t, s = value_and_slope(zs, wss[i], stats[i], constants, CHUNKS, HAS_FLOOR, DIVERGENCE)
+        values = values + (t,)
+        slopes = slopes + (s,)
+    return values, slopes
+
+
+@triton.jit
+def swept_divergences(sums, stats, constants, MEMBERS: tl.constexpr, DIVERGENCE: tl.constexpr):
+    """`swept_divergence` for each member."""
+    values = ()
+    slopes = ()
+    for i in tl.static_range(MEMBERS):
+        t, s = swept_divergence(sums[i], stats[i], constants, DIVERGENCE)
+        values = values + (t,)
+        slopes = slopes + (s,)
+    return values, slopes
+
+
+@triton.jit
+def add_each(a, b, COUNT: tl.constexpr):
+    """Element by element of two tuples."""
+    found = ()
+    for i in tl.static_range(COUNT):
+        found = found + (a[i] + b[i],)
+    return found
+
+
+@triton.jit
+def all_normalisers(sums, constants, MEMBERS: tl.constexpr, TOPK: tl.constexpr):
+    """`normalisers` for each member."""
+    found = ()
+    for i in tl.static_range(sides(MEMBERS, TOPK)):
+        found = found + (normalisers(sums[i], constants, MEMBERS > 0 and not TOPK),)
+    return found
+
+
+@triton.jit
+def small_values(
+    zs,
+    wss,
+    stats,
+    shares,
+    constants,
+    CHUNKS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    HAS_FLOOR: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+):
+    """The weighted sum of `small_value` over the members."""
+    total = tl.full((), 0.0, tl.float32)
+    for i in tl.static_range(MEMBERS):
+        total += shares[i] * small_value(
+            zs, wss[i], stats[i], constants, CHUNKS, HAS_FLOOR, DIVERGENCE
+        )
+    return total
 
 
 @triton.jit
@@ -539,16 +803,47 @@ def small_value(
     DIVERGENCE: tl.constexpr,
 ):
     """A tile's part of a divergence below `SMALL_DIVERGENCE`."""
-    value = _small_values(zs[0], ws[0], row, constants, HAS_FLOOR, DIVERGENCE)
+    value = _small_entries(zs[0], ws[0], row, constants, HAS_FLOOR, DIVERGENCE)
     for i in tl.static_range(1, CHUNKS):
-        value += _small_values(zs[i], ws[i], row, constants, HAS_FLOOR, DIVERGENCE)
+        value += _small_entries(zs[i], ws[i], row, constants, HAS_FLOOR, DIVERGENCE)
     return tl.sum(value, 0)
 
 
 @triton.jit
-def _small_values(z, w, row, constants, HAS_FLOOR: tl.constexpr, DIVERGENCE: tl.constexpr):
+def _small_entries(z, w, row, constants, HAS_FLOOR: tl.constexpr, DIVERGENCE: tl.constexpr):
     p, q, log_ratio = point(z, w, row, constants, HAS_FLOOR)
     return small_terms(p, q, teacher_probability(w, row, constants), log_ratio, DIVERGENCE)
+
+
+@triton.jit
+def full_gradient(
+    z,
+    ws,
+    stats,
+    shares,
+    weights,
+    constants,
+    MEMBERS: tl.constexpr,
+    HAS_FLOOR: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    GUARDED: tl.constexpr = True,
+):
+    """`logit_gradient` of all members, of which the first has the student's own terms."""
+    w = z
+    own = weights
+    if MEMBERS > 0:
+        w = ws[0]
+        own = Weights(weights.divergence * shares[0], weights.log_prob, weights.entropy)
+    gradient = logit_gradient(
+        z, w, stats[0], own, constants, HAS_FLOOR, MEMBERS > 0, HAS_ENTROPY, DIVERGENCE, GUARDED
+    )
+    for i in tl.static_range(1, MEMBERS):
+        own = Weights(weights.divergence * shares[i], 0.0, 0.0)
+        gradient += logit_gradient(
+            z, ws[i], stats[i], own, constants, HAS_FLOOR, True, False, DIVERGENCE, GUARDED
+        )
+    return gradient
 
 
 @triton.jit
@@ -576,16 +871,19 @@ def logit_gradient(
     if HAS_DIVERGENCE:
         # A weight of 0 leaves nothing of an infinite divergence.
         silent = weights.divergence == 0.0
+        weight = weights.divergence
+        if DIVERGENCE == "renyi":
+            weight *= row.slope_factor
         p, q, log_ratio = point(z, w, row, constants, HAS_FLOOR, GUARDED)
         if needs_student_d(DIVERGENCE) and not HAS_FLOOR:
             # u = l: what is the same for all entries is added once.
-            constant = weights.divergence * (row.shift - row.slope_sum)
+            constant = weight * (row.shift - row.slope_sum)
             inner += tl.where(silent, 0.0, constant)
             d = difference(z, w, row.student_max, row.teacher_max, GUARDED)
-            own = (weights.divergence * constants.inv_t) * d
+            own = (weight * constants.inv_t) * d
         else:
             u = slope(log_ratio, constants.parameter, DIVERGENCE)
-            own = weights.divergence * (u - row.slope_sum)
+            own = weight * (u - row.slope_sum)
         if GUARDED:
             own = tl.where(silent, 0.0, own)
         inner = own + inner
@@ -596,8 +894,8 @@ def logit_gradient(
         inner -= (weights.entropy * constants.inv_t) * log_p
     gradient = p * inner
     if HAS_DIVERGENCE:
-        if needs_teacher_d(DIVERGENCE):
-            own = weights.divergence * teacher_slope(q, DIVERGENCE)
+        if has_teacher_slope(DIVERGENCE):
+            own = weight * teacher_slope(p, q, log_ratio, constants.parameter, DIVERGENCE)
             if GUARDED:
                 own = tl.where(silent, 0.0, own)
             gradient += own

@@ -23,7 +23,9 @@ meeting k is published, and the last launch finds everything published. -1 is th
 import triton
 import triton.language as tl
 
+from hybrid_kernels.kernels import topk
 from hybrid_kernels.kernels.access import (
+    chunk,
     clear_edges,
     clear_statistics,
     load_body,
@@ -31,11 +33,13 @@ from hybrid_kernels.kernels.access import (
     locate,
     row_weights,
     sampled,
+    sampled_by_all,
     sampled_token,
     store_body,
     store_edges,
     store_sampled,
-    token_statistics,
+    student_log_prob,
+    teacher_log_prob,
     write_divergence,
     write_statistics,
 )
@@ -45,26 +49,27 @@ from hybrid_kernels.kernels.math import (
     Constants,
     Sums,
     about,
+    add_each,
+    all_normalisers,
+    all_sums,
+    full_gradient,
     is_finite,
-    logit_gradient,
-    merge,
+    merge_all,
     needs_student_d,
     needs_teacher_d,
-    no_sums,
-    normalisers,
-    settle,
-    small_value,
-    swept_divergence,
-    tile_sums,
-    value_and_slope,
-    with_slope_sum,
+    no_sums_of,
+    settle_all,
+    sides,
+    small_values,
+    swept_divergences,
+    values_and_slopes,
 )
 from hybrid_kernels.kernels.reduce import agreed
 from hybrid_kernels.rows import SMALL_DIVERGENCE
 
 _SMALL = tl.constexpr(SMALL_DIVERGENCE)
 
-# Numbers that a program publishes at once, at most: the fields of `Sums`.
+# Numbers that a program publishes at once for each member, at most: the fields of `Sums`.
 PUBLISHED = 8
 _PUBLISHED = tl.constexpr(PUBLISHED)
 # Slots of a group: two that alternate between meetings, and one for small divergences.
@@ -74,8 +79,8 @@ _SMALL_SLOT = tl.constexpr(2)
 
 
 @triton.jit
-def _slot(published_ptr, slot, LANES: tl.constexpr):
-    return published_ptr + slot * (_PUBLISHED * LANES)
+def _slot(published_ptr, slot, LANES: tl.constexpr, COUNT: tl.constexpr):
+    return published_ptr + slot * (_PUBLISHED * LANES * COUNT)
 
 
 @triton.jit
@@ -93,13 +98,14 @@ def _publish_sums(
     part,
     sums,
     LANES: tl.constexpr,
-    HAS_TEACHER: tl.constexpr,
+    TWO: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
+    """Those of one member; TWO where there is more than the student's."""
     tl.store(slot_ptr + part, sums.student_max)
     tl.store(slot_ptr + LANES + part, sums.student_sum)
     tl.store(slot_ptr + 2 * LANES + part, sums.student_x)
-    if HAS_TEACHER:
+    if TWO:
         tl.store(slot_ptr + 3 * LANES + part, sums.teacher_max)
         tl.store(slot_ptr + 4 * LANES + part, sums.teacher_sum)
         if needs_student_d(DIVERGENCE):
@@ -115,7 +121,7 @@ def _merged_sums(
     scale,
     SPLITS: tl.constexpr,
     LANES: tl.constexpr,
-    HAS_TEACHER: tl.constexpr,
+    TWO: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
     """The sums of the row from those of all its slices."""
@@ -130,7 +136,7 @@ def _merged_sums(
         zero,
         zero,
     )
-    if HAS_TEACHER:
+    if TWO:
         student_d = zero
         teacher_d = zero
         teacher_kept = zero
@@ -155,10 +161,10 @@ def _merged_sums(
     student_d = zero
     teacher_d = zero
     teacher_kept = zero
-    if HAS_TEACHER:
+    if TWO:
         teacher_max = tl.max(parts.teacher_max, 0)
     parts = about(parts, student_max, teacher_max, scale)
-    if HAS_TEACHER:
+    if TWO:
         teacher_sum = tl.sum(parts.teacher_sum, 0)
         if needs_student_d(DIVERGENCE):
             student_d = tl.sum(parts.student_d, 0)
@@ -178,6 +184,43 @@ def _merged_sums(
 
 
 @triton.jit
+def _publish_all(
+    slot_ptr,
+    part,
+    sums,
+    LANES: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    TOPK: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+):
+    for i in tl.static_range(sides(MEMBERS, TOPK)):
+        _publish_sums(
+            slot_ptr + i * _PUBLISHED * LANES, part, sums[i], LANES, MEMBERS > 0,
+            "none" if TOPK else DIVERGENCE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _all_merged_sums(
+    slot_ptr,
+    scale,
+    SPLITS: tl.constexpr,
+    LANES: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    TOPK: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+):
+    found = ()
+    for i in tl.static_range(sides(MEMBERS, TOPK)):
+        own = _merged_sums(
+            slot_ptr + i * _PUBLISHED * LANES, scale, SPLITS, LANES, MEMBERS > 0,
+            "none" if TOPK else DIVERGENCE,
+        )  # fmt: skip
+        found = found + (own,)
+    return found
+
+
+@triton.jit
 def _arrive(counter_ptr):
     """Makes what this program has published visible; returns how many arrived before."""
     tl.debug_barrier()
@@ -193,25 +236,47 @@ def _wait(counter_ptr, arrivals):
 
 
 @triton.jit
-def _lanes(part, chunk, limit, SLICE: tl.constexpr, CHUNK_V: tl.constexpr):
-    """Offsets in the body of a slice's chunk, and which lanes have an entry."""
-    offsets = part * SLICE + chunk * CHUNK_V + tl.arange(0, CHUNK_V)
-    return offsets, offsets < tl.minimum((part + 1) * SLICE, limit)
+def _start(part, i, SLICE: tl.constexpr, CHUNK_V: tl.constexpr):
+    """Where in the body a slice's chunk begins."""
+    return part * SLICE + i * CHUNK_V
+
+
+@triton.jit
+def _limit(part, limit, SLICE: tl.constexpr):
+    """Where in the body a slice ends."""
+    return tl.minimum((part + 1) * SLICE, limit)
 
 
 @triton.jit
 def _load_chunk(
     where,
     part,
-    chunk,
+    i,
     limit,
     SLICE: tl.constexpr,
     CHUNK_V: tl.constexpr,
+    PAD: tl.constexpr,
     EDGES: tl.constexpr,
-    HAS_TEACHER: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    TOPK: tl.constexpr,
 ):
-    offsets, inside = _lanes(part, chunk, limit, SLICE, CHUNK_V)
-    return load_body(where, offsets, inside, EDGES, HAS_TEACHER)
+    start = _start(part, i, SLICE, CHUNK_V)
+    last = _limit(part, limit, SLICE)
+    return load_body(where, start, last, CHUNK_V, PAD, EDGES, MEMBERS, TOPK)
+
+
+@triton.jit
+def _store_chunk(
+    where,
+    part,
+    i,
+    gradient,
+    SLICE: tl.constexpr,
+    CHUNK_V: tl.constexpr,
+    EDGES: tl.constexpr,
+):
+    offsets = _start(part, i, SLICE, CHUNK_V) + tl.arange(0, CHUNK_V)
+    store_body(where, offsets, offsets < _limit(part, where.body, SLICE), gradient, EDGES)
 
 
 @triton.jit
@@ -222,18 +287,25 @@ def _load(
     SLICE: tl.constexpr,
     CHUNK_V: tl.constexpr,
     CHUNKS: tl.constexpr,
+    PAD: tl.constexpr,
     EDGES: tl.constexpr,
-    HAS_TEACHER: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    TOPK: tl.constexpr,
 ):
-    """A slice of both sides as stored, in chunks; nothing is read unless `wanted`."""
+    """A slice of all sides as stored, in chunks; nothing is read unless `wanted`."""
     limit = tl.where(wanted, where.body, 0)
     zs = ()
-    ws = ()
+    wss = ()
+    for _ in tl.static_range(1 if TOPK else MEMBERS):
+        wss = wss + ((),)
     for i in tl.static_range(CHUNKS):
-        z, w = _load_chunk(where, part, i, limit, SLICE, CHUNK_V, EDGES, HAS_TEACHER)
+        z, ws = _load_chunk(where, part, i, limit, SLICE, CHUNK_V, PAD, EDGES, MEMBERS, TOPK)
         zs = zs + (z,)
-        ws = ws + (w,)
-    return zs, ws
+        grown = ()
+        for j in tl.static_range(1 if TOPK else MEMBERS):
+            grown = grown + (wss[j] + (ws[j],),)
+        wss = grown
+    return zs, wss
 
 
 @triton.jit
@@ -244,30 +316,35 @@ def _guarded_sums(
     SLICE: tl.constexpr,
     CHUNK_V: tl.constexpr,
     CHUNKS: tl.constexpr,
+    PAD: tl.constexpr,
     EDGES: tl.constexpr,
-    HAS_TEACHER: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    TOPK: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
     """The sums of a slice with infinite entries. A case so rare must not keep registers: it reads
     the slice again, chunk by chunk, in a loop that is not unrolled."""
-    sums = no_sums()
+    COUNT: tl.constexpr = sides(MEMBERS, TOPK)
+    sums = no_sums_of(COUNT)
     for i in range(CHUNKS):
-        z, w = _load_chunk(where, part, i, where.body, SLICE, CHUNK_V, EDGES, HAS_TEACHER)
-        chunk = tile_sums((z,), (w,), constants, 1, HAS_TEACHER, DIVERGENCE)
-        sums = merge(sums, chunk, constants.scale)
+        z, ws = _load_chunk(where, part, i, where.body, SLICE, CHUNK_V, PAD, EDGES, MEMBERS, TOPK)
+        wss = ()
+        for j in tl.static_range(1 if TOPK else MEMBERS):
+            wss = wss + ((ws[j],),)
+        tile = all_sums((z,), wss, constants, 1, MEMBERS, TOPK, DIVERGENCE)
+        sums = merge_all(sums, tile, constants.scale, COUNT)
     return sums
 
 
 @triton.jit
-def _row_value_and_slope(
+def _row_values_and_slopes(
     published_ptr,
     counter_ptr,
     meetings,
     part,
     zs,
-    ws,
-    z_edges,
-    w_edges,
+    wss,
+    edges,
     stats,
     constants,
     CHUNKS: tl.constexpr,
@@ -275,29 +352,37 @@ def _row_value_and_slope(
     LANES: tl.constexpr,
     STAGE: tl.constexpr,
     EDGES: tl.constexpr,
+    MEMBERS: tl.constexpr,
     HAS_FLOOR: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
-    """Divergence and sum of slopes of the row, both normalisers known: the second meeting."""
-    value, slope_sum = value_and_slope(zs, ws, stats, constants, CHUNKS, HAS_FLOOR, DIVERGENCE)
+    """Divergence and sum of slopes of the row for each member, all normalisers known: the second
+    meeting."""
+    values, slopes = values_and_slopes(
+        zs, wss, stats, constants, CHUNKS, MEMBERS, HAS_FLOOR, DIVERGENCE
+    )
     if EDGES:
         if part == 0:
-            more, steeper = value_and_slope(
-                (z_edges,), (w_edges,), stats, constants, 1, HAS_FLOOR, DIVERGENCE
+            more, steeper = values_and_slopes(
+                edges[0], edges[1], stats, constants, 1, MEMBERS, HAS_FLOOR, DIVERGENCE
             )
-            value += more
-            slope_sum += steeper
+            values = add_each(values, more, MEMBERS)
+            slopes = add_each(slopes, steeper, MEMBERS)
     if SPLITS > 1:
-        ptr = _slot(published_ptr, meetings % 2, LANES)
+        ptr = _slot(published_ptr, meetings % 2, LANES, MEMBERS)
         if STAGE != 0:
-            tl.store(ptr + part, value)
-            tl.store(ptr + LANES + part, slope_sum)
+            for i in tl.static_range(MEMBERS):
+                tl.store(ptr + 2 * i * LANES + part, values[i])
+                tl.store(ptr + (2 * i + 1) * LANES + part, slopes[i])
             _arrive(counter_ptr)
         if STAGE < 0:
             _wait(counter_ptr, (meetings + 1) * SPLITS)
-        value = tl.sum(_read(ptr, 0, 0.0, SPLITS, LANES), 0)
-        slope_sum = tl.sum(_read(ptr, 1, 0.0, SPLITS, LANES), 0)
-    return value, slope_sum
+        values = ()
+        slopes = ()
+        for i in tl.static_range(MEMBERS):
+            values = values + (tl.sum(_read(ptr, 2 * i, 0.0, SPLITS, LANES), 0),)
+            slopes = slopes + (tl.sum(_read(ptr, 2 * i + 1, 0.0, SPLITS, LANES), 0),)
+    return values, slopes
 
 
 @triton.jit
@@ -306,34 +391,37 @@ def _row_small_value(
     counter_ptr,
     part,
     zs,
-    ws,
-    z_edges,
-    w_edges,
+    wss,
+    edges,
     stats,
+    shares,
     constants,
     statistics_ptr,
     row,
-    rows,
+    count,
     CHUNKS: tl.constexpr,
     SPLITS: tl.constexpr,
     LANES: tl.constexpr,
     EDGES: tl.constexpr,
+    MEMBERS: tl.constexpr,
     HAS_FLOOR: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
     """A small divergence summed anew. Nobody waits for it: the last to arrive writes the sum."""
-    value = small_value(zs, ws, stats, constants, CHUNKS, HAS_FLOOR, DIVERGENCE)
+    value = small_values(zs, wss, stats, shares, constants, CHUNKS, MEMBERS, HAS_FLOOR, DIVERGENCE)
     if EDGES:
         if part == 0:
-            value += small_value((z_edges,), (w_edges,), stats, constants, 1, HAS_FLOOR, DIVERGENCE)
+            value += small_values(
+                edges[0], edges[1], stats, shares, constants, 1, MEMBERS, HAS_FLOOR, DIVERGENCE
+            )
     if SPLITS > 1:
-        ptr = _slot(published_ptr, _SMALL_SLOT, LANES)
+        ptr = _slot(published_ptr, _SMALL_SLOT, LANES, MEMBERS)
         tl.store(ptr + part, value)
         before = _arrive(counter_ptr + 1)
         if before % SPLITS == SPLITS - 1:
             tl.debug_barrier()
             value = tl.sum(_read(ptr, 0, 0.0, SPLITS, LANES), 0)
-            write_divergence(statistics_ptr, row, rows, value)
+            write_divergence(statistics_ptr, row, count, value)
     return value
 
 
@@ -342,26 +430,26 @@ def _write_guarded_gradient(
     where,
     part,
     stats,
+    shares,
     weights,
     constants,
     SLICE: tl.constexpr,
     CHUNK_V: tl.constexpr,
     CHUNKS: tl.constexpr,
+    PAD: tl.constexpr,
     EDGES: tl.constexpr,
+    MEMBERS: tl.constexpr,
     HAS_FLOOR: tl.constexpr,
-    HAS_DIVERGENCE: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
     """As `_guarded_sums`, for the gradient."""
     for i in range(CHUNKS):
-        z, w = _load_chunk(where, part, i, where.body, SLICE, CHUNK_V, EDGES, HAS_DIVERGENCE)
-        gradient = logit_gradient(
-            z, w, stats, weights, constants, HAS_FLOOR,
-            HAS_DIVERGENCE, HAS_ENTROPY, DIVERGENCE,
-        )  # fmt: skip
-        offsets, inside = _lanes(part, i, where.body, SLICE, CHUNK_V)
-        store_body(where, offsets, inside, gradient, EDGES)
+        z, ws = _load_chunk(where, part, i, where.body, SLICE, CHUNK_V, PAD, EDGES, MEMBERS, False)
+        gradient = full_gradient(
+            z, ws, stats, shares, weights, constants, MEMBERS, HAS_FLOOR, HAS_ENTROPY, DIVERGENCE
+        )
+        _store_chunk(where, part, i, gradient, SLICE, CHUNK_V, EDGES)
 
 
 @triton.jit
@@ -369,27 +457,27 @@ def _write_gradient(
     where,
     part,
     zs,
-    ws,
+    wss,
     stats,
+    shares,
     weights,
     constants,
     SLICE: tl.constexpr,
     CHUNK_V: tl.constexpr,
     CHUNKS: tl.constexpr,
     EDGES: tl.constexpr,
+    MEMBERS: tl.constexpr,
     HAS_FLOOR: tl.constexpr,
-    HAS_DIVERGENCE: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     GUARDED: tl.constexpr,
 ):
     for i in tl.static_range(CHUNKS):
-        gradient = logit_gradient(
-            zs[i], ws[i], stats, weights, constants, HAS_FLOOR,
-            HAS_DIVERGENCE, HAS_ENTROPY, DIVERGENCE, GUARDED,
+        gradient = full_gradient(
+            zs[i], chunk(wss, i, MEMBERS), stats, shares, weights, constants, MEMBERS, HAS_FLOOR,
+            HAS_ENTROPY, DIVERGENCE, GUARDED,
         )  # fmt: skip
-        offsets, inside = _lanes(part, i, where.body, SLICE, CHUNK_V)
-        store_body(where, offsets, inside, gradient, EDGES)
+        _store_chunk(where, part, i, gradient, SLICE, CHUNK_V, EDGES)
 
 
 @triton.jit
@@ -403,14 +491,13 @@ def _clear_gradient(
 ):
     """A masked row's."""
     for i in tl.static_range(CHUNKS):
-        offsets, inside = _lanes(part, i, where.body, SLICE, CHUNK_V)
-        store_body(where, offsets, inside, tl.zeros((CHUNK_V,), tl.float32), EDGES)
+        _store_chunk(where, part, i, tl.zeros((CHUNK_V,), tl.float32), SLICE, CHUNK_V, EDGES)
 
 
 @triton.jit
-def _wanted(valid_ptr, row, rows):
+def _wanted(valid_ptr, row, count):
     """Whether a row is to be read: it exists and is not masked."""
-    wanted = row < rows
+    wanted = row < count
     if valid_ptr is not None:
         wanted = tl.load(valid_ptr + row, mask=wanted, other=0).to(tl.int32) != 0
     return wanted
@@ -426,29 +513,9 @@ def _owns(where, part, token, SLICE: tl.constexpr):
 
 @triton.jit
 def resident_kernel(
-    student_ptr,
-    teacher_ptr,
-    token_ptr,
-    valid_ptr,
+    problem,
+    target,
     statistics_ptr,
-    gradient_ptr,
-    div_ptr,
-    logp_ptr,
-    ent_ptr,
-    rows,
-    inner,
-    student_stride_o,
-    student_stride_i,
-    teacher_stride_o,
-    teacher_stride_i,
-    gradient_stride_o,
-    gradient_stride_i,
-    div_stride_n,
-    logp_stride_n,
-    ent_stride_n,
-    inv_t,
-    floor,
-    parameter,
     published_ptr,
     counter_ptr,
     groups,
@@ -460,173 +527,196 @@ def resident_kernel(
     LANES: tl.constexpr,
     PREFETCH: tl.constexpr,
     STAGE: tl.constexpr,
+    PAD: tl.constexpr,
     EDGES: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    TOPK: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
+    CORRECTS: tl.constexpr,
     HAS_FLOOR: tl.constexpr,
     ONE_SWEEP: tl.constexpr,
     HAS_SMALL: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
     """Statistics and gradient of the rows of a group."""
-    HAS_TEACHER: tl.constexpr = teacher_ptr is not None
-    HAS_TOKEN: tl.constexpr = token_ptr is not None
-    HAS_DIVERGENCE: tl.constexpr = div_ptr is not None
-    HAS_ENTROPY: tl.constexpr = ent_ptr is not None
-    MEETINGS: tl.constexpr = (1 if ONE_SWEEP else 2) if HAS_TEACHER else 1
+    HAS_TOKEN: tl.constexpr = problem.token_ids is not None
+    HAS_DIVERGENCE: tl.constexpr = target.divergence is not None
+    HAS_ENTROPY: tl.constexpr = target.entropy is not None
+    ROWS: tl.constexpr = sides(MEMBERS, False)
+    COUNT: tl.constexpr = sides(MEMBERS, TOPK)
+    FULL: tl.constexpr = 0 if TOPK else MEMBERS
+    GRADIENT_MEMBERS: tl.constexpr = FULL if HAS_DIVERGENCE else 0
+    MEETINGS: tl.constexpr = 1 if ONE_SWEEP else 2
     # Only the sums of one sweep tell a slice without infinities.
     UNGUARDED: tl.constexpr = MEETINGS == 1
     group = tl.program_id(0) // SPLITS
     part = tl.program_id(0) % SPLITS
     counter_ptr += group * 2
-    published_ptr += group * (_SLOTS * _PUBLISHED * LANES)
-    constants = Constants(inv_t, inv_t * LOG2E, floor, parameter)
+    published_ptr += group * (_SLOTS * _PUBLISHED * LANES * COUNT)
+    count = problem.count
+    shares = problem.shares
+    constants = Constants(problem.inv_t, problem.inv_t * LOG2E, problem.floor, problem.parameter)
     meetings = tl.full((), 0, tl.int32)
 
     row = group
-    where = locate(
-        student_ptr, teacher_ptr, gradient_ptr, row, inner, student_stride_o, student_stride_i,
-        teacher_stride_o, teacher_stride_i, gradient_stride_o, gradient_stride_i, V, EDGES,
-    )  # fmt: skip
-    wanted = _wanted(valid_ptr, row, rows)
-    zs, ws = _load(where, part, wanted, SLICE, CHUNK_V, CHUNKS, EDGES, HAS_TEACHER)
-    while row < rows:
+    where = locate(problem, target, row, V, EDGES, MEMBERS, TOPK)
+    wanted = _wanted(problem.valid, row, count)
+    zs, wss = _load(where, part, wanted, SLICE, CHUNK_V, CHUNKS, PAD, EDGES, MEMBERS, TOPK)
+    while row < count:
         # What this program has to say of its slice, before it waits for anything.
-        sums = no_sums()
+        sums = no_sums_of(COUNT)
         finite = part < 0
         token = tl.full((), -1, tl.int32)
         z_token = tl.full((), 0.0, tl.float32)
-        w_token = tl.full((), 0.0, tl.float32)
-        z_edges = z_token  # replaced where there are edges
-        w_edges = w_token
+        w_token = ()
+        for _ in tl.static_range(FULL):
+            w_token = w_token + (z_token,)
+        edges = (zs, wss)  # replaced where there are edges
         if EDGES:
-            z_edges, w_edges = load_edges(where, wanted & (part == 0), V, HAS_TEACHER)
+            edges = load_edges(where, wanted & (part == 0), V, PAD, MEMBERS, TOPK)
         if wanted:
             if HAS_TOKEN:
                 # Before the gradient, which may overwrite the logits.
-                token = sampled_token(token_ptr, row, V)
+                token = sampled_token(problem.token_ids, row, V)
                 z_token = sampled(where.student, token)
-                w_token = z_token
-                if HAS_TEACHER:
-                    w_token = sampled(where.teacher, token)
-            sums = tile_sums(zs, ws, constants, CHUNKS, HAS_TEACHER, DIVERGENCE, not UNGUARDED)
+                w_token = sampled_by_all(where, token, MEMBERS, TOPK)
+            sums = all_sums(zs, wss, constants, CHUNKS, MEMBERS, TOPK, DIVERGENCE, not UNGUARDED)
             finite = part >= 0
             if UNGUARDED:
-                finite = agreed(is_finite(sums))
+                finite = agreed(is_finite(sums, COUNT))
                 if not finite:
                     sums = _guarded_sums(
-                        where, part, constants, SLICE, CHUNK_V, CHUNKS, EDGES, HAS_TEACHER,
+                        where, part, constants, SLICE, CHUNK_V, CHUNKS, PAD, EDGES, MEMBERS, TOPK,
                         DIVERGENCE,
                     )  # fmt: skip
             if EDGES:
                 if part == 0:
-                    edges = tile_sums((z_edges,), (w_edges,), constants, 1, HAS_TEACHER, DIVERGENCE)
-                    sums = merge(sums, edges, constants.scale)
+                    own = all_sums(edges[0], edges[1], constants, 1, MEMBERS, TOPK, DIVERGENCE)
+                    sums = merge_all(sums, own, constants.scale, COUNT)
             if SPLITS > 1:
-                _publish_sums(
-                    _slot(published_ptr, meetings % 2, LANES), part, sums, LANES, HAS_TEACHER,
-                    DIVERGENCE,
+                _publish_all(
+                    _slot(published_ptr, meetings % 2, LANES, COUNT), part, sums, LANES, MEMBERS,
+                    TOPK, DIVERGENCE,
                 )  # fmt: skip
                 _arrive(counter_ptr)
 
-        next_wanted = _wanted(valid_ptr, row + groups, rows)
+        next_wanted = _wanted(problem.valid, row + groups, count)
         next_zs = zs
-        next_ws = ws
+        next_wss = wss
         if PREFETCH:
-            next_where = locate(
-                student_ptr, teacher_ptr, gradient_ptr, row + groups, inner, student_stride_o,
-                student_stride_i, teacher_stride_o, teacher_stride_i, gradient_stride_o,
-                gradient_stride_i, V, EDGES,
-            )  # fmt: skip
-            next_zs, next_ws = _load(
-                next_where, part, next_wanted, SLICE, CHUNK_V, CHUNKS, EDGES, HAS_TEACHER
+            next_where = locate(problem, target, row + groups, V, EDGES, MEMBERS, TOPK)
+            next_zs, next_wss = _load(
+                next_where, part, next_wanted, SLICE, CHUNK_V, CHUNKS, PAD, EDGES, MEMBERS, TOPK
             )
 
         if wanted:
             if SPLITS > 1:
-                ptr = _slot(published_ptr, meetings % 2, LANES)
+                ptr = _slot(published_ptr, meetings % 2, LANES, COUNT)
                 meetings += 1
                 if STAGE < 0:
                     _wait(counter_ptr, meetings * SPLITS)
                 if STAGE != 0:
-                    sums = _merged_sums(
-                        ptr, constants.scale, SPLITS, LANES, HAS_TEACHER, DIVERGENCE
+                    sums = _all_merged_sums(
+                        ptr, constants.scale, SPLITS, LANES, MEMBERS, TOPK, DIVERGENCE
                     )
-            stats = normalisers(sums, constants, HAS_TEACHER)
-            value = 0.0
-            if HAS_TEACHER:
+            stats = all_normalisers(sums, constants, MEMBERS, TOPK)
+            value = tl.full((), 0.0, tl.float32)
+            log_q = tl.full((), 0.0, tl.float32)
+            correction = tl.full((), 0.0, tl.float32)
+            in_support = token < -1
+            if TOPK:
+                value, stats, log_q, correction, in_support = topk.compare(
+                    problem, statistics_ptr, row, part == 0, token, z_token, sums, stats, constants,
+                    K, BLOCK_K, MEMBERS, HAS_FLOOR, CORRECTS, TAIL, DIVERGENCE,
+                )  # fmt: skip
+            elif MEMBERS > 0:
                 if ONE_SWEEP:
-                    value, slope_sum = swept_divergence(sums, stats, constants, DIVERGENCE)
+                    values, slopes = swept_divergences(sums, stats, constants, MEMBERS, DIVERGENCE)
                 else:
-                    value, slope_sum = _row_value_and_slope(
-                        published_ptr, counter_ptr, meetings, part, zs, ws, z_edges, w_edges, stats,
-                        constants, CHUNKS, SPLITS, LANES, STAGE, EDGES, HAS_FLOOR, DIVERGENCE,
+                    values, slopes = _row_values_and_slopes(
+                        published_ptr, counter_ptr, meetings, part, zs, wss, edges, stats,
+                        constants, CHUNKS, SPLITS, LANES, STAGE, EDGES, MEMBERS, HAS_FLOOR,
+                        DIVERGENCE,
                     )  # fmt: skip
                     meetings += 1
-                value, slope_sum = settle(value, slope_sum, stats.shift, DIVERGENCE)
-                stats = with_slope_sum(stats, slope_sum)
+                value, stats = settle_all(
+                    values, slopes, stats, shares, constants.parameter, MEMBERS, DIVERGENCE
+                )
             if STAGE < 0 or STAGE == MEETINGS:
                 small = part < 0
                 if HAS_SMALL:
                     small = agreed(value < _SMALL)
                     if small:
                         value = _row_small_value(
-                            published_ptr, counter_ptr, part, zs, ws, z_edges, w_edges, stats,
-                            constants, statistics_ptr, row, rows, CHUNKS, SPLITS, LANES, EDGES,
-                            HAS_FLOOR, DIVERGENCE,
+                            published_ptr, counter_ptr, part, zs, wss, edges, stats, shares,
+                            constants, statistics_ptr, row, count, CHUNKS, SPLITS, LANES, EDGES,
+                            MEMBERS, HAS_FLOOR, DIVERGENCE,
                         )  # fmt: skip
                 if part == 0:
-                    log_prob = 0.0
-                    teacher_log_prob = 0.0
+                    log_p = tl.full((), 0.0, tl.float32)
                     if HAS_TOKEN:
-                        log_prob, teacher_log_prob = token_statistics(
-                            z_token, w_token, stats, constants, HAS_TEACHER, HAS_FLOOR
-                        )
+                        log_p = student_log_prob(z_token, stats[0], constants.inv_t)
+                        if FULL > 0:
+                            log_q = teacher_log_prob(
+                                w_token, stats, shares, constants, MEMBERS, HAS_FLOOR
+                            )
                     write_statistics(
-                        statistics_ptr, row, rows, stats, log_prob, teacher_log_prob, inv_t
+                        statistics_ptr, row, count, stats, log_p, log_q, constants.inv_t, ROWS, TOPK
                     )
                     if SPLITS == 1 or not small:
-                        write_divergence(statistics_ptr, row, rows, value)
-                weights = row_weights(
-                    div_ptr, logp_ptr, ent_ptr, row, div_stride_n, logp_stride_n, ent_stride_n,
-                    inv_t,
-                )  # fmt: skip
+                        write_divergence(statistics_ptr, row, count, value)
+                weights = row_weights(target, row, constants.inv_t)
+                tile_weights = weights
+                if TOPK:
+                    weights = topk.corrected(weights, correction)
+                    tile_weights = topk.outside_weights(stats, shares, weights, MEMBERS, TAIL)
                 if HAS_DIVERGENCE and UNGUARDED:
                     finite = finite & (weights.divergence != 0.0)
                 if finite:
                     _write_gradient(
-                        where, part, zs, ws, stats, weights, constants, SLICE, CHUNK_V, CHUNKS,
-                        EDGES, HAS_FLOOR, HAS_DIVERGENCE, HAS_ENTROPY, DIVERGENCE, not UNGUARDED,
+                        where, part, zs, wss, stats, shares, tile_weights, constants, SLICE,
+                        CHUNK_V, CHUNKS, EDGES, GRADIENT_MEMBERS, HAS_FLOOR, HAS_ENTROPY,
+                        DIVERGENCE, not UNGUARDED,
                     )  # fmt: skip
                 else:
                     _write_guarded_gradient(
-                        where, part, stats, weights, constants, SLICE, CHUNK_V, CHUNKS, EDGES,
-                        HAS_FLOOR, HAS_DIVERGENCE, HAS_ENTROPY, DIVERGENCE,
+                        where, part, stats, shares, tile_weights, constants, SLICE, CHUNK_V, CHUNKS,
+                        PAD, EDGES, GRADIENT_MEMBERS, HAS_FLOOR, HAS_ENTROPY, DIVERGENCE,
                     )  # fmt: skip
                 if EDGES:
                     if part == 0:
-                        gradient = logit_gradient(
-                            z_edges, w_edges, stats, weights, constants, HAS_FLOOR, HAS_DIVERGENCE,
-                            HAS_ENTROPY, DIVERGENCE,
+                        gradient = full_gradient(
+                            edges[0][0], chunk(edges[1], 0, GRADIENT_MEMBERS), stats, shares,
+                            tile_weights, constants, GRADIENT_MEMBERS, HAS_FLOOR, HAS_ENTROPY,
+                            DIVERGENCE,
                         )  # fmt: skip
                         store_edges(where, gradient, V)
-                if logp_ptr is not None:
+                if target.log_prob is not None or CORRECTS:
                     if _owns(where, part, token, SLICE):
+                        # (A support has its own way with tokens in it.)
                         store_sampled(
-                            where, token, z_token, w_token, stats, weights, constants,
-                            HAS_FLOOR, HAS_DIVERGENCE, HAS_ENTROPY, DIVERGENCE,
+                            where, tl.where(in_support, -1, token), z_token, w_token, stats, shares,
+                            tile_weights, weights.log_prob, constants, GRADIENT_MEMBERS, HAS_FLOOR,
+                            HAS_ENTROPY, DIVERGENCE,
                         )  # fmt: skip
+                if TOPK:
+                    topk.support_gradient(
+                        problem, where, row, token, part * SLICE, (part + 1) * SLICE, part == 0,
+                        stats, weights, constants, K, BLOCK_K, MEMBERS, HAS_FLOOR, HAS_ENTROPY,
+                        TAIL, DIVERGENCE,
+                    )  # fmt: skip
         else:
             _clear_gradient(where, part, SLICE, CHUNK_V, CHUNKS, EDGES)
             if part == 0:
-                clear_statistics(statistics_ptr, row, rows)
+                clear_statistics(statistics_ptr, row, count, MEMBERS)
                 if EDGES:
                     clear_edges(where, V)
         row += groups
-        where = locate(
-            student_ptr, teacher_ptr, gradient_ptr, row, inner, student_stride_o, student_stride_i,
-            teacher_stride_o, teacher_stride_i, gradient_stride_o, gradient_stride_i, V, EDGES,
-        )  # fmt: skip
+        where = locate(problem, target, row, V, EDGES, MEMBERS, TOPK)
         wanted = next_wanted
         zs = next_zs
-        ws = next_ws
+        wss = next_wss
         if not PREFETCH:
-            zs, ws = _load(where, part, wanted, SLICE, CHUNK_V, CHUNKS, EDGES, HAS_TEACHER)
+            zs, wss = _load(where, part, wanted, SLICE, CHUNK_V, CHUNKS, PAD, EDGES, MEMBERS, TOPK)

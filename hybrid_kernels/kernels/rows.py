@@ -1,5 +1,6 @@
 """The launchers of the row kernels, and the choice between their forms."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -7,13 +8,16 @@ import triton
 from torch import Tensor
 
 from hybrid_kernels.kernels import config
-from hybrid_kernels.kernels.access import GROUP
+from hybrid_kernels.kernels.access import GROUP, Problem, Side, Target, mark_bytes
 from hybrid_kernels.kernels.resident import PUBLISHED, SLOTS, resident_kernel
 from hybrid_kernels.kernels.sweep import scale_kernel, sweep_kernel
-from hybrid_kernels.rows import KL_FAMILY, Coefficients, Rows
+from hybrid_kernels.kernels.topk import Support, mark_kernel
+from hybrid_kernels.rows import KL_FAMILY, LOWEST, Coefficients, Rows
 
 # Triton compiles for alignments of 16, in bytes of a pointer and in entries of a stride.
 ALIGNMENT = 16
+# Entries of a top-K support that leave room for longer slices.
+SMALL_SUPPORT = 128
 
 
 def row_statistics(rows: Rows, statistics: Tensor) -> None:
@@ -38,14 +42,33 @@ def hybrid_rows(
 
 def form(rows: Rows, hip: bool = torch.version.hip is not None) -> config.Sweep | config.Resident:
     """How `hybrid_rows` runs a problem: the only place where that is chosen."""
-    sides = [t for t in (rows.student, rows.teacher) if t is not None]
-    vocabulary, itemsize = rows.student.shape[-1], max(t.element_size() for t in sides)
-    sweep = config.sweep(vocabulary, rows.one_sweep)
+    vocabulary, itemsize = rows.student.shape[-1], max(t.element_size() for t in rows.logits)
+    sweep = sweep_form(rows)
     if hip:
         # Whether programs fit together is known from a register limit, which HIP doesn't take.
         return sweep
     device = config.Device.of(rows.student)
-    return config.resident(vocabulary, itemsize, max(rows.total, 1), device) or sweep
+    count = max(rows.total, 1)
+    return config.resident(vocabulary, itemsize, count, device, sides=held(rows)) or sweep
+
+
+def sweep_form(rows: Rows) -> config.Sweep:
+    """How the sweeping form runs a problem."""
+    light = rows.one_sweep and len(rows.teachers) < 2
+    return config.sweep(rows.student.shape[-1], light)
+
+
+def held(rows: Rows) -> int:
+    """For how many logits of an entry a program of the row-resident form has to have room.
+
+    Those that it holds, and more where registers go elsewhere: to a large support, to the scalars
+    of several teachers, to the intermediate results of the alpha divergences.
+    """
+    costly = rows.divergence in ("alpha", "renyi")
+    if rows.support is not None:
+        return 2 if costly or rows.support.ids.shape[-1] > SMALL_SUPPORT else 1
+    several = len(rows.teachers) > 1
+    return (len(rows.logits) + several) * (2 if costly else 1)
 
 
 def scale_rows(gradient: Tensor, factor: Tensor) -> None:
@@ -73,10 +96,10 @@ def _sweep(
 ) -> None:
     if rows.total == 0:
         return
-    launch = config.sweep(rows.student.shape[-1], rows.one_sweep)
+    launch = sweep_form(rows)
     with _on_device(rows.student):
         sweep_kernel[(rows.total,)](
-            *row_arguments(rows, statistics, coefficients, gradient),
+            *row_arguments(rows, _support(rows, gradient), statistics, coefficients, gradient),
             **sweep_constants(rows, gradient, launch, measure=measure),
             **launch.options(),
         )
@@ -91,7 +114,7 @@ def _resident(
 ) -> None:
     lanes = triton.next_power_of_2(launch.splits)
     shared = launch.splits > 1
-    size = launch.groups * SLOTS * PUBLISHED * lanes if shared else 1
+    size = launch.groups * SLOTS * PUBLISHED * lanes * max(len(rows.teachers), 1) if shared else 1
     published = torch.empty(size, dtype=torch.float32, device=statistics.device)
     counters = torch.zeros(
         2 * launch.groups if shared else 1, dtype=torch.int32, device=statistics.device
@@ -99,11 +122,12 @@ def _resident(
     stages = [-1]
     if config.INTERPRETED and shared:
         # One program after another: each meeting is the end of a launch.
-        stages = [0, 1] if rows.one_sweep or rows.teacher is None else [0, 1, 2]
+        stages = [0, 1] if rows.one_sweep else [0, 1, 2]
+    support = _support(rows, gradient)
     for stage in stages:
         with _on_device(rows.student):
             resident_kernel[(launch.groups * launch.splits,)](
-                *row_arguments(rows, statistics, coefficients, gradient),
+                *row_arguments(rows, support, statistics, coefficients, gradient),
                 published,
                 counters,
                 launch.groups,
@@ -112,30 +136,80 @@ def _resident(
             )
 
 
+def _support(rows: Rows, gradient: Tensor | None) -> Support | None:
+    """Launches what has to be known of a top-K support before the rows are read."""
+    if rows.support is None:
+        return None
+    support = empty_support(rows)
+    with _on_device(rows.student):
+        mark_kernel[(rows.total,)](
+            *mark_arguments(rows, support), **mark_constants(rows, gradient), num_warps=4
+        )
+    return support
+
+
+def empty_support(rows: Rows) -> Support:
+    """Buffers for what `mark_kernel` finds: an eighth of a byte for each logit, 8 for each id."""
+    assert rows.support is not None
+    device, ids = rows.student.device, rows.support.ids
+    size = (rows.total, mark_bytes(rows.student.shape[-1]))
+    return Support(
+        torch.empty(size, dtype=torch.uint8, device=device),
+        torch.empty(ids.shape, dtype=torch.int32, device=device),
+        torch.empty(ids.shape, dtype=torch.float32, device=device),
+        rows.support.token_log_prob,
+        rows.support.resolution,
+    )
+
+
+def mark_arguments(rows: Rows, support: Support) -> tuple:
+    """The run-time arguments of `mark_kernel`."""
+    assert rows.support is not None
+    words = support.marks.view(torch.int32)
+    return _problem(rows, None), rows.support.ids, words, support.ids, support.logits
+
+
+def mark_constants(rows: Rows, gradient: Tensor | None) -> dict:
+    """The compile-time arguments of `mark_kernel`."""
+    assert rows.support is not None
+    size = rows.support.ids.shape[-1]
+    return {
+        "V": rows.student.shape[-1],
+        "K": size,
+        "BLOCK_K": triton.next_power_of_2(size),
+        "EDGES": _has_edges(rows, gradient),
+    }
+
+
 def row_arguments(
     rows: Rows,
+    support: Support | None,
     statistics: Tensor,
     coefficients: Coefficients | None,
     gradient: Tensor | None,
 ) -> tuple:
     """The run-time arguments that both forms begin with."""
-    div, logp, ent = coefficients or Coefficients(None, None, None)
-    return (
-        rows.student,
-        rows.teacher,
+    target = None
+    if gradient is not None and coefficients is not None:
+        strides = (0 if c is None or c.numel() == 1 else 1 for c in coefficients)
+        pairs = zip(coefficients, strides, strict=True)
+        target = Target(_side(gradient), *(part for pair in pairs for part in pair))
+    return _problem(rows, support), target, statistics
+
+
+def _problem(rows: Rows, support: Support | None) -> Problem:
+    teachers = rows.teachers or None
+    if teachers is not None and rows.support is None:
+        teachers = tuple(_side(t) for t in teachers)
+    return Problem(
+        _side(rows.student),
+        teachers,
+        rows.shares or None,
+        support,
         rows.token_ids,
         rows.valid,
-        statistics,
-        gradient,
-        div,
-        logp,
-        ent,
         rows.total,
         rows.student.shape[1],
-        *_row_strides(rows.student),
-        *_row_strides(rows.teacher),
-        *_row_strides(gradient),
-        *(0 if c is None or c.numel() == 1 else 1 for c in (div, logp, ent)),
         1.0 / rows.temperature,
         rows.teacher_floor or 0.0,
         rows.parameter,
@@ -145,15 +219,16 @@ def row_arguments(
 def scale_arguments(gradient: Tensor, factor: Tensor) -> tuple:
     """The run-time arguments of `scale_kernel`."""
     stride = 0 if factor.numel() == 1 else 1
-    return gradient, factor, gradient.shape[1], *_row_strides(gradient), stride
+    return _side(gradient), factor, stride, gradient.shape[1]
 
 
 def sweep_constants(
     rows: Rows, gradient: Tensor | None, launch: config.Sweep, *, measure: bool
 ) -> dict:
     """The compile-time arguments of `sweep_kernel`."""
-    own = {"BLOCK_V": launch.block_v, "MEASURE": measure, "WRITE": gradient is not None}
-    return own | _problem_constants(rows, gradient)
+    # Marks are read by the byte.
+    block_v = launch.block_v if rows.support is None else max(launch.block_v, GROUP)
+    return {"BLOCK_V": block_v, "MEASURE": measure} | _problem_constants(rows, gradient)
 
 
 def resident_constants(rows: Rows, gradient: Tensor, launch: config.Resident, stage: int) -> dict:
@@ -171,15 +246,28 @@ def resident_constants(rows: Rows, gradient: Tensor, launch: config.Resident, st
 
 
 def _problem_constants(rows: Rows, gradient: Tensor | None) -> dict:
-    sides = [t for t in (rows.student, rows.teacher) if t is not None]
+    support = rows.support
+    size = 1 if support is None else support.ids.shape[-1]
+    fp16 = any(t.dtype == torch.float16 for t in rows.logits)
     return {
         "V": rows.student.shape[-1],
-        "EDGES": has_edges(sides if gradient is None else [*sides, gradient]),
+        "PAD": -math.inf if fp16 else LOWEST,
+        "EDGES": _has_edges(rows, gradient),
+        "MEMBERS": len(rows.teachers),
+        "TOPK": support is not None,
+        "K": size,
+        "BLOCK_K": triton.next_power_of_2(size),
+        "TAIL": "" if support is None else support.tail,
+        "CORRECTS": rows.corrects_tail,
         "HAS_FLOOR": rows.teacher_floor is not None,
         "ONE_SWEEP": rows.one_sweep,
-        "HAS_SMALL": rows.divergence in KL_FAMILY and rows.teacher is not None,
+        "HAS_SMALL": rows.divergence in KL_FAMILY and bool(rows.teachers) and support is None,
         "DIVERGENCE": rows.divergence,
     }
+
+
+def _has_edges(rows: Rows, gradient: Tensor | None) -> bool:
+    return has_edges(rows.logits if gradient is None else [*rows.logits, gradient])
 
 
 def has_edges(tensors: list[Tensor]) -> bool:
@@ -201,12 +289,14 @@ def _phases(logits: Tensor) -> tuple[int, ...]:
     return tuple(entry % GROUP for entry in entries)
 
 
-def _row_strides(logits: Tensor | None) -> tuple[int, int]:
+def _row_strides(logits: Tensor) -> tuple[int, int]:
     """Strides of both row dimensions, 0 where one is of no consequence."""
-    if logits is None:
-        return 0, 0
     outer, inner, _ = logits.shape
     return (logits.stride(0) if outer > 1 else 0), (logits.stride(1) if inner > 1 else 0)
+
+
+def _side(logits: Tensor) -> Side:
+    return Side(logits, *_row_strides(logits))
 
 
 def _on_device(tensor: Tensor) -> AbstractContextManager:

@@ -10,36 +10,43 @@ programs can't meet (`resident.py` is the other one).
 import triton
 import triton.language as tl
 
+from hybrid_kernels.kernels import topk
 from hybrid_kernels.kernels.access import (
+    chunk,
     clear_edges,
     clear_statistics,
     load_body,
     load_edges,
     locate,
+    place,
     read_statistics,
+    row_start,
     row_weights,
     sampled,
+    sampled_by_all,
     sampled_token,
     store_body,
     store_edges,
     store_sampled,
-    token_statistics,
+    student_log_prob,
+    teacher_log_prob,
     write_divergence,
     write_statistics,
 )
 from hybrid_kernels.kernels.math import (
     LOG2E,
     Constants,
-    logit_gradient,
-    merge,
-    no_sums,
-    normalisers,
-    settle,
-    small_value,
-    swept_divergence,
-    tile_sums,
-    value_and_slope,
-    with_slope_sum,
+    add_each,
+    all_normalisers,
+    all_sums,
+    full_gradient,
+    merge_all,
+    no_sums_of,
+    settle_all,
+    sides,
+    small_values,
+    swept_divergences,
+    values_and_slopes,
 )
 from hybrid_kernels.kernels.reduce import agreed
 from hybrid_kernels.rows import SMALL_DIVERGENCE
@@ -48,10 +55,21 @@ _SMALL = tl.constexpr(SMALL_DIVERGENCE)
 
 
 @triton.jit
-def _load(where, start, BLOCK_V: tl.constexpr, EDGES: tl.constexpr, HAS_TEACHER: tl.constexpr):
-    """A tile of both sides, padded."""
-    offsets = start + tl.arange(0, BLOCK_V)
-    return load_body(where, offsets, offsets < where.body, EDGES, HAS_TEACHER)
+def _load(
+    where,
+    start,
+    BLOCK_V: tl.constexpr,
+    PAD: tl.constexpr,
+    EDGES: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    TOPK: tl.constexpr,
+):
+    """A tile of all sides, in the form of one chunk."""
+    z, ws = load_body(where, start, where.body, BLOCK_V, PAD, EDGES, MEMBERS, TOPK)
+    wss = ()
+    for i in tl.static_range(1 if TOPK else MEMBERS):
+        wss = wss + ((ws[i],),)
+    return (z,), wss
 
 
 @triton.jit
@@ -66,18 +84,21 @@ def _first_sweep(
     constants,
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PAD: tl.constexpr,
     EDGES: tl.constexpr,
-    HAS_TEACHER: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    TOPK: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
-    sums = no_sums()
+    COUNT: tl.constexpr = sides(MEMBERS, TOPK)
+    sums = no_sums_of(COUNT)
     if EDGES:
-        z_edges, w_edges = load_edges(where, where.body >= 0, V, HAS_TEACHER)
-        sums = tile_sums((z_edges,), (w_edges,), constants, 1, HAS_TEACHER, DIVERGENCE)
+        edge_zs, edge_wss = load_edges(where, where.body >= 0, V, PAD, MEMBERS, TOPK)
+        sums = all_sums(edge_zs, edge_wss, constants, 1, MEMBERS, TOPK, DIVERGENCE)
     for start in range(0, V, BLOCK_V):
-        z, w = _load(where, start, BLOCK_V, EDGES, HAS_TEACHER)
-        tile = tile_sums((z,), (w,), constants, 1, HAS_TEACHER, DIVERGENCE)
-        sums = merge(sums, tile, constants.scale)
+        zs, wss = _load(where, start, BLOCK_V, PAD, EDGES, MEMBERS, TOPK)
+        tile = all_sums(zs, wss, constants, 1, MEMBERS, TOPK, DIVERGENCE)
+        sums = merge_all(sums, tile, constants.scale, COUNT)
     return sums
 
 
@@ -88,45 +109,57 @@ def _second_sweep(
     constants,
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PAD: tl.constexpr,
     EDGES: tl.constexpr,
+    MEMBERS: tl.constexpr,
     HAS_FLOOR: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
-    """Divergence and sum of slopes, both normalisers known."""
-    value = tl.full((), 0.0, tl.float32)
-    slope_sum = tl.full((), 0.0, tl.float32)
+    """Divergence and sum of slopes of each member, all normalisers known."""
+    values = ()
+    slopes = ()
+    for _ in tl.static_range(MEMBERS):
+        values = values + (tl.full((), 0.0, tl.float32),)
+        slopes = slopes + (tl.full((), 0.0, tl.float32),)
     if EDGES:
-        z_edges, w_edges = load_edges(where, where.body >= 0, V, True)
-        value, slope_sum = value_and_slope(
-            (z_edges,), (w_edges,), stats, constants, 1, HAS_FLOOR, DIVERGENCE
+        edge_zs, edge_wss = load_edges(where, where.body >= 0, V, PAD, MEMBERS, False)
+        values, slopes = values_and_slopes(
+            edge_zs, edge_wss, stats, constants, 1, MEMBERS, HAS_FLOOR, DIVERGENCE
         )
     for start in range(0, V, BLOCK_V):
-        z, w = _load(where, start, BLOCK_V, EDGES, True)
-        more, steeper = value_and_slope((z,), (w,), stats, constants, 1, HAS_FLOOR, DIVERGENCE)
-        value += more
-        slope_sum += steeper
-    return value, slope_sum
+        zs, wss = _load(where, start, BLOCK_V, PAD, EDGES, MEMBERS, False)
+        more, steeper = values_and_slopes(
+            zs, wss, stats, constants, 1, MEMBERS, HAS_FLOOR, DIVERGENCE
+        )
+        values = add_each(values, more, MEMBERS)
+        slopes = add_each(slopes, steeper, MEMBERS)
+    return values, slopes
 
 
 @triton.jit
 def _small_sweep(
     where,
     stats,
+    shares,
     constants,
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PAD: tl.constexpr,
     EDGES: tl.constexpr,
+    MEMBERS: tl.constexpr,
     HAS_FLOOR: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
     """A divergence too small for the difference of large sums that a sweep finds it as."""
     value = tl.full((), 0.0, tl.float32)
     if EDGES:
-        z_edges, w_edges = load_edges(where, where.body >= 0, V, True)
-        value = small_value((z_edges,), (w_edges,), stats, constants, 1, HAS_FLOOR, DIVERGENCE)
+        edge_zs, edge_wss = load_edges(where, where.body >= 0, V, PAD, MEMBERS, False)
+        value = small_values(
+            edge_zs, edge_wss, stats, shares, constants, 1, MEMBERS, HAS_FLOOR, DIVERGENCE
+        )
     for start in range(0, V, BLOCK_V):
-        z, w = _load(where, start, BLOCK_V, EDGES, True)
-        value += small_value((z,), (w,), stats, constants, 1, HAS_FLOOR, DIVERGENCE)
+        zs, wss = _load(where, start, BLOCK_V, PAD, EDGES, MEMBERS, False)
+        value += small_values(zs, wss, stats, shares, constants, 1, MEMBERS, HAS_FLOOR, DIVERGENCE)
     return value
 
 
@@ -134,142 +167,156 @@ def _small_sweep(
 def _gradient_sweep(
     where,
     stats,
+    shares,
     weights,
     constants,
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PAD: tl.constexpr,
     EDGES: tl.constexpr,
+    MEMBERS: tl.constexpr,
     HAS_FLOOR: tl.constexpr,
-    HAS_DIVERGENCE: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
     if EDGES:
-        z_edges, w_edges = load_edges(where, where.body >= 0, V, HAS_DIVERGENCE)
-        edges = logit_gradient(
-            z_edges, w_edges, stats, weights, constants, HAS_FLOOR, HAS_DIVERGENCE, HAS_ENTROPY,
-            DIVERGENCE,
+        edge_zs, edge_wss = load_edges(where, where.body >= 0, V, PAD, MEMBERS, False)
+        edges = full_gradient(
+            edge_zs[0], chunk(edge_wss, 0, MEMBERS), stats, shares, weights, constants, MEMBERS, HAS_FLOOR,
+            HAS_ENTROPY, DIVERGENCE,
         )  # fmt: skip
         store_edges(where, edges, V)
     # Backwards: the tiles that the sweep before read last are still in the L2 cache.
     LAST: tl.constexpr = (V - 1) // BLOCK_V * BLOCK_V
     for back in range(0, V, BLOCK_V):
         start = LAST - back
-        z, w = _load(where, start, BLOCK_V, EDGES, HAS_DIVERGENCE)
-        tile = logit_gradient(
-            z, w, stats, weights, constants, HAS_FLOOR, HAS_DIVERGENCE, HAS_ENTROPY,
-            DIVERGENCE,
+        zs, wss = _load(where, start, BLOCK_V, PAD, EDGES, MEMBERS, False)
+        tile = full_gradient(
+            zs[0], chunk(wss, 0, MEMBERS), stats, shares, weights, constants, MEMBERS, HAS_FLOOR,
+            HAS_ENTROPY, DIVERGENCE,
         )  # fmt: skip
         _store(where, start, tile, BLOCK_V, EDGES)
 
 
 @triton.jit
 def sweep_kernel(
-    student_ptr,
-    teacher_ptr,
-    token_ptr,
-    valid_ptr,
+    problem,
+    target,
     statistics_ptr,
-    gradient_ptr,
-    div_ptr,
-    logp_ptr,
-    ent_ptr,
-    rows,
-    inner,
-    student_stride_o,
-    student_stride_i,
-    teacher_stride_o,
-    teacher_stride_i,
-    gradient_stride_o,
-    gradient_stride_i,
-    div_stride_n,
-    logp_stride_n,
-    ent_stride_n,
-    inv_t,
-    floor,
-    parameter,
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PAD: tl.constexpr,
     EDGES: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    TOPK: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
+    CORRECTS: tl.constexpr,
     HAS_FLOOR: tl.constexpr,
     ONE_SWEEP: tl.constexpr,
     HAS_SMALL: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     MEASURE: tl.constexpr,
-    WRITE: tl.constexpr,
 ):
-    """One row: MEASURE fills its statistics (else they are read), WRITE fills its gradient."""
-    HAS_TEACHER: tl.constexpr = teacher_ptr is not None
-    HAS_TOKEN: tl.constexpr = token_ptr is not None
-    HAS_DIVERGENCE: tl.constexpr = div_ptr is not None
-    HAS_ENTROPY: tl.constexpr = ent_ptr is not None
+    """One row: MEASURE fills its statistics (else they are read), a target gets its gradient."""
+    HAS_TOKEN: tl.constexpr = problem.token_ids is not None
+    WRITE: tl.constexpr = target is not None
+    # How many rows of statistics there are, and how many teachers are known by their logits.
+    ROWS: tl.constexpr = sides(MEMBERS, False)
+    FULL: tl.constexpr = 0 if TOPK else MEMBERS
     row = tl.program_id(0)
-    constants = Constants(inv_t, inv_t * LOG2E, floor, parameter)
-    where = locate(
-        student_ptr, teacher_ptr, gradient_ptr, row, inner, student_stride_o, student_stride_i,
-        teacher_stride_o, teacher_stride_i, gradient_stride_o, gradient_stride_i, V, EDGES,
-    )  # fmt: skip
+    count = problem.count
+    shares = problem.shares
+    constants = Constants(problem.inv_t, problem.inv_t * LOG2E, problem.floor, problem.parameter)
+    where = locate(problem, target, row, V, EDGES, MEMBERS, TOPK)
     valid = True
-    if valid_ptr is not None:
-        valid = tl.load(valid_ptr + row) != 0
+    if problem.valid is not None:
+        valid = tl.load(problem.valid + row) != 0
     if valid:
         token = tl.full((), -1, tl.int32)
-        z_token = 0.0
-        w_token = 0.0
+        z_token = tl.full((), 0.0, tl.float32)
+        w_token = ()
         if HAS_TOKEN:
             # Before the gradient, which may overwrite the logits.
-            token = sampled_token(token_ptr, row, V)
+            token = sampled_token(problem.token_ids, row, V)
             z_token = sampled(where.student, token)
-            w_token = z_token
-            if HAS_TEACHER:
-                w_token = sampled(where.teacher, token)
+            w_token = sampled_by_all(where, token, MEMBERS, TOPK)
             if WRITE and not MEASURE:
                 # No reduction keeps the first gradient tile behind these loads.
                 tl.debug_barrier()
+        correction = tl.full((), 0.0, tl.float32)
+        in_support = token < -1
         if MEASURE:
-            sums = _first_sweep(where, constants, V, BLOCK_V, EDGES, HAS_TEACHER, DIVERGENCE)
-            stats = normalisers(sums, constants, HAS_TEACHER)
-            value = 0.0
-            if HAS_TEACHER:
+            sums = _first_sweep(where, constants, V, BLOCK_V, PAD, EDGES, MEMBERS, TOPK, DIVERGENCE)
+            stats = all_normalisers(sums, constants, MEMBERS, TOPK)
+            value = tl.full((), 0.0, tl.float32)
+            log_q = tl.full((), 0.0, tl.float32)
+            if TOPK:
+                value, stats, log_q, correction, in_support = topk.compare(
+                    problem, statistics_ptr, row, row >= 0, token, z_token, sums, stats, constants,
+                    K, BLOCK_K, MEMBERS, HAS_FLOOR, CORRECTS, TAIL, DIVERGENCE,
+                )  # fmt: skip
+            elif MEMBERS > 0:
                 if ONE_SWEEP:
-                    value, slope_sum = swept_divergence(sums, stats, constants, DIVERGENCE)
+                    values, slopes = swept_divergences(sums, stats, constants, MEMBERS, DIVERGENCE)
                 else:
-                    value, slope_sum = _second_sweep(
-                        where, stats, constants, V, BLOCK_V, EDGES, HAS_FLOOR, DIVERGENCE
-                    )
-                value, slope_sum = settle(value, slope_sum, stats.shift, DIVERGENCE)
-                stats = with_slope_sum(stats, slope_sum)
+                    values, slopes = _second_sweep(
+                        where, stats, constants, V, BLOCK_V, PAD, EDGES, MEMBERS, HAS_FLOOR,
+                        DIVERGENCE,
+                    )  # fmt: skip
+                value, stats = settle_all(
+                    values, slopes, stats, shares, constants.parameter, MEMBERS, DIVERGENCE
+                )
                 if HAS_SMALL:
                     if agreed(value < _SMALL):
                         value = _small_sweep(
-                            where, stats, constants, V, BLOCK_V, EDGES, HAS_FLOOR, DIVERGENCE
-                        )
-            log_prob = 0.0
-            teacher_log_prob = 0.0
+                            where, stats, shares, constants, V, BLOCK_V, PAD, EDGES, MEMBERS,
+                            HAS_FLOOR, DIVERGENCE,
+                        )  # fmt: skip
+                if HAS_TOKEN:
+                    log_q = teacher_log_prob(w_token, stats, shares, constants, MEMBERS, HAS_FLOOR)
+            log_p = tl.full((), 0.0, tl.float32)
             if HAS_TOKEN:
-                log_prob, teacher_log_prob = token_statistics(
-                    z_token, w_token, stats, constants, HAS_TEACHER, HAS_FLOOR
-                )
-            write_statistics(statistics_ptr, row, rows, stats, log_prob, teacher_log_prob, inv_t)
-            write_divergence(statistics_ptr, row, rows, value)
-        else:
-            stats = read_statistics(statistics_ptr, row, rows)
-        if WRITE:
-            weights = row_weights(
-                div_ptr, logp_ptr, ent_ptr, row, div_stride_n, logp_stride_n, ent_stride_n, inv_t
+                log_p = student_log_prob(z_token, stats[0], constants.inv_t)
+            write_statistics(
+                statistics_ptr, row, count, stats, log_p, log_q, constants.inv_t, ROWS, TOPK
             )
+            write_divergence(statistics_ptr, row, count, value)
+        else:
+            stats = read_statistics(statistics_ptr, row, count, ROWS)
+            if TOPK:
+                correction, in_support = topk.read_correction(
+                    problem, statistics_ptr, row, token, K, BLOCK_K, CORRECTS
+                )
+        if WRITE:
+            HAS_DIVERGENCE: tl.constexpr = target.divergence is not None
+            HAS_ENTROPY: tl.constexpr = target.entropy is not None
+            GRADIENT_MEMBERS: tl.constexpr = FULL if HAS_DIVERGENCE else 0
+            weights = row_weights(target, row, constants.inv_t)
+            tile_weights = weights
+            if TOPK:
+                weights = topk.corrected(weights, correction)
+                tile_weights = topk.outside_weights(stats, shares, weights, MEMBERS, TAIL)
             _gradient_sweep(
-                where, stats, weights, constants, V, BLOCK_V, EDGES, HAS_FLOOR, HAS_DIVERGENCE,
-                HAS_ENTROPY, DIVERGENCE,
+                where, stats, shares, tile_weights, constants, V, BLOCK_V, PAD, EDGES,
+                GRADIENT_MEMBERS, HAS_FLOOR, HAS_ENTROPY, DIVERGENCE,
             )  # fmt: skip
-            if logp_ptr is not None:
+            if target.log_prob is not None or CORRECTS:
+                # (A support has its own way with tokens in it.)
                 store_sampled(
-                    where, token, z_token, w_token, stats, weights, constants, HAS_FLOOR,
-                    HAS_DIVERGENCE, HAS_ENTROPY, DIVERGENCE,
+                    where, tl.where(in_support, -1, token), z_token, w_token, stats, shares,
+                    tile_weights, weights.log_prob, constants, GRADIENT_MEMBERS, HAS_FLOOR,
+                    HAS_ENTROPY, DIVERGENCE,
+                )  # fmt: skip
+            if TOPK:
+                topk.support_gradient(
+                    problem, where, row, token, 0, V, row >= 0, stats, weights, constants, K,
+                    BLOCK_K, MEMBERS, HAS_FLOOR, HAS_ENTROPY, TAIL, DIVERGENCE,
                 )  # fmt: skip
     else:
         if MEASURE:
-            clear_statistics(statistics_ptr, row, rows)
+            clear_statistics(statistics_ptr, row, count, MEMBERS)
         if WRITE:
             for start in range(0, V, BLOCK_V):
                 _store(where, start, tl.zeros((BLOCK_V,), tl.float32), BLOCK_V, EDGES)
@@ -279,26 +326,23 @@ def sweep_kernel(
 
 @triton.jit
 def scale_kernel(
-    gradient_ptr,
+    gradient,
     factor_ptr,
+    factor_stride,
     inner,
-    stride_o,
-    stride_i,
-    factor_stride_n,
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
     EDGES: tl.constexpr,
 ):
     """Multiplies a row by its factor; a factor of 1 reads nothing else."""
     row = tl.program_id(0)
-    factor = tl.load(factor_ptr + row * factor_stride_n).to(tl.float32)
+    factor = tl.load(factor_ptr + row * factor_stride).to(tl.float32)
     if factor != 1.0:
-        where = locate(
-            gradient_ptr, None, None, row, inner, stride_o, stride_i, 0, 0, 0, 0, V, EDGES
-        )
+        start = row_start(gradient, row, inner)
+        where = place(start, (), start, start, V, EDGES)
         for start in range(0, V, BLOCK_V):
-            tile, _ = _load(where, start, BLOCK_V, EDGES, False)
-            _store(where, start, tile.to(tl.float32) * factor, BLOCK_V, EDGES)
+            tiles, _ = _load(where, start, BLOCK_V, 0.0, EDGES, 0, False)
+            _store(where, start, tiles[0].to(tl.float32) * factor, BLOCK_V, EDGES)
         if EDGES:
-            edges, _ = load_edges(where, where.body >= 0, V, False)
-            store_edges(where, edges.to(tl.float32) * factor, V)
+            edges, _ = load_edges(where, where.body >= 0, V, 0.0, 0, False)
+            store_edges(where, edges[0].to(tl.float32) * factor, V)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train.config import UserError, load_config, make_config
+from train.config import TeacherConfig, UserError, load_config, make_config
 from train.schedules import Schedule, parse_schedule
 
 REQUIRED = {"output_dir": "out", "student": "s", "teacher": "t", "train_file": "f"}
@@ -32,10 +32,12 @@ REQUIRED = {"output_dir": "out", "student": "s", "teacher": "t", "train_file": "
         ({"rewards": [3]}, "rewards: got 3, expected `module:function`"),
         ({"rewards": [{"function": "a:b", "wait": 1}]}, "rewards: unknown key 'wait'"),
         ({"rewards": [{"function": "a:b", "weight": "x"}]}, "weight of a:b: got 'x'"),
-        (
-            {"teachers": ["a", "b"], "teacher": None},
-            "teachers: got 2; several teachers are not yet",
-        ),
+        ({"teachers": [], "teacher": None}, "teachers: got an empty list"),
+        ({"teacher": 7}, "teachers: got 7, expected a checkpoint, or {model: ..., weight: ...}"),
+        ({"teacher": {"model": "a", "weight": 0}}, "weight of a: got 0.0, expected more than 0"),
+        ({"top_k_teacher": 0}, "top_k_teacher: got 0, expected a number from 1 to 512"),
+        ({"top_k_support": "mine"}, "top_k_support: got 'mine', expected one of student, teacher"),
+        ({"tail": "cut"}, "tail: got 'cut', expected one of bucket, renormalize, mask"),
         ({"teachers": ["a"]}, "teachers: given together with teacher"),
         ({"gamma": 1.5}, "gamma: reaches 1.5, expected in [0, 1]"),
         ({"dense_weight": {"kind": "cosine", "start": 1, "end": -1}}, "dense_weight: reaches -1"),
@@ -64,11 +66,14 @@ def test_file_and_overrides(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({**REQUIRED, "train_file": "{output_dir}/x", "seed": 1}))
     overrides = ["output_dir=there", "learning_rate=1e-3", "gamma={kind: cosine, start: 0, end: 1}"]
-    config = load_config(file, [*overrides, "rewards=a.b:c", "teachers=[q]", "teacher="])
+    two = "teachers=[q, {model: '{output_dir}/r', weight: 2}]"
+    config = load_config(file, [*overrides, "rewards=a.b:c", two, "teacher="])
     assert (config.output_dir, config.train_file, config.seed) == ("there", "there/x", 1)
     assert config.learning_rate == 1e-3
     assert config.gamma == Schedule(0.0, "cosine", end=1.0)
-    assert (config.teacher, config.rewards[0].function) == ("q", "a.b:c")
+    assert config.rewards[0].function == "a.b:c"
+    assert config.teachers == [TeacherConfig("q"), TeacherConfig("there/r", 2.0)]
+    assert make_config(REQUIRED).teachers == [TeacherConfig(REQUIRED["teacher"])]
     # What a run writes down is what it would be started with.
     assert make_config({**config.as_options(), "environment": {"torch": "2"}}) == config
 

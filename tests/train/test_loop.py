@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_gradient_is_that_of_the_formula(tmp_path, temperature, sampled_kl):
     inputs = {"attention_mask": rollout.attention_mask, "position_ids": positions}
     length = rollout.tokens.shape[1]
     log_p = models.student(rollout.input_ids, **inputs).logits[:, -length - 1 : -1] / temperature
-    log_q = models.teacher(rollout.input_ids, **inputs).logits[:, -length - 1 : -1] / 2.0
+    log_q = models.teachers[0](rollout.input_ids, **inputs).logits[:, -length - 1 : -1] / 2.0
     log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     log_prob = log_p.gather(2, rollout.tokens[..., None]).squeeze(2)
@@ -111,13 +112,70 @@ def test_gradient_is_that_of_the_formula(tmp_path, temperature, sampled_kl):
     torch.testing.assert_close(got, gradient(models), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_the_same_teacher_twice_is_one_of_their_weight(tmp_path, weight):
+    """Twice the same teacher, half each: one teacher. With a weight each: W times its KL."""
+    run, models, batch = prepared(tmp_path)
+    weights, count = Weights(2.0, 0.9, 0.7), int(batch.mask.sum())
+    if weight == 1.0:
+        half = replace(weights, reward_weight=1.0)
+        micro_batch_loss(run, models, batch, half, count).loss.backward()
+        expected = 2 * gradient(models)
+    else:
+        micro_batch_loss(run, models, batch, weights, count).loss.backward()
+        expected = gradient(models)
+    twice = replace(models, teachers=models.teachers * 2, weights=[weight, weight])
+    result = micro_batch_loss(run, twice, batch, weights, count)
+    result.loss.backward()
+    torch.testing.assert_close(gradient(models), expected, atol=2e-6, rtol=1e-5)
+    statistics = StepStatistics(run, twice.total_weight)
+    statistics.add(batch, result)
+    kl = float(result.divergence.sum()) / count
+    assert statistics.means()["kl"] == pytest.approx(kl, rel=1e-5)
+
+
+@pytest.mark.parametrize("support", ["student", "teacher", "union"])
+def test_a_support_of_everything_is_the_full_teacher(tmp_path, support):
+    run, models, batch = prepared(tmp_path, temperature=0.7, teacher_temperature=2.0)
+    weights, count = Weights(2.0, 0.9, 0.7), int(batch.mask.sum())
+    micro_batch_loss(run, models, batch, weights, count).loss.backward()
+    expected = gradient(models)
+    size = models.vocab_size if support != "union" else models.vocab_size // 2
+    known = replace(models, top_k=size, top_k_support=support)
+    result = micro_batch_loss(run, known, batch, weights, count)
+    result.loss.backward()
+    if support != "union":
+        torch.testing.assert_close(gradient(models), expected, atol=2e-6, rtol=1e-4)
+    else:
+        assert gradient(models).isfinite().all()
+    statistics = StepStatistics(run, 1.0)
+    statistics.add(batch, result)
+    row = statistics.means()
+    assert 0.5 < row["student_mass"] <= 1.0001
+    assert 0.5 < row["teacher_mass"] <= 1.0001
+    # What it sees of a token's cost does not depend on the support.
+    costs = loop.sampled_costs(result, 1.0).sum() / count
+    assert row["kl"] == pytest.approx(float(costs), rel=1e-5)
+
+
+def test_a_run_with_two_top_k_teachers(tmp_path):
+    values = {"top_k_teacher": 3, "top_k_support": "union"}
+    run = config(tmp_path, **values)
+    other = replace(run.teachers[0], weight=0.5)
+    run = replace(run, teachers=[*run.teachers, other], max_steps=2)
+    train(run)
+    rows = read_lines(tmp_path / "run/metrics.jsonl")
+    assert all(0 < row["student_mass"] < 1 for row in rows)
+    assert make_config(run.as_options()) == run
+
+
 def test_gradient_norms_are_those_of_the_two_parts(tmp_path):
     run, models, batch = prepared(tmp_path)
     norms = gradient_norms(run, models, batch, Weights(2.0, 1.0, 1.0))
     assert all(weight.grad is None for weight in models.student.parameters())
     count = int(batch.mask.sum())
     dense = models.student_logits(batch.rollout).log_softmax(-1)
-    teacher = models.teacher_logits(batch.rollout).log_softmax(-1)
+    teacher = models.full_teacher(batch.rollout).log_softmax(-1)
     kl = (dense.exp() * (dense - teacher)).sum(-1)
     (kl[batch.mask].sum() / count).backward()
     assert norms["grad_norm_dense"] == pytest.approx(float(gradient(models).norm()), rel=1e-3)
@@ -139,7 +197,7 @@ def test_truncated_responses_leave_numerator_and_denominator(tmp_path):
     assert torch.equal(batch.mask[~cut], batch.rollout.mask[~cut])
     weights = Weights(2.0, 1.0, 1.0)
     result = micro_batch_loss(run, models, batch, weights, int(batch.mask.sum()))
-    statistics = StepStatistics(run)
+    statistics = StepStatistics(run, models.total_weight)
     statistics.add(batch, result)
     row = statistics.means()
     assert row["tokens"] == int(batch.mask.sum())
@@ -159,7 +217,7 @@ def test_cost_clip_bounds_the_returns_and_is_logged(tmp_path):
         patch.setattr(loop, "sparse_advantages", spy)
         result = micro_batch_loss(run, models, batch, Weights(2.0, 1.0, 1.0), 10)
     assert seen[0].abs().max() == 0.5
-    statistics = StepStatistics(run)
+    statistics = StepStatistics(run, models.total_weight)
     statistics.add(batch, result)
     beyond = (result.log_prob - result.teacher_log_prob).abs()[batch.mask] > 0.5
     assert 0 < statistics.means()["costs_clipped"] == pytest.approx(float(beyond.float().mean()))
@@ -170,7 +228,7 @@ def test_objective_is_reported_at_the_final_reward_weight(tmp_path):
     run, models, batch = prepared(tmp_path, reward_weight=schedule, max_steps=4)
     assert [Weights.at(run, step).reward_weight for step in (0, 3)] == [1, 8]
     result = micro_batch_loss(run, models, batch, Weights.at(run, 0), 10)
-    statistics = StepStatistics(run)
+    statistics = StepStatistics(run, models.total_weight)
     statistics.add(batch, result)
     expected = float((result.divergence.sum(1) - 8 * batch.reward).mean())
     assert statistics.means()["objective"] == pytest.approx(expected, rel=1e-5)
@@ -184,8 +242,8 @@ def test_a_teacher_that_forbids_a_token(tmp_path, mended, monkeypatch):
         models = original(run, path)
         logits = type(models).teacher_logits
 
-        def forbidding(self, rollout):
-            result = logits(self, rollout)
+        def forbidding(self, teacher, rollout):
+            result = logits(self, teacher, rollout)
             result[..., 5] = -math.inf
             return result
 

@@ -153,7 +153,7 @@ def test_dropout_is_off_and_gradients_flow(tmp_path):
     first, second = models.student_logits(rollout), models.student_logits(rollout)
     assert torch.equal(first, second)
     assert first.requires_grad
-    assert not models.teacher_logits(rollout).requires_grad
+    assert not models.full_teacher(rollout).requires_grad
 
 
 def test_rollout_fields_line_up():

@@ -1,0 +1,199 @@
+"""Top-K teachers on the torch backend: the K + 1 categories of a block of rows.
+
+A divergence is that of two coarse distributions, on the support and on the tail; `kernels/topk.py`
+says why, and has the same formulas for Triton. Everything here is `[r, K]`; what needs a sweep over
+the vocabulary, the normaliser and the mass outside the support, comes from the caller.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybrid_kernels.cpu_forms import FORMS, Form
+from hybrid_kernels.rows import LOWEST, SMALL_DIVERGENCE, Rows
+
+# A tail of less counts as empty: the next smaller numbers have no reciprocal.
+SMALLEST = 2.0**-125
+# The mass of a teacher's tail that the rounding of its log-probabilities hides.
+UNRESOLVED = 2.0**-24
+
+
+class Comparison(NamedTuple):
+    """What the teachers add to a block, columns `[r, 1]` unless said otherwise.
+
+    Attributes:
+        divergence: the weighted sum over the members.
+        teacher_log_prob: log q(y), NaN where unknown.
+        correction: of the advantage, for tokens outside the support.
+        student_mass: P on the support.
+        teacher_mass: Q on the support.
+        pull: `[r, K]`, dD/dz on the support.
+        tail_pull: dD/dz outside the support, over p.
+    """
+
+    divergence: Tensor
+    teacher_log_prob: Tensor | None
+    correction: Tensor | None
+    student_mass: Tensor
+    teacher_mass: Tensor
+    pull: Tensor
+    tail_pull: Tensor
+
+
+def first_of_each(ids: Tensor) -> Tensor:
+    """Bool `[r, K]`: ids that are no padding and did not occur before."""
+    ordered, order = ids.sort(dim=-1, stable=True)
+    repeated = torch.nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
+    return torch.empty_like(repeated).scatter_(-1, order, ~repeated) & (ids >= 0)
+
+
+def tail_of_teacher(log_q: Tensor, q: Tensor, resolution: float) -> tuple[Tensor, Tensor]:
+    """1 - sum q and sum q, each `[r, 1]`.
+
+    1 - q_max comes from expm1, so that a tail of 1e-12 is not lost; a tail that is smaller than the
+    rounding of the log-probabilities counts as one rounding of 1.
+    """
+    top, first = log_q.max(-1, keepdim=True)
+    others = q.scatter(-1, first, 0.0).sum(-1, keepdim=True)
+    spread = torch.where(q > 0, q * log_q.abs(), 0.0).sum(-1, keepdim=True)
+    tail = -torch.expm1(top) - others
+    hidden = max(resolution, UNRESOLVED)
+    return torch.where(tail <= spread * resolution, hidden, tail), others + top.exp()
+
+
+def compare(
+    rows: Rows,
+    span: slice,
+    x: Tensor,
+    lse: Tensor,
+    tail_sum: Tensor,
+    kept: Tensor,
+    token: Tensor | None,
+    token_log_p: Tensor | None,
+) -> Comparison:
+    """Compares a block.
+
+    Args:
+        rows: the problem.
+        span: the block's rows.
+        x: `[r, K]`, z - max z on the support.
+        lse: log sum exp((z - max z)/T).
+        tail_sum: sum exp((z - max z)/T) outside the support.
+        kept: `[r, K]`, which of the support count.
+        token: `[r, 1]` sampled ids, or None.
+        token_log_p: log p of them.
+    """
+    support = rows.support
+    assert support is not None
+    inv_t, floor, tail = 1.0 / rows.temperature, rows.teacher_floor, support.tail
+    form = FORMS[rows.divergence]
+    log_p = torch.where(kept & (x > LOWEST), x * inv_t - lse, -torch.inf)
+    log_tail = tail_sum.log() - lse
+    part = torch.cat([log_p > -torch.inf, log_tail.exp() >= SMALLEST], -1)
+    own = torch.cat([log_p, log_tail], -1)
+    student_mass = log_p.exp().sum(-1, keepdim=True)
+    if tail == "renormalize":
+        own = own.index_fill(-1, torch.tensor(own.shape[-1] - 1, device=x.device), -torch.inf)
+        own -= log_p.logsumexp(-1, keepdim=True)
+        part[:, -1] = False
+    found = None
+    if token is not None:
+        found = (support.ids[span] == token) & kept
+    total = sum(rows.shares)
+    value = pull = tail_pull = teacher_mass = log_q_token = rho = 0.0
+    for share, log_probs in zip(rows.shares, rows.teachers, strict=True):
+        log_q = torch.where(kept, log_probs[span], -torch.inf)
+        q = log_q.exp()
+        tail_q, mass = tail_of_teacher(log_q, q, support.resolution)
+        # Where there is no tail at all, rounding is not one.
+        raw_tail = torch.where(~part[:, -1:] & (tail_q <= UNRESOLVED), 0.0, tail_q)
+        raw_q = torch.cat([q, raw_tail], -1)
+        if floor is not None:
+            log_q = torch.where(kept, log_q.clamp(min=floor), -torch.inf)
+        their = torch.cat([log_q, tail_q.log()], -1)
+        if floor is not None:
+            their[:, -1:].clamp_(min=floor)
+        if found is not None:
+            log_q_token = log_q_token + share * torch.where(found, log_q, 0.0).sum(-1, True)
+        if tail == "renormalize":
+            their = their - log_q.logsumexp(-1, keepdim=True)
+            their[:, -1] = -torch.inf
+            raw_q = their.exp()
+        log_ratio = torch.where(part, own - their, 0.0)
+        # (A NaN of the teacher stays one; an infinite ratio is one where it forbids an entry.)
+        if not form.diverges:
+            log_ratio.clamp_(max=-LOWEST)
+        p = torch.where(part, own.exp(), 0.0)
+        q = torch.where(part, their.exp(), 0.0)
+        rho = rho + share * log_ratio[:, -1:]
+        one, slope_sum, factor = _sums(form, p, q, raw_q, log_ratio, mass + lse, rows.parameter)
+        slopes = p * log_ratio if form.has_g else torch.zeros_like(p)
+        if form.has_h:
+            slopes = slopes - q
+        slopes = slopes - p * slope_sum
+        # Of an empty tail no entry is left to have a slope.
+        per_p = torch.where(part[:, -1:], slopes[:, -1:] / p[:, -1:], 0.0)
+        value = value + share * one
+        pull = pull + share * factor * slopes[:, :-1]
+        tail_pull = tail_pull + share * factor * per_p
+        teacher_mass = teacher_mass + share / total * mass
+    log_q_token, correction = _token(rows, span, found, log_q_token, token_log_p, rho)
+    if tail != "bucket":
+        tail_pull = torch.zeros_like(lse)
+    assert isinstance(value, Tensor)
+    assert isinstance(pull, Tensor)
+    assert isinstance(tail_pull, Tensor)
+    assert isinstance(teacher_mass, Tensor)
+    return Comparison(value, log_q_token, correction, student_mass, teacher_mass, pull, tail_pull)
+
+
+def _sums(
+    form: Form, p: Tensor, q: Tensor, raw_q: Tensor, log_ratio: Tensor, sound: Tensor, a: float
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Value, sum of slopes and the factor of all slopes; leaves g and h as `Form.sums` does."""
+    lost = (raw_q - q).sum(-1, keepdim=True)
+    small = None
+    if form.small_value is not None:
+        small = form.small_value(p, q, log_ratio) + form.lost_sign * lost
+    value, slope_sum = form.sums(p, q, log_ratio, a)
+    if form.lost_share is not None:
+        value = value + form.lost_share(a) * lost
+    if form.diverges:
+        # 0 * inf where p underflows: the teacher forbids what the student may still say.
+        infinite = (value.isnan() & sound.isfinite()) | (value == torch.inf)
+        value = torch.where(infinite, torch.inf, value)
+        slope_sum = torch.where(infinite, torch.inf, slope_sum)
+    if small is not None:
+        value = torch.where(value < SMALL_DIVERGENCE, small, value)
+    return (value, slope_sum, 1.0) if form.outer is None else _outer(form, value, slope_sum, a)
+
+
+def _outer(form: Form, value: Tensor, slope_sum: Tensor, a: float) -> tuple[Tensor, Tensor, Tensor]:
+    assert form.outer is not None
+    value, factor = form.outer(value, a)
+    return value, slope_sum, factor
+
+
+def _token(
+    rows: Rows,
+    span: slice,
+    found: Tensor | None,
+    log_q: Tensor | float,
+    log_p: Tensor | None,
+    rho: Tensor | float,
+) -> tuple[Tensor | None, Tensor | None]:
+    """log q(y), and the correction of the advantage."""
+    if found is None or log_p is None:
+        return None, None
+    assert rows.support is not None
+    total = sum(rows.shares)
+    outside = ~found.any(-1, keepdim=True)
+    known = rows.support.token_log_prob
+    elsewhere = torch.full_like(log_p, torch.nan) if known is None else known[span, None]
+    if rows.teacher_floor is not None:
+        elsewhere = elsewhere.clamp(min=rows.teacher_floor)
+    correction = None
+    if rows.corrects_tail:
+        correction = torch.where(outside, total * (log_p - elsewhere) - rho, 0.0)
+    return torch.where(outside, elsewhere, log_q / total), correction

@@ -1,0 +1,356 @@
+"""Top-K teachers and several teachers, against the float64 specification."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import cases
+from cases import DIVERGENCES, divergence_id
+from hybrid_kernels import Mixture, TopK, hybrid_loss, reference, token_terms
+from hybrid_kernels.validate import TAILS
+from tolerance import assert_close, assert_matches_reference
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
+every_tail = pytest.mark.parametrize("tail", TAILS)
+KINDS = ["full", *TAILS]
+
+
+def case_of(kind, members, temperature=1.0, support="union", **options):
+    case = cases.make(127, masked=True, **options)
+    return cases.with_teachers(case, members, None if kind == "full" else support, temperature)
+
+
+@every_divergence
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("members", [1, 2, 3])
+def test_every_divergence_and_teacher(members, kind, divergence, backend, device):
+    """All terms at once, a random upstream gradient for each row."""
+    if (kind, members) == ("full", 1):
+        members = 4
+    case = case_of(kind, members, temperature=1.3, device=device)
+    assert_matches_reference(
+        case,
+        backend,
+        divergence=divergence,
+        tail="bucket" if kind == "full" else kind,
+        dense_weight=case.upstream.cos(),
+        entropy_weight=0.3,
+        temperature=1.3,
+        reduction="none",
+    )
+
+
+@every_divergence
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_floor(kind, divergence, backend, device):
+    tail = "bucket" if kind == "full" else kind
+    options = {"divergence": divergence, "tail": tail, "teacher_floor": -4.0, "reduction": "none"}
+    assert_matches_reference(case_of(kind, 2, device=device), backend, **options)
+
+
+@pytest.mark.parametrize("style", cases.STYLES)
+@pytest.mark.parametrize("support", ["teacher", "student", "union"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_styles_and_supports(divergence, support, style, backend, device):
+    case = case_of("bucket", 1, support=support, style=style, device=device)
+    if style == "one_hot":
+        # Tails of 1e-5 are known to four digits only, and a correction is in proportion to them.
+        case = replace(case, given=replace(case.given, token_log_prob=None))
+    assert_matches_reference(case, backend, divergence=divergence, entropy_weight=0.3)
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("vocabulary", [1, 7, 136, 203])
+@pytest.mark.parametrize("kind", ["full", "bucket"])
+def test_layouts(kind, vocabulary, layout, backend, device, small_tiles):
+    case = cases.make(vocabulary, (2, 3), layout=layout, device=device)
+    case = cases.with_teachers(case, 2, None if kind == "full" else "student")
+    assert_matches_reference(case, backend, entropy_weight=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["full", "bucket"])
+def test_dtypes(kind, dtype, backend, device):
+    case = cases.make(128, (3,), dtype=dtype, device=device)
+    case = cases.with_teachers(case, 2, None if kind == "full" else "student")
+    assert_matches_reference(case, backend, entropy_weight=0.3, reduction="sum")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("divergence", ["reverse_kl", "alpha"])
+def test_token_terms(divergence, kind, backend, device):
+    tail = "bucket" if kind == "full" else kind
+    case = case_of(kind, 2, device=device)
+    assert_matches_reference(case, backend, "token_terms", divergence=divergence, tail=tail)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_callable_advantages(kind, backend, device):
+    case = case_of(kind, 2, device=device)
+    tail = "bucket" if kind == "full" else kind
+
+    def advantages(terms):
+        return (terms.teacher_log_prob - terms.log_prob).exp().clamp(max=2)
+
+    options = {"tail": tail, "advantages": advantages, "entropy_weight": 0.1}
+    assert_matches_reference(case, backend, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inplace(kind, backend, device):
+    tail = "bucket" if kind == "full" else kind
+    assert_matches_reference(case_of(kind, 2, device=device), backend, tail=tail, inplace=True)
+
+
+def test_a_support_without_advantages_or_tokens(backend, device):
+    case = case_of("bucket", 1, device=device)
+    assert_matches_reference(case, backend, advantages=None)
+    without = replace(case, token_ids=None, mask=case.valid)
+    leaf = case.student.nan_to_num(0, 0, 0).requires_grad_()
+    result = hybrid_loss(leaf, without.given, mask=case.valid, backend=backend)
+    assert result.log_prob is None
+    assert result.teacher_log_prob is None
+    result.loss.backward()
+    assert leaf.grad.isfinite().all()
+
+
+# -- what holds of a support ----------------------------------------------------------------------
+
+
+def gradient_of(student, teacher, backend, **options):
+    leaf = student.clone().requires_grad_()
+    result = hybrid_loss(leaf, teacher, reduction="sum", backend=backend, **options)
+    result.loss.backward()
+    return result, leaf.grad
+
+
+@every_divergence
+@every_tail
+def test_the_whole_vocabulary_is_the_full_teacher(tail, divergence, backend, device):
+    case = cases.make(24, (4,), device=device)
+    order = torch.rand(4, 24, generator=torch.Generator().manual_seed(0)).argsort(-1).to(device)
+    known = TopK.from_logits(case.teacher, ids=order)
+    options = {"divergence": divergence, "tail": tail}
+    got, gradient = gradient_of(case.student, known, backend, **options)
+    truth, expected = gradient_of(case.student, case.teacher, backend, **options)
+    assert_close(got.divergence, truth.divergence.double(), truth.divergence, scale=4)
+    assert_close(gradient, expected.double(), expected, scale=0.2)
+    torch.testing.assert_close(got.student_mass, torch.ones_like(got.student_mass))
+    torch.testing.assert_close(got.teacher_mass, torch.ones_like(got.teacher_mass))
+    assert truth.student_mass is None
+    assert truth.teacher_mass is None
+
+
+@every_divergence
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_nothing_pulls_where_the_teacher_is_the_student(tail, divergence, backend, device):
+    """Unlike the truncated loss, whose gradient pushes mass out of the support."""
+    case = cases.make(200, (5,), device=device)
+    known = TopK.from_logits(case.student, 20)
+    result, gradient = gradient_of(case.student, known, backend, divergence=divergence, tail=tail)
+    # (A total variation feels every rounding of p - q, in the sign.)
+    slack = 1.0 if divergence.name == "tv" else 2e-6
+    assert gradient.abs().max() < slack
+    assert result.divergence.abs().max() < 1e-6
+
+
+@every_divergence
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_rows_sum_to_zero_and_mask_stays_inside(tail, divergence, backend, device):
+    case = cases.make(200, (5,), device=device)
+    known = TopK.from_logits(case.teacher, 20)
+    _, gradient = gradient_of(case.student, known, backend, divergence=divergence, tail=tail)
+    assert gradient.sum(-1).abs().max() < 2e-6
+    _, bucket = gradient_of(case.student, known, backend, divergence=divergence)
+    _, masked = gradient_of(case.student, known, backend, divergence=divergence, tail="mask")
+    inside = torch.zeros_like(masked, dtype=torch.bool).scatter_(-1, known.ids, True)
+    torch.testing.assert_close(masked[inside], bucket[inside], atol=1e-7, rtol=1e-5)
+    assert (masked[~inside] == 0).all()
+
+
+@every_divergence
+def test_the_bucket_is_a_lower_bound(divergence, backend, device):
+    case = cases.make(200, (6,), device=device)
+    full, _ = gradient_of(case.student, case.teacher, backend, divergence=divergence)
+    for k in (1, 40):
+        known = TopK.from_logits(case.teacher, k)
+        part, _ = gradient_of(case.student, known, backend, divergence=divergence)
+        assert (part.divergence <= full.divergence + 1e-5).all()
+
+
+def two_sides(student_tail, teacher_tail, device):
+    """Four entries, two in the support, with given masses outside."""
+    tails = torch.tensor([[student_tail], [teacher_tail]], dtype=torch.float64)
+    inside = torch.tensor([[0.7, 0.3]], dtype=torch.float64)
+    outside = torch.tensor([[0.25, 0.75]], dtype=torch.float64)
+    if student_tail < 1e-6:
+        inside = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    masses = torch.cat([inside * (1 - tails), outside * tails], -1)
+    return masses.to(device)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd", "alpha"])
+def test_masses_beyond_the_digits_of_one(divergence, backend, device):
+    """P = 1 - 1e-9 and Q = 1 - 1e-12: 1 - sum would be noise, or 0."""
+    student_tail, teacher_tail = 1e-9, 1e-12
+    logits = torch.tensor([[0.0, -30.0, math.log(2.5e-10), math.log(7.5e-10)]], device=device)
+    # log q of the first entry is -(1e-12 + 1e-14), which fp32 holds to seven digits.
+    second = 1e-14
+    log_probs = torch.tensor([[-(teacher_tail + second), math.log(second)]], device=device)
+    ids = torch.tensor([[0, 1]], device=device)
+    known = TopK(ids, log_probs)
+    result, gradient = gradient_of(logits, known, backend, divergence=divergence)
+    truth = reference.token_terms(logits.double(), known, divergence=divergence).divergence
+    leaf = logits.double().requires_grad_()
+    reference.token_terms(leaf, known, divergence=divergence).divergence.sum().backward()
+    assert result.divergence.isfinite().all()
+    torch.testing.assert_close(result.divergence.double(), truth, rtol=1e-4, atol=1e-15)
+    # (The first entry's gradient is a difference of numbers around 1.)
+    torch.testing.assert_close(gradient[:, 0].double(), leaf.grad[:, 0], rtol=0, atol=1e-7)
+    torch.testing.assert_close(gradient[:, 1:].double(), leaf.grad[:, 1:], rtol=1e-4, atol=1e-16)
+    if divergence == "reverse_kl":
+        rho = math.log(student_tail / teacher_tail)
+        tail = gradient[0, 2:].double()
+        expected = torch.tensor([2.5e-10, 7.5e-10]).double().to(device) * rho
+        torch.testing.assert_close(tail, expected, rtol=1e-3, atol=0)
+
+
+def test_a_teacher_that_rounds_to_one_stays_finite(backend, device):
+    """Log-probabilities that leave nothing: the tail is what rounding hides, not impossible."""
+    logits = torch.randn(3, 50, device=device)
+    ids = torch.arange(4, device=device).expand(3, 4)
+    log_probs = torch.tensor([0.0, -20.0, -25.0, -30.0], device=device).expand(3, 4)
+    result, gradient = gradient_of(logits, TopK(ids, log_probs), backend)
+    assert result.divergence.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+def test_padding_and_repetitions_do_not_count(backend, device):
+    case = cases.make(60, (3,), device=device)
+    ids = case.teacher.topk(6).indices
+    plain = TopK.from_logits(case.teacher, ids=ids)
+    padded_ids = torch.cat([ids[:, :4], ids[:, :2], ids[:, 4:], torch.full_like(ids, -1)], -1)
+    padded = TopK.from_logits(case.teacher, ids=padded_ids)
+    # The first of a repetition counts, whatever the second says; padding may hold anything.
+    log_probs = padded.log_probs.clone()
+    log_probs[:, 4:6], log_probs[:, 8:] = -7.0, torch.nan
+    padded = TopK(padded_ids, log_probs)
+    for tail in TAILS:
+        a, gradient_a = gradient_of(case.student, plain, backend, tail=tail)
+        b, gradient_b = gradient_of(case.student, padded, backend, tail=tail)
+        torch.testing.assert_close(a.divergence, b.divergence)
+        torch.testing.assert_close(gradient_a, gradient_b)
+        torch.testing.assert_close(a.teacher_mass, b.teacher_mass)
+
+
+def test_an_empty_support_says_nothing(backend, device):
+    case = cases.make(60, (3,), device=device)
+    known = TopK(torch.full((3, 2), -1, device=device), torch.zeros(3, 2, device=device))
+    result, gradient = gradient_of(case.student, known, backend)
+    assert result.divergence.abs().max() < 1e-6
+    assert gradient.abs().max() < 1e-6
+    assert (result.student_mass == 0).all()
+
+
+def test_what_is_unknown_is_nan(backend, device):
+    """log q of a token outside the support, unless the teacher gives it."""
+    case = cases.make(60, (4,), device=device)
+    ids = case.teacher.topk(5).indices
+    tokens = torch.stack([ids[0, 0], ids[1, 4], case.teacher[2].argmin(), case.teacher[3].argmin()])
+    known = TopK.from_logits(case.teacher, ids=ids)
+    log_q = token_terms(case.student, known, tokens, backend=backend).teacher_log_prob
+    expected = case.teacher.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(log_q[:2], expected[:2])
+    assert log_q[2:].isnan().all()
+    known = TopK.from_logits(case.teacher, ids=ids, token_ids=tokens)
+    log_q = token_terms(case.student, known, tokens, backend=backend).teacher_log_prob
+    torch.testing.assert_close(log_q, expected)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("members", [1, 2])
+def test_the_corrected_bucket_is_unbiased(members, k, backend, device):
+    """The mean over every token, weighted by its probability, is the full gradient."""
+    vocabulary = 6
+    case = cases.make(vocabulary, (1,), device=device)
+    generator = torch.Generator().manual_seed(7)
+    teachers = [torch.randn(1, vocabulary, generator=generator).to(device) for _ in range(members)]
+    weights = [1.0, 0.6][:members]
+    ids = teachers[0].topk(k).indices
+    student = case.student.expand(vocabulary, -1).contiguous()
+    tokens = torch.arange(vocabulary, device=device)
+
+    def expected_gradient(known):
+        """sum_y p(y) gradient(y), all tokens as rows of one batch."""
+        p = student.softmax(-1)[0]
+        leaf = student.clone().requires_grad_()
+        loss = hybrid_loss(leaf, known, tokens, torch.zeros_like(p), reduction="none")
+        loss.loss.backward(p)
+        return leaf.grad.sum(0)
+
+    def given(with_tokens):
+        rows = [t.expand(vocabulary, -1) for t in teachers]
+        same = ids.expand(vocabulary, -1).contiguous()
+        found = [
+            TopK.from_logits(w, ids=same, token_ids=tokens if with_tokens else None) for w in rows
+        ]
+        found = [TopK(found[0].ids, t.log_probs, t.token_log_prob) for t in found]
+        return Mixture(list(zip(weights, found, strict=True)))
+
+    leaf = case.student.double().requires_grad_()
+    truth = Mixture([(w, t.double()) for w, t in zip(weights, teachers, strict=True)])
+    reference.hybrid_loss(leaf, truth, reduction="sum").loss.backward()
+    torch.testing.assert_close(
+        expected_gradient(given(True)).double(), leaf.grad[0], atol=2e-6, rtol=0
+    )
+    biased = expected_gradient(given(False)).double()
+    assert (biased - leaf.grad[0]).norm() > 1e-3 * leaf.grad.norm()
+
+
+# -- several teachers -----------------------------------------------------------------------------
+
+
+def test_a_mixture_is_the_geometric_mean_of_its_teachers(backend, device):
+    """For the reverse KL, up to the normaliser of the mean."""
+    case = cases.make(60, (4,), device=device)
+    teachers = [case.teacher, case.student + 1, case.teacher.flip(-1)]
+    weights = [0.5, 1.5, 1.0]
+    mixture = Mixture(list(zip(weights, teachers, strict=True)))
+    got, gradient = gradient_of(case.student, mixture, backend)
+    pairs = list(zip(weights, teachers, strict=True))
+    logits = sum(w / 3 * t.log_softmax(-1) for w, t in pairs)
+    mean, expected = gradient_of(case.student, logits, backend, dense_weight=3.0)
+    torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(got.divergence, 3 * (mean.divergence - logits.logsumexp(-1)))
+    tokens = case.token_ids
+    log_q = token_terms(case.student, mixture, tokens, backend=backend).teacher_log_prob
+    torch.testing.assert_close(log_q, logits.gather(-1, tokens[:, None])[:, 0])
+
+
+# -- where a support comes from -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (70, 7), (2, 3, 7), (0, 7)])
+def test_from_logits(shape):
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    known = TopK.from_logits(logits, 3)
+    assert known.ids.shape == (*shape[:-1], 3)
+    torch.testing.assert_close(known.log_probs, logits.log_softmax(-1).topk(3).values)
+    ids = torch.tensor([6, -1]).expand(*shape[:-1], 2)
+    union = TopK.from_logits(logits, 3, ids=ids, temperature=2.0)
+    assert union.ids.shape == (*shape[:-1], 5)
+    assert (union.log_probs[..., 1] == -torch.inf).all()
+    log_q = (logits / 2).log_softmax(-1)
+    torch.testing.assert_close(union.log_probs[..., 0], log_q[..., 6])
+    assert union.token_log_prob is None
+
+
+def test_from_logits_keeps_a_small_tail():
+    logits = torch.tensor([[0.0, -28.0, -30.0]])
+    known = TopK.from_logits(logits, 1)
+    truth = -torch.tensor([-28.0, -30.0]).double().exp().sum()
+    torch.testing.assert_close(known.log_probs[0, 0].double(), truth, rtol=1e-6, atol=0)
