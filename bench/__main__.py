@@ -4,6 +4,7 @@ quick            a small benchmark, under two minutes on two cores
 run              the suite for this machine (or --suite), into bench/results/<device>
 report [FOLDER]  tables and plots of the results in a folder
 aot              what the compiler makes of the shipped kernels, for GPUs that are not here
+topk             what top-K losses do to the gradient: tables and a plot, exactly
 gpu              everything that a GPU is wanted for: tests, memory checker, benchmark
 """
 
@@ -49,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("command", choices=("quick", "run", "report", "aot", "gpu"))
+    parser.add_argument("command", choices=("quick", "run", "report", "aot", "topk", "gpu"))
     parser.add_argument("folder", nargs="?", type=Path, help="default: bench/results/<device>")
     parser.add_argument("--suite", choices=("quick", "cpu", "gpu"))
     parser.add_argument("--deadline", help="run: seconds after which no case is begun")
@@ -68,6 +69,10 @@ def main() -> None:
         from bench import aot
 
         aot.main()
+    elif arguments.command == "topk":
+        from bench import topk_bias
+
+        topk_bias.main(arguments.folder or RESULTS)
     else:
         from bench import gpu
 

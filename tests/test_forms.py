@@ -32,7 +32,7 @@ def form(request, monkeypatch):
     """Forces a form, and proves that it ran."""
     launched = []
     if request.param == "sweeping":
-        monkeypatch.setattr(config, "resident", lambda *args: None)
+        monkeypatch.setattr(config, "resident", lambda *args, **options: None)
         monkeypatch.setattr(config, "INTERPRETED_BLOCK_V", 64)
         spy(monkeypatch, "_sweep", launched)
     else:

@@ -182,8 +182,8 @@ def _gradient_sweep(
     if EDGES:
         edge_zs, edge_wss = load_edges(where, where.body >= 0, V, PAD, MEMBERS, False)
         edges = full_gradient(
-            edge_zs[0], chunk(edge_wss, 0, MEMBERS), stats, shares, weights, constants, MEMBERS, HAS_FLOOR,
-            HAS_ENTROPY, DIVERGENCE,
+            edge_zs[0], chunk(edge_wss, 0, MEMBERS), stats, shares, weights, constants, MEMBERS,
+            HAS_FLOOR, HAS_ENTROPY, DIVERGENCE,
         )  # fmt: skip
         store_edges(where, edges, V)
     # Backwards: the tiles that the sweep before read last are still in the L2 cache.
