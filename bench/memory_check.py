@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from hybrid_kernels import hybrid_loss, token_terms
+from hybrid_kernels import Mixture, TopK, hybrid_loss, token_terms
 
 
 def main() -> None:
@@ -19,6 +19,9 @@ def main() -> None:
             student, teacher, ids, torch.ones(3, device="cuda"), divergence=divergence
         )
         result.loss.backward()
+        known = TopK.from_logits(teacher, 40, token_ids=ids.clamp(min=0))
+        for other in (known, Mixture([(1.0, teacher), (0.5, teacher)])):
+            hybrid_loss(student, other, ids, divergence=divergence).loss.backward()
         terms = token_terms(student, teacher, ids, divergence=divergence)
         assert terms.divergence is not None
         terms.divergence.sum().backward()

@@ -15,8 +15,16 @@ import torch
 from torch import Tensor
 
 import hybrid_kernels
-from hybrid_kernels import Divergence, available_divergences, hybrid_loss, reference
+from hybrid_kernels import (
+    Divergence,
+    Mixture,
+    TopK,
+    available_divergences,
+    hybrid_loss,
+    reference,
+)
 from hybrid_kernels.api import resolve_backend
+from hybrid_kernels.types import Teacher
 
 # Relative L2 error of a gradient in fp32 arithmetic; a healthy one is a few 1e-7.
 TOLERANCE = 1e-5
@@ -104,15 +112,15 @@ def _checks(device: torch.device, backend: str) -> list[tuple[str, float]]:
     ids = torch.randint(VOCABULARY, (ROWS,), generator=generator).to(device)
     advantages, upstream = normal(ROWS), normal(ROWS)
 
-    def hybrid(divergence: Divergence) -> float:
+    def hybrid(divergence: str = "reverse_kl", given: Teacher = teacher) -> float:
         def run(module, logits: Tensor, **options) -> Tensor:
             result = module.hybrid_loss(
                 logits,
-                teacher.to(logits.dtype),
+                given,
                 ids,
                 advantages.to(logits.dtype),
                 entropy_weight=0.1,
-                divergence=divergence,
+                divergence=Divergence(divergence),
                 **options,
             )
             return result.loss
@@ -120,11 +128,15 @@ def _checks(device: torch.device, backend: str) -> list[tuple[str, float]]:
         return _gradient_error(run, student, backend)
 
     def terms(module, logits: Tensor, **options) -> Tensor:
-        result = module.token_terms(logits, teacher.to(logits.dtype), ids, **options)
+        result = module.token_terms(logits, teacher, ids, **options)
         weights = upstream.to(logits.dtype)
         return (weights * (result.divergence + result.log_prob - result.entropy)).sum()
 
-    found = [(f"hybrid_loss {name}", hybrid(Divergence(name))) for name in available_divergences()]
+    found = [(f"hybrid_loss {name}", hybrid(name)) for name in available_divergences()]
+    known = TopK.from_logits(teacher, 32, token_ids=ids)
+    found.append(("hybrid_loss reverse_kl, top-32", hybrid(given=known)))
+    mixture = Mixture([(1.0, teacher), (0.5, teacher.flip(0))])
+    found.append(("hybrid_loss reverse_kl, 2 teachers", hybrid(given=mixture)))
     found.append(("token_terms reverse_kl", _gradient_error(terms, student, backend)))
     return found
 

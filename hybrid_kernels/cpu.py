@@ -21,8 +21,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hybrid_kernels import cpu_topk
-from hybrid_kernels.cpu_forms import FORMS, row_dot
+from hybrid_kernels.cpu_forms import FORMS, row_dot, weighted
+from hybrid_kernels.cpu_topk import Supports
 from hybrid_kernels.rows import (
     FIELDS,
     LOWEST,
@@ -41,8 +41,11 @@ HUGE_PAGE = 2 << 20  # bytes
 
 
 def row_statistics(rows: Rows, statistics: Tensor) -> None:
-    for block in _blocks(rows, statistics):
+    supports = None if rows.support is None else Supports(rows)
+    for block in _blocks(rows, statistics, supports=supports):
         block.measure()
+    if supports is not None:
+        supports.compare(statistics)
 
 
 def row_gradient(
@@ -56,9 +59,25 @@ def hybrid_rows(
     rows: Rows, statistics: Tensor, coefficients: Coefficients, gradient: Tensor
 ) -> None:
     _prefer_huge_pages(gradient)
-    for block in _blocks(rows, statistics, coefficients, gradient):
+    # Every logit gradient has the factor 1/T.
+    columns = (None if c is None else (c / rows.temperature)[:, None] for c in coefficients)
+    coefficients = Coefficients(*columns)
+    if rows.total == 0:
+        return
+    if rows.support is None:
+        for block in _blocks(rows, statistics, coefficients, gradient):
+            block.measure()
+            block.write_gradient()
+        return
+    # All supports are compared at once: many small tensors for each block would take longer than
+    # to read the logits again.
+    supports = Supports(rows)
+    for block in _blocks(rows, statistics, supports=supports):
         block.measure()
-        block.write_gradient()
+    supports.compare(statistics)
+    coefficients = supports.finish(statistics, coefficients)
+    for block in _blocks(rows, statistics, coefficients, gradient, supports):
+        block.write_support_gradient()
 
 
 def scale_rows(gradient: Tensor, factor: Tensor) -> None:
@@ -97,6 +116,7 @@ def _blocks(
     statistics: Tensor,
     coefficients: Coefficients | None = None,
     gradient: Tensor | None = None,
+    supports: Supports | None = None,
 ) -> Iterator["_Block"]:
     """Blocks of consecutive rows, with the masked rows cleared.
 
@@ -109,10 +129,6 @@ def _blocks(
     count = 5 if len(rows.teachers) > 1 and rows.support is None else 4
     shape = (count, step, size)
     buffers = torch.empty(shape, dtype=torch.float32, device=rows.student.device).unbind()
-    if coefficients is not None:
-        # Every logit gradient has the factor 1/T.
-        columns = (None if c is None else (c / rows.temperature)[:, None] for c in coefficients)
-        coefficients = Coefficients(*columns)
     for o in range(outer):
         runs = [(0, inner)]
         valid = None if rows.valid is None else rows.valid[o * inner : (o + 1) * inner]
@@ -124,7 +140,8 @@ def _blocks(
         for first, last in runs:
             for start in range(first, last, step):
                 stop = min(start + step, last)
-                yield _Block(rows, statistics, coefficients, gradient, buffers, o, start, stop)
+                block = (coefficients, gradient, buffers, supports, o, start, stop)
+                yield _Block(rows, statistics, *block)
                 if valid is not None and not on_cpu:
                     hidden = ~valid[start:stop]
                     statistics[:, o * inner + start : o * inner + stop].masked_fill_(hidden, 0.0)
@@ -154,6 +171,7 @@ class _Block:
         coefficients: Coefficients | None,
         gradient: Tensor | None,
         buffers: tuple[Tensor, ...],
+        supports: Supports | None,
         outer: int,
         start: int,
         stop: int,
@@ -189,7 +207,7 @@ class _Block:
         self.inv_t = 1.0 / rows.temperature
         self.dropped: Tensor | None = None
         self.form = FORMS[rows.divergence]
-        self.compared: cpu_topk.Comparison | None = None
+        self.supports = supports
         self.slope_factor: Tensor | None = None
         self.columns: dict[int, Tensor] = {}
 
@@ -223,46 +241,20 @@ class _Block:
             if not self.on_cpu:
                 log_prob.masked_fill_(self.outside, torch.nan)
             columns[FIELDS.log_prob] = log_prob
-        if self.rows.support is not None:
-            self._compare_support(total)
+        if self.supports is not None:
+            self._gather_support(self.supports)
         for member in range(len(self.teachers)):
             self._compare(member, guarded)
         return torch.cat(tuple(columns.values()), 1)
 
-    def _compare_support(self, total: Tensor) -> None:
-        """The divergence on a top-K support, of p that sum to `total`. Leaves p 0 there."""
-        support, columns = self.rows.support, self.columns
-        assert support is not None
-        ids = support.ids[self.range].long()
-        kept = cpu_topk.first_of_each(ids) & (ids < self.x.shape[1])
-        index = torch.where(kept, ids, 0)
-        on_support = torch.where(kept, self.p.gather(1, index), 0.0)
+    def _gather_support(self, supports: Supports) -> None:
+        """Notes z - max z on a top-K support, and what is outside. Leaves p 0 on it."""
+        index, kept = supports.index[self.range], supports.kept[self.range]
+        supports.x[self.range] = self.x.gather(1, index)
         # Taken away from themselves they leave an exact 0, and what is not kept leaves all alone.
-        self.p.scatter_add_(1, index, on_support.neg())
-        compared = self.compared = cpu_topk.compare(
-            self.rows,
-            self.range,
-            self.x.gather(1, index),
-            columns[FIELDS.student_lse],
-            self.p.sum(-1, keepdim=True),
-            kept,
-            None if self.ids is None else self.ids,
-            columns[FIELDS.log_prob] if self.ids is not None else None,
-        )
-        self.support_index, self.kept = index, kept
-        self.support_p = on_support / total
-        divergence = compared.divergence
-        if not self.on_cpu:
-            # (On the CPU such ids were an error before.)
-            outside = ((ids < -1) | (ids >= self.x.shape[1])).any(-1, keepdim=True)
-            divergence = divergence.masked_fill(outside, torch.nan)
-        columns[FIELDS.divergence] = divergence
-        columns[FIELDS.student_mass] = compared.student_mass
-        columns[FIELDS.teacher_mass] = compared.teacher_mass
-        if compared.teacher_log_prob is not None:
-            columns[FIELDS.teacher_log_prob] = compared.teacher_log_prob
-        if compared.correction is not None:
-            columns[FIELDS.tail_correction] = compared.correction
+        on_support = torch.where(kept, self.p.gather(1, index), 0.0)
+        self.p.scatter_add_(1, index, on_support.neg_())
+        supports.outside[self.range] = self.p.sum(-1, keepdim=True)
 
     def _compare(self, member: int, guarded: bool) -> None:
         """A teacher's statistics, its share of the divergence and the sum of its slopes."""
@@ -393,9 +385,8 @@ class _Block:
         c_div, c_logp, c_ent = (self._own(c) for c in self.coefficients)
         p, inner, form, columns = self.p, self.log_ratio, self.form, self.columns
         factor = 1.0 if self.p_factor is None else self.p_factor
-        compared = self.compared
         # One teacher's slopes are still in the buffers.
-        alone = c_div is not None and self.pull is None and compared is None
+        alone = c_div is not None and self.pull is None
         constant = 0.0
         if c_div is not None and alone:
             slope_sum = columns[STUDENT_FIELDS + MEMBER.slope_sum]
@@ -414,11 +405,6 @@ class _Block:
             inner.mul_(c_div * factor)
         else:
             inner.zero_()
-        if c_div is not None and compared is not None:
-            if compared.correction is not None:
-                own = _weighted(c_div, compared.correction)
-                c_logp = own if c_logp is None else c_logp + own
-            constant = constant + _weighted(c_div, compared.tail_pull)
         if c_logp is not None:
             constant = constant - c_logp
         if c_ent is not None:
@@ -430,40 +416,37 @@ class _Block:
         if c_div is not None and alone and form.has_h:
             out.sub_(self.q.mul_(c_div))
         if c_div is not None and self.pull is not None:
-            out.add_(_weighted(c_div, self.pull))
-        if compared is not None:
-            self._add_support(out, compared, c_div, c_logp, c_ent)
+            out.add_(weighted(c_div, self.pull))
         if c_logp is not None and self.ids is not None:
             out.scatter_add_(1, self.ids, c_logp.expand_as(self.ids))
         if out is not self.gradient:
             self.gradient.copy_(out)
 
-    def _add_support(
-        self,
-        out: Tensor,
-        compared: cpu_topk.Comparison,
-        c_div: Tensor | None,
-        c_logp: Tensor | None,
-        c_ent: Tensor | None,
-    ) -> None:
-        """The gradient of a top-K support, where p was 0 so far."""
-        assert isinstance(self.support_p, Tensor)
-        inner = torch.zeros_like(self.support_p)
-        if c_logp is not None:
-            inner -= c_logp
-        if c_ent is not None:
-            entropy = self.columns[FIELDS.entropy]
-            log_p = torch.where(self.support_p > 0, self.support_p, 1.0).log()
-            inner -= c_ent * (log_p + entropy)
-        gradient = self.support_p * inner
-        if c_div is not None:
-            gradient += _weighted(c_div, compared.pull)
-        out.scatter_add_(1, self.support_index, torch.where(self.kept, gradient, 0.0))
+    def write_support_gradient(self) -> None:
+        """As `write_gradient`, where a multiple of p is all that the divergence adds outside the
+        support, and what it adds on it is known."""
+        assert self.gradient is not None
+        assert self.coefficients is not None
+        assert self.supports is not None
+        supports = self.supports
+        _, c_logp, c_ent = (self._own(c) for c in self.coefficients)
+        constant = supports.constant[self.range]
+        lse = self.statistics[FIELDS.student_lse][:, None]
+        x, out = self.x, self.gradient if self.gradient.dtype == torch.float32 else self.p
+        torch.sub(self.student, self.statistics[FIELDS.student_max][:, None], out=x)
+        torch.exp(self._over_t(x), out=out)
+        # exp(-lse) normalises p.
+        factor = torch.exp(-lse)
+        if c_ent is None:
+            out.mul_(constant * factor)
+        else:
+            inner = x.clamp_(min=LOWEST).mul_(c_ent * factor * -self.inv_t).add_(constant * factor)
+            out.mul_(inner)
+        supports.write(out, self.range)
+        if c_logp is not None and self.ids is not None:
+            out.scatter_add_(1, self.ids, c_logp.expand_as(self.ids))
+        if out is not self.gradient:
+            self.gradient.copy_(out)
 
     def _own(self, column: Tensor | None) -> Tensor | None:
         return column if column is None or column.shape[0] == 1 else column[self.range]
-
-
-def _weighted(weight: Tensor, value: Tensor) -> Tensor:
-    """weight * value; a weight of 0 leaves nothing of an infinity."""
-    return torch.where(weight == 0, 0.0, weight * value)

@@ -44,6 +44,11 @@ class Form(NamedTuple):
     outer: Callable[[Tensor, float], tuple[Tensor, Tensor]] | None = None
 
 
+def weighted(weight: Tensor, value: Tensor) -> Tensor:
+    """weight * value; a weight of 0 leaves nothing of an infinity."""
+    return torch.where(weight == 0, 0.0, weight * value)
+
+
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
     # torch.dot would be faster on one row, and less exact: it adds a whole row up in one pass.
     return torch.linalg.vecdot(a, b)[:, None]

@@ -10,13 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybrid_kernels.cpu_forms import FORMS, Form
-from hybrid_kernels.rows import LOWEST, SMALL_DIVERGENCE, Rows
+from hybrid_kernels.cpu_forms import FORMS, Form, weighted
+from hybrid_kernels.rows import FIELDS, LOWEST, SMALL_DIVERGENCE, Coefficients, Rows
 
 # A tail of less counts as empty: the next smaller numbers have no reciprocal.
 SMALLEST = 2.0**-125
 # The mass of a teacher's tail that the rounding of its log-probabilities hides.
 UNRESOLVED = 2.0**-24
+
+
+# Rows that are compared at once.
+_ROWS = 256
 
 
 class Comparison(NamedTuple):
@@ -39,6 +43,93 @@ class Comparison(NamedTuple):
     teacher_mass: Tensor
     pull: Tensor
     tail_pull: Tensor
+
+
+class Supports:
+    """The supports of all rows: what sweeps over the vocabulary tell of them, and what follows.
+
+    Attributes:
+        kept: `[N, K]` bool, the ids that count.
+        index: `[N, K]` int64, those ids; 0 where none counts.
+        x: `[N, K]`, z - max z on the support.
+        outside: `[N, 1]`, sum exp((z - max z)/T) outside.
+        constant: `[N, 1]`, the gradient outside the support over p, less the entropy's own term.
+        gradient: `[N, K]`, the gradient on the support, less 1[v = y].
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        assert rows.support is not None
+        ids, size = rows.support.ids.long(), rows.student.shape[-1]
+        self.rows = rows
+        self.impossible = (ids < -1) | (ids >= size)
+        self.kept = first_of_each(ids) & ~self.impossible
+        self.index = torch.where(self.kept, ids, 0)
+        self.x = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+        self.outside = torch.zeros((len(ids), 1), dtype=torch.float32, device=ids.device)
+        self.compared: list[Comparison] = []
+
+    def compare(self, statistics: Tensor) -> None:
+        """Fills the fields that depend on the teachers."""
+        for start in range(0, self.rows.total, _ROWS):
+            span = slice(start, start + _ROWS)
+            own, ids = statistics[:, span], self.rows.token_ids
+            compared = compare(
+                self.rows,
+                span,
+                self.x[span],
+                own[FIELDS.student_lse][:, None],
+                self.outside[span],
+                self.kept[span],
+                None if ids is None else ids[span, None],
+                None if ids is None else own[FIELDS.log_prob][:, None],
+            )
+            self.compared.append(compared)
+            # (On the CPU such ids were an error before.)
+            impossible = self.impossible[span].any(-1, keepdim=True)
+            own[FIELDS.divergence] = compared.divergence.masked_fill(impossible, torch.nan)[:, 0]
+            own[FIELDS.student_mass] = compared.student_mass[:, 0]
+            own[FIELDS.teacher_mass] = compared.teacher_mass[:, 0]
+            if compared.teacher_log_prob is not None:
+                own[FIELDS.teacher_log_prob] = compared.teacher_log_prob[:, 0]
+            if compared.correction is not None:
+                own[FIELDS.tail_correction] = compared.correction[:, 0]
+        if self.rows.valid is not None:
+            statistics.masked_fill_(~self.rows.valid, 0.0)
+
+    def finish(self, statistics: Tensor, coefficients: Coefficients) -> Coefficients:
+        """Fills `constant` and `gradient`; returns the coefficients with the correction in them."""
+        c_div, c_logp, c_ent = coefficients
+        lse, entropy = statistics[FIELDS.student_lse][:, None], statistics[FIELDS.entropy][:, None]
+        constant = torch.zeros_like(lse)
+        log_p = torch.where(self.x > LOWEST, self.x / self.rows.temperature - lse, LOWEST)
+        if c_div is not None and self.rows.corrects_tail:
+            own = weighted(c_div, statistics[FIELDS.tail_correction][:, None])
+            c_logp = own if c_logp is None else c_logp + own
+        inner = torch.zeros_like(self.x)
+        if c_logp is not None:
+            constant = constant - c_logp
+            inner = inner - c_logp
+        if c_ent is not None:
+            constant = constant + c_ent * (lse - entropy)
+            inner = inner - c_ent * (log_p + entropy)
+        self.gradient = log_p.exp() * inner
+        if c_div is not None:
+            pull = torch.cat([part.pull for part in self.compared])
+            tail_pull = torch.cat([part.tail_pull for part in self.compared])
+            self.gradient += weighted(c_div, pull)
+            constant = constant + weighted(c_div, tail_pull)
+        self.constant = constant
+        return Coefficients(c_div, c_logp, c_ent)
+
+    def write(self, out: Tensor, span: slice) -> None:
+        """Writes the gradient on the support of some rows `[r, V]` over what is there."""
+        kept, index, gradient = self.kept[span], self.index[span], self.gradient[span]
+        # What is dropped writes the same as one that is kept; where nothing is, all as it was.
+        first = kept.to(torch.int8).argmax(-1, keepdim=True)
+        some = kept.gather(1, first)
+        index = torch.where(kept, index, index.gather(1, first))
+        instead = torch.where(some, gradient.gather(1, first), out[:, :1])
+        out.scatter_(1, index, torch.where(kept, gradient, instead))
 
 
 def first_of_each(ids: Tensor) -> Tensor:

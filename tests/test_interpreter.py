@@ -15,7 +15,12 @@ TESTS = Path(__file__).parent
 
 
 # In processes of their own, which run side by side under xdist. The last takes what is not named.
-PARTS = {"forms": ["test_forms.py"], "edges": ["test_edges.py", "test_precision.py"], "others": []}
+PARTS = {
+    "forms": ["test_forms.py"],
+    "edges": ["test_edges.py", "test_precision.py"],
+    "teachers": ["test_teachers.py"],
+    "others": [],
+}
 
 
 def files_of(part):
@@ -37,7 +42,7 @@ def test_the_kernels_pass_in_the_interpreter(part):
         cwd=TESTS.parent,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1500,
     )
     print(run.stdout, run.stderr)
     assert run.returncode == 0, "see the output below"

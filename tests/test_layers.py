@@ -48,7 +48,7 @@ ALLOWED = {
     "api": {"types", "rows", "validate", "ops", "kernels.config"},
     "": {"types", "returns", "api"},
     "tune": {"", "kernels.config"},
-    "__main__": {"", "rows", "reference", "api", "tune", "kernels.config", "kernels.rows"},
+    "__main__": {"", "types", "rows", "reference", "api", "tune", "kernels.config", "kernels.rows"},
 }
 
 

@@ -106,6 +106,19 @@ def test_inplace(kind, backend, device):
     assert_matches_reference(case_of(kind, 2, device=device), backend, tail=tail, inplace=True)
 
 
+@pytest.mark.parametrize("kind", ["full", "bucket"])
+def test_no_rows(kind, backend, device):
+    logits = torch.zeros(0, 3, 20, device=device, requires_grad=True)
+    ids = torch.zeros(0, 3, 4, dtype=torch.long, device=device)
+    teacher = logits.detach()
+    if kind == "bucket":
+        teacher = TopK(ids, torch.zeros(0, 3, 4, device=device))
+    result = hybrid_loss(logits, Mixture([(1.0, teacher), (1.0, teacher)]), backend=backend)
+    result.loss.backward()
+    assert result.loss == 0
+    assert result.divergence.shape == (0, 3)
+
+
 def test_a_support_without_advantages_or_tokens(backend, device):
     case = case_of("bucket", 1, device=device)
     assert_matches_reference(case, backend, advantages=None)
