@@ -72,6 +72,8 @@ def hybrid_rows(
     # All supports are compared at once: many small tensors for each block would take longer than
     # to read the logits again.
     supports = Supports(rows)
+    if gradient.dtype == torch.float32 and gradient.data_ptr() != rows.student.data_ptr():
+        supports.exponentials = gradient  # which spares the second exp
     for block in _blocks(rows, statistics, supports=supports):
         block.measure()
     supports.compare(statistics)
@@ -197,6 +199,8 @@ class _Block:
             buffers = tuple(buffer[:count] for buffer in buffers)
         self.x, self.log_ratio, self.p, self.q = buffers[:4]
         self.pull = buffers[4] if len(buffers) > 4 else None
+        if supports is not None and supports.exponentials is not None:
+            self.p = supports.exponentials[outer, start:stop]
         self.p_factor: Tensor | None = None
         self.q_factor: Tensor | None = None
         keeps_x = rows.teacher_floor is not None or len(self.teachers) > 1
@@ -432,9 +436,11 @@ class _Block:
         _, c_logp, c_ent = (self._own(c) for c in self.coefficients)
         constant = supports.constant[self.range]
         lse = self.statistics[FIELDS.student_lse][:, None]
-        x, out = self.x, self.gradient if self.gradient.dtype == torch.float32 else self.p
-        torch.sub(self.student, self.statistics[FIELDS.student_max][:, None], out=x)
-        torch.exp(self._over_t(x), out=out)
+        x, out = self.x, self.p
+        if supports.exponentials is None or c_ent is not None:
+            torch.sub(self.student, self.statistics[FIELDS.student_max][:, None], out=x)
+        if supports.exponentials is None:
+            torch.exp(self._over_t(x), out=out)
         # exp(-lse) normalises p.
         factor = torch.exp(-lse)
         if c_ent is None:

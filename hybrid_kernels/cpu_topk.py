@@ -55,6 +55,7 @@ class Supports:
         outside: `[N, 1]`, sum exp((z - max z)/T) outside.
         constant: `[N, 1]`, the gradient outside the support over p, less the entropy's own term.
         gradient: `[N, K]`, the gradient on the support, less 1[v = y].
+        exponentials: `[O, I, V]`, where exp((z - max z)/T) is to be kept; None where nowhere.
     """
 
     def __init__(self, rows: Rows) -> None:
@@ -67,6 +68,7 @@ class Supports:
         self.x = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
         self.outside = torch.zeros((len(ids), 1), dtype=torch.float32, device=ids.device)
         self.compared: list[Comparison] = []
+        self.exponentials: Tensor | None = None
 
     def compare(self, statistics: Tensor) -> None:
         """Fills the fields that depend on the teachers."""
