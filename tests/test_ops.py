@@ -7,7 +7,7 @@ import torch
 
 import cases
 from cases import DIVERGENCES, divergence_id
-from hybrid_kernels import Divergence, TopK, hybrid_loss, ops, token_terms
+from hybrid_kernels import Divergence, Mixture, TopK, hybrid_loss, ops, token_terms
 
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
 
@@ -204,3 +204,30 @@ def test_gradients_are_checked_by_autograd_itself(backend, device):
         with torch.no_grad():
             slope = (compute(leaf + shift, *others) - compute(leaf - shift, *others)) / (2 * step)
         torch.testing.assert_close(slope, leaf.grad[row, entry], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["top-k", "mixture", "mixture of top-k", "given"])
+def test_compiled_with_other_teachers(kind, native, backend, device, fresh_compiler):
+    """Teachers that are made inside the compiled function, and one that is passed in."""
+    case = cases.make(128, (2, 5), device=device)
+    ids = case.teacher.topk(9).indices
+    log_probs = case.teacher.log_softmax(-1).gather(-1, ids)
+    known = TopK(ids, log_probs, torch.full_like(case.advantages, -9.0))
+
+    def teacher_of(logits):
+        return {
+            "top-k": lambda: TopK(ids, log_probs, known.token_log_prob),
+            "mixture": lambda: Mixture([(1.0, logits), (0.5, logits.flip(-1))]),
+            "mixture of top-k": lambda: Mixture(
+                [(1.0, TopK(ids, log_probs)), (0.5, TopK(ids, log_probs - 1))]
+            ),
+            "given": lambda: known,
+        }[kind]()
+
+    def compute(logits, teacher, token_ids, advantages):
+        given = teacher_of(teacher)
+        terms = token_terms(logits, given, token_ids, backend=backend)
+        result = hybrid_loss(logits, given, token_ids, advantages, backend=backend)
+        return result.loss + (terms.divergence * advantages).sum()
+
+    assert_compiles(case, compute, (case.teacher, case.token_ids, case.advantages))
