@@ -100,6 +100,15 @@ def _skew_forward_kl(p: Tensor, q: Tensor, log_ratio: Tensor, a: float) -> tuple
 
 def _alpha(p: Tensor, q: Tensor, log_ratio: Tensor, a: float) -> tuple[Tensor, Tensor]:
     """Terms (a p + (1-a) q - p^a q^(1-a)) / (a (1-a)): positive, and right where p is near q."""
+    if log_ratio.device.type == "cpu":
+        furthest = float(log_ratio.abs().max()) if log_ratio.numel() else 0.0
+        if furthest * max(1.0, abs(a - 1)) < 60:
+            # Nothing can overflow: no entry has to be told from others.
+            weight = torch.expm1(-log_ratio).mul_(1 - a)
+            g = torch.expm1(log_ratio.mul_(a - 1), out=log_ratio)
+            value = row_dot(p, weight.sub_(g)).div_(a * (1 - a))
+            q.zero_()
+            return value, row_dot(p, g.div_(a - 1))
     exponent = (a - 1) * log_ratio
     near = torch.maximum(exponent.abs(), log_ratio.abs()) < 0.5
     # p^a q^(1-a), from the side on which the exponential of 0 < a < 1 is at most 1.
