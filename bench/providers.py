@@ -109,6 +109,13 @@ def ours_top_k(problem: Problem) -> Run:
     return ours(problem)
 
 
+def select(problem: Problem) -> Run:
+    """What a support of the student's best entries costs before the loss."""
+    assert problem.known is not None
+    size = problem.known.ids.shape[-1]
+    return lambda: problem.student.detach().topk(size).indices
+
+
 def ours_two_teachers(problem: Problem) -> Run:
     """`hybrid_loss` from two teachers, whose logits are never averaged in memory."""
     mixture = Mixture([(1.0, problem.teacher), (0.5, problem.teacher.flip(0))])
@@ -308,6 +315,7 @@ PROVIDERS: dict[str, Provider] = {
         ours_statistics, op="token_terms, no gradient", moved=2, is_gradient=False
     ),
     "hybrid_kernels, top-K": Provider(ours_top_k, moved=2),
+    "torch.topk": Provider(select, op="support selection", moved=1, is_gradient=False),
     "hybrid_kernels, two teachers": Provider(ours_two_teachers, moved=4, is_gradient=False),
     "torch eager, top-K": Provider(eager_top_k, divergences=("reverse_kl",)),
     "torch.compile, top-K": Provider(compiled_top_k, divergences=("reverse_kl",)),

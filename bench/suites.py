@@ -17,7 +17,7 @@ TWO_LAUNCHES = (
 TORCH = ("torch eager", "torch.compile")
 SUPPORTS = (32, 128, 512, 1024)
 TOP_K = "hybrid_kernels, top-K"
-TOP_K_TORCH = ("torch eager, top-K", "torch.compile, top-K")
+TOP_K_TORCH = ("torch eager, top-K", "torch.compile, top-K", "torch.topk")
 TWO_TEACHERS = ("hybrid_kernels, two teachers", "torch eager, two teachers")
 PEERS = ("speculators 0.9.0", "Liger 0.8.5")
 
