@@ -1,10 +1,12 @@
 """What only a GPU can show. The tests that take a backend run there too: `pytest -m gpu`."""
 
+import itertools
+
 import pytest
 import torch
 
 import cases
-from hybrid_kernels import hybrid_loss, token_terms
+from hybrid_kernels import Divergence, Mixture, TopK, hybrid_loss, token_terms
 from hybrid_kernels.kernels import config
 from hybrid_kernels.kernels import rows as launchers
 from tolerance import assert_matches_reference
@@ -50,6 +52,9 @@ def test_nothing_waits_for_the_device():
         ).loss
         loss.backward(upstream)
         token_terms(leaf, case.teacher, case.token_ids, mask=case.mask).entropy.sum().backward()
+        for support in (None, "union"):
+            teacher = cases.with_teachers(case, 2, support).given
+            hybrid_loss(leaf, teacher, case.token_ids, mask=case.mask, num_tokens=count)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     # A wait would have raised above; what was not waited for must still be right.
@@ -60,15 +65,20 @@ def test_nothing_waits_for_the_device():
 # -- programs that meet ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("divergence", cases.DIVERGENCES, ids=cases.divergence_id)
-@pytest.mark.parametrize("vocabulary", VOCABULARIES)
-@pytest.mark.parametrize("rows", [50])
-def test_both_forms_agree(rows, vocabulary, divergence, monkeypatch):
-    student, teacher = logits(rows, vocabulary)
+KINDS = [Divergence(name) for name in ("reverse_kl", "forward_kl", "jeffreys", "jsd")]
+AT_SIZES = [
+    *itertools.product(VOCABULARIES, KINDS),
+    *((151_936, d) for d in cases.DIVERGENCES if d.name not in {k.name for k in KINDS}),
+]
+
+
+@pytest.mark.parametrize(("vocabulary", "divergence"), AT_SIZES)
+def test_both_forms_agree(vocabulary, divergence, monkeypatch):
+    student, teacher = logits(50, vocabulary)
     options = {"divergence": divergence, "reduction": "none"}
     resident = gradient(student, teacher, **options)
     values = hybrid_loss(student, teacher, **options).loss
-    monkeypatch.setattr(config, "resident", lambda *args: None)
+    monkeypatch.setattr(config, "resident", lambda *args, **others: None)
     swept = gradient(student, teacher, **options)
     torch.testing.assert_close(resident, swept, rtol=1e-2, atol=1e-6)
     # (Of the statistics alone, which are always swept.)
@@ -179,6 +189,31 @@ def test_which_form_runs():
     launch = launchers.form(rows)
     assert isinstance(launch, config.Resident)
     assert launch.splits > 1
+
+
+@pytest.mark.parametrize("vocabulary", [50_257, 151_936])
+@pytest.mark.parametrize("kind", ["32", "128", "1024", "two", "three", "two of 128"])
+def test_other_teachers_at_full_size(kind, vocabulary, monkeypatch):
+    """Both forms, and the torch backend."""
+    student, teacher = logits(40, vocabulary)
+    others = [teacher, teacher.flip(-1), teacher.roll(7, -1)]
+    ids = torch.randint(vocabulary, (40,), device="cuda")
+    if kind in ("two", "three"):
+        members = others[: 2 if kind == "two" else 3]
+        given = Mixture([(1.0 + i, w) for i, w in enumerate(members)])
+    else:
+        size = int(kind.split()[-1])
+        support = teacher.topk(size).indices
+        known = [TopK.from_logits(w, ids=support, token_ids=ids) for w in others[:2]]
+        known = [TopK(support, k.log_probs, k.token_log_prob) for k in known]
+        given = Mixture([(1.0, known[0]), (0.5, known[1])]) if "two" in kind else known[0]
+    options = {"token_ids": ids, "advantages": torch.randn(40, device="cuda"), "reduction": "sum"}
+    resident = gradient(student, given, **options)
+    torch.testing.assert_close(
+        resident, gradient(student, given, backend="torch", **options), rtol=1e-2, atol=1e-6
+    )
+    monkeypatch.setattr(config, "resident", lambda *args, **others: None)
+    torch.testing.assert_close(resident, gradient(student, given, **options), rtol=1e-2, atol=1e-6)
 
 
 # -- sizes ---------------------------------------------------------------------------------------
