@@ -45,6 +45,7 @@ def test_nothing_waits_for_the_device():
     case.hybrid_loss(num_tokens=count)
     leaf = case.student.clone().requires_grad_()
     upstream = torch.full((), 1.7, device="cuda")
+    others = [cases.with_teachers(case, 2, support).given for support in (None, "union")]
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss = hybrid_loss(
@@ -52,8 +53,7 @@ def test_nothing_waits_for_the_device():
         ).loss
         loss.backward(upstream)
         token_terms(leaf, case.teacher, case.token_ids, mask=case.mask).entropy.sum().backward()
-        for support in (None, "union"):
-            teacher = cases.with_teachers(case, 2, support).given
+        for teacher in others:
             hybrid_loss(leaf, teacher, case.token_ids, mask=case.mask, num_tokens=count)
     finally:
         torch.cuda.set_sync_debug_mode("default")
