@@ -165,7 +165,7 @@ def all_sums(
         if MEMBERS > 0:
             ws = wss[i]
         own = tile_sums(
-            zs, ws, constants, CHUNKS, MEMBERS > 0 and not TOPK, TOPK, DIVERGENCE, GUARDED
+            zs, ws, constants, CHUNKS, 0 if TOPK else MEMBERS, TOPK, DIVERGENCE, GUARDED
         )
         found = found + (own,)
     return found
@@ -177,12 +177,13 @@ def tile_sums(
     ws,
     constants,
     CHUNKS: tl.constexpr,
-    HAS_TEACHER: tl.constexpr,
+    TEACHERS: tl.constexpr,
     TOPK: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     GUARDED: tl.constexpr = True,
 ):
     """The sums of one tile, given as tuples of CHUNKS parts, for one member."""
+    HAS_TEACHER: tl.constexpr = TEACHERS > 0
     zero = tl.full((), 0.0, tl.float32)
     top = zs[0].to(tl.float32)
     for i in tl.static_range(1, CHUNKS):
@@ -191,7 +192,12 @@ def tile_sums(
         teacher_top = ws[0].to(tl.float32)
         for i in tl.static_range(1, CHUNKS):
             teacher_top = tl.maximum(teacher_top, ws[i].to(tl.float32))
-        student_max, teacher_max = max_2(top, teacher_top)
+        if TEACHERS > 1:
+            # Apart, the student's is the same operation for all of them, and done once.
+            student_max = tl.max(top, 0)
+            teacher_max = tl.max(teacher_top, 0)
+        else:
+            student_max, teacher_max = max_2(top, teacher_top)
         teacher_max = tl.maximum(teacher_max, START)
     else:
         student_max = tl.max(top, 0)

@@ -67,8 +67,8 @@ def held(rows: Rows) -> int:
     costly = rows.divergence in ("alpha", "renyi")
     if rows.support is not None:
         return 2 if costly or rows.support.ids.shape[-1] > SMALL_SUPPORT else 1
-    several = len(rows.teachers) > 1
-    return (len(rows.logits) + several) * (2 if costly else 1)
+    several = len(rows.logits) if len(rows.teachers) < 2 else max(4, len(rows.logits))
+    return several * (2 if costly else 1)
 
 
 def scale_rows(gradient: Tensor, factor: Tensor) -> None:
