@@ -204,6 +204,7 @@ class _Block:
         self.p_factor: Tensor | None = None
         self.q_factor: Tensor | None = None
         keeps_x = rows.teacher_floor is not None or len(self.teachers) > 1
+        keeps_x = keeps_x or FORMS[rows.divergence].tilted is not None
         keeps_x = keeps_x or (coefficients and coefficients.entropy is not None)
         if not keeps_x:
             self.q = self.x  # one buffer less in cache
@@ -212,7 +213,6 @@ class _Block:
         self.dropped: Tensor | None = None
         self.form = FORMS[rows.divergence]
         self.supports = supports
-        self.slope_factor: Tensor | None = None
         self.columns: dict[int, Tensor] = {}
 
     def measure(self) -> None:
@@ -293,21 +293,20 @@ class _Block:
             log_ratio.masked_fill_(self.dropped, LOWEST)
             if not form.diverges:
                 log_ratio.clamp_(max=-LOWEST)
-        value, slope_sum = form.sums(p, q, log_ratio, self.rows.parameter)
+        log_p = self._over_t(self.x) - student_lse if form.tilted is not None else p
+        value, slope_sum = form.compare(p, q, log_ratio, self.rows.parameter, log_p, lost)
         if self.p_factor is not None:
             value = slope_sum = value * self.p_factor
-        if form.lost_share is not None:
-            value = value + form.lost_share(self.rows.parameter) * lost
-        if form.outer is not None:
-            value, self.slope_factor = form.outer(value, self.rows.parameter)
-            columns[first + MEMBER.slope_factor] = self.slope_factor
-        if guarded and form.diverges:
-            # 0 * inf where p underflows: with both normalisers sound, a NaN can mean only that the
-            # teacher forbids what the student may still say.
+        if guarded:
             sound = student_lse.isfinite() & teacher_lse.isfinite()
-            infinite = (value.isnan() & sound) | (value == torch.inf)
-            value = torch.where(infinite, torch.inf, value)
-            slope_sum = torch.where(infinite, torch.inf, slope_sum)
+            if form.diverges:
+                # 0 * inf where p underflows: with both normalisers sound, a NaN can mean only that
+                # the teacher forbids what the student may still say.
+                infinite = (value.isnan() & sound) | (value == torch.inf)
+                value = torch.where(infinite, torch.inf, value)
+                slope_sum = torch.where(infinite, torch.inf, slope_sum)
+            # Comparisons lose sight of a NaN.
+            value, slope_sum = (torch.where(sound, x, torch.nan) for x in (value, slope_sum))
         columns[first + MEMBER.slope_sum] = slope_sum
         if form.small_value is not None:
             small = value < SMALL_DIVERGENCE
@@ -325,9 +324,7 @@ class _Block:
         """Adds a member's dD/dz: its share of p (g - sum of slopes) - h."""
         if member == 0:
             pull.zero_()
-        weight = torch.full_like(slope_sum, self.rows.shares[member])
-        if self.slope_factor is not None:
-            weight = weight * self.slope_factor
+        weight = self.rows.shares[member]
         g = self.log_ratio if self.form.has_g else self.log_ratio.zero_()
         pull.addcmul_(self.p, g.sub_(slope_sum).mul_(weight))
         if self.form.has_h:
@@ -400,8 +397,6 @@ class _Block:
                 slope_sum = torch.where(unweighted, 0.0, slope_sum)
                 inner.masked_fill_(unweighted, 0.0)
                 self.q.masked_fill_(unweighted, 0.0)
-            if self.slope_factor is not None:
-                c_div = torch.where(c_div == 0, 0.0, c_div * self.slope_factor)
             if self.rows.shares[0] != 1.0:
                 c_div = c_div * self.rows.shares[0]
             constant = constant - c_div * slope_sum

@@ -28,9 +28,8 @@ class Form(NamedTuple):
         diverges: whether a term is infinite where q = 0 < p.
         small_value: (p, q, l) -> `[r, 1]`, the value as a sum of positive terms, right near p = q.
         lost_sign: the sign with which 1 - sum q of the entries that take part enters it.
-        lost_share: parameter -> the factor with which it enters `sums`.
-        outer: (value, parameter) -> the divergence as a function of the sum of its terms, and the
-            derivative of that function.
+        lost_share: parameter -> the factor with which it enters the value of `sums`.
+        tilted: in place of `sums`, (p, q, l, parameter, log p), for Renyi's.
     """
 
     sums: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -41,7 +40,18 @@ class Form(NamedTuple):
     small_value: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     lost_sign: float = 0.0
     lost_share: Callable[[float], float] | None = None
-    outer: Callable[[Tensor, float], tuple[Tensor, Tensor]] | None = None
+    tilted: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+    def compare(
+        self, p: Tensor, q: Tensor, log_ratio: Tensor, a: float, log_p: Tensor, lost: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """As `sums`, with what 1 - sum q of the entries that take part does to the value."""
+        if self.tilted is not None:
+            return self.tilted(p, q, log_ratio, a, log_p)
+        value, slope_sum = self.sums(p, q, log_ratio, a)
+        if self.lost_share is not None:
+            value = value + self.lost_share(a) * lost
+        return value, slope_sum
 
 
 def weighted(weight: Tensor, value: Tensor) -> Tensor:
@@ -94,51 +104,105 @@ def _skew_forward_kl(p: Tensor, q: Tensor, log_ratio: Tensor, a: float) -> tuple
     log_q_over_m = _mixture_log_ratio(log_ratio, a).add_(log_ratio).neg_()
     value = row_dot(q, log_q_over_m)
     g = torch.expm1(log_q_over_m, out=log_ratio).mul_(a - 1)  # -(1-a) q/m, but for 1-a
-    slope_sum = row_dot(p, g)
-    return value + 0.0 * slope_sum, slope_sum  # NaN where p is, which the terms don't read
+    return value, row_dot(p, g)
+
+
+def _alpha_terms(p: Tensor, q: Tensor, log_ratio: Tensor, a: float) -> Tensor:
+    """The sum of a p + (1-a) q - p^a q^(1-a), over a (1-a): of positive terms.
+
+    With x = -|l| a term is c (e^x - 1) - (e^(cx) - 1) times the larger of p and q, where c is a or
+    1-a; near x = 0 less the parts of first order, which cancel.
+    """
+    below = log_ratio < 0
+    c = torch.where(below, a, 1 - a)
+    x = log_ratio.abs().neg_()
+    cx = c * x
+    near = torch.minimum(x, -cx.abs()) > -_NEAR
+    terms = torch.expm1(x).mul_(c).sub_(torch.expm1(cx))
+    if bool(near.any()) if near.device.type == "cpu" else True:
+        x, cx = torch.where(near, x, 0.0), torch.where(near, cx, 0.0)
+        terms = torch.where(near, _square(x).mul_(c).sub_(_square(cx)), terms)
+    base = torch.where(below, q, p)
+    terms = torch.where(base > 0, terms.mul_(base), 0.0)
+    if a > 1:
+        # Where the teacher forbids an entry, however small p, there is no limit.
+        terms.masked_fill_(log_ratio > -LOWEST / 2, -math.inf)
+    return terms.sum(-1, keepdim=True) / (a * (1 - a))
+
+
+# Where the series of `_square` has seven digits.
+_NEAR = 0.05
+
+
+def _square(x: Tensor) -> Tensor:
+    """e^x - 1 - x near 0."""
+    series = x * (1 / 120)
+    for factorial in (24, 6, 2):
+        series.add_(1 / factorial).mul_(x)
+    return series.mul_(x)
+
+
+def _tilted(q: Tensor, exponent: Tensor, whole: Callable[[], Tensor]) -> None:
+    """Leaves g = e^exponent - 1 in `exponent` and h = 0 in q; where g would be a large number, for
+    an entry whose p is next to nothing beside `whole`, -1 and -whole."""
+    plain = exponent.abs() < 30
+    if exponent.device.type == "cpu" and bool(plain.all()):
+        exponent.expm1_()
+        q.zero_()
+        return
+    q.copy_(torch.where(plain, 0.0, whole())).neg_()
+    exponent.copy_(torch.where(plain, torch.where(plain, exponent, 0.0).expm1_(), -1.0))
+
+
+def _geometric(p: Tensor, q: Tensor, log_ratio: Tensor, a: float) -> Tensor:
+    """p^a q^(1-a), from the side on which the exponential of 0 < a < 1 is at most 1."""
+    below = log_ratio < 0
+    base = torch.where(below, q, p)
+    product = base * (torch.where(below, a, a - 1) * log_ratio).exp_()
+    product = torch.where(base > 0, product, 0.0)
+    # Where the teacher forbids an entry, however small p, a limit that no product has.
+    return product.masked_fill_(log_ratio > -LOWEST / 2, math.inf if a > 1 else 0.0)
 
 
 def _alpha(p: Tensor, q: Tensor, log_ratio: Tensor, a: float) -> tuple[Tensor, Tensor]:
-    """Terms (a p + (1-a) q - p^a q^(1-a)) / (a (1-a)): positive, and right where p is near q."""
-    if log_ratio.device.type == "cpu":
-        furthest = float(log_ratio.abs().max()) if log_ratio.numel() else 0.0
-        if furthest * max(1.0, abs(a - 1)) < 60:
-            # Nothing can overflow: no entry has to be told from others.
-            weight = torch.expm1(-log_ratio).mul_(1 - a)
-            g = torch.expm1(log_ratio.mul_(a - 1), out=log_ratio)
-            value = row_dot(p, weight.sub_(g)).div_(a * (1 - a))
-            q.zero_()
-            return value, row_dot(p, g.div_(a - 1))
+    value = _alpha_terms(p, q, log_ratio, a)
+    raw = log_ratio.clone()
+    _tilted(q, log_ratio.mul_(a - 1), lambda: _geometric(p, q, raw, a))
+    log_ratio.div_(a - 1)
+    q.div_(a - 1)
+    return value, row_dot(p, log_ratio) - q.sum(-1, keepdim=True)
+
+
+def _renyi(
+    p: Tensor, q: Tensor, log_ratio: Tensor, a: float, log_p: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log(S)/(a-1), and slopes a/(a-1) (p^a q^(1-a)/S - p), which sum to 0.
+
+    Where S is near 1 it is 1 + sum (p^a q^(1-a) - p), elsewhere a log-sum-exp.
+    """
     exponent = (a - 1) * log_ratio
-    near = torch.maximum(exponent.abs(), log_ratio.abs()) < 0.5
-    # p^a q^(1-a), from the side on which the exponential of 0 < a < 1 is at most 1.
-    below = log_ratio < 0
-    base = torch.where(below, q, p)
-    geometric = base * torch.where(below, a * log_ratio, exponent).exp_()
-    geometric.masked_fill_(base <= 0, 0.0)
-    # Where the teacher forbids an entry, however small p, a limit that no product has.
-    geometric.masked_fill_(log_ratio > -LOWEST / 2, math.inf if a > 1 else 0.0)
-    bounded = torch.where(near, log_ratio, 0.0)
-    series = p * ((1 - a) * _excess(bounded) - _excess((1 - a) * bounded))
-    terms = torch.where(near, series, a * p + (1 - a) * q - geometric)
-    log_ratio.copy_(torch.where(near, exponent.expm1_(), -1.0)).div_(a - 1)
-    q.copy_(torch.where(near, 0.0, geometric)).div_(1 - a)
-    slope_sum = row_dot(p, log_ratio) - q.sum(-1, keepdim=True)
-    return terms.sum(-1, keepdim=True) / (a * (1 - a)), slope_sum
-
-
-def _renyi(alpha_divergence: Tensor, a: float) -> tuple[Tensor, Tensor]:
-    """log(S)/(a-1) of S = 1 - a (1-a) A, and its derivative a/S with respect to A."""
-    change = (a * (a - 1) * alpha_divergence).clamp(min=-1.0)
-    return change.log1p() / (a - 1), a / (1 + change)
+    plain = exponent.abs() < 30
+    tilted = exponent + log_p
+    log_s = tilted.logsumexp(-1, keepdim=True)
+    terms = p * torch.where(plain, exponent, 0.0).expm1_()
+    if not (plain.device.type == "cpu" and bool(plain.all())):
+        terms = torch.where(plain, terms, _geometric(p, q, log_ratio, a) - p)
+    change = terms.sum(-1, keepdim=True)
+    log_s = torch.where(change.abs() < 0.5, change.clamp(-0.5, 0.5).log1p(), log_s)
+    # Where the teacher forbids an entry the log-ratio is a huge number, for infinity.
+    log_s = log_s.masked_fill(log_s > 1e20, math.inf)
+    log_ratio.copy_(exponent).sub_(log_s)
+    _tilted(q, log_ratio, lambda: tilted.sub_(log_s).exp_())
+    log_ratio.mul_(a / (a - 1))
+    q.mul_(a / (a - 1))
+    return log_s / (a - 1), torch.where(log_s == math.inf, math.inf, 0.0)
 
 
 def _tv(p: Tensor, q: Tensor, log_ratio: Tensor, _: float) -> tuple[Tensor, Tensor]:
     near = log_ratio.abs() < 0.5
     terms = torch.where(near, p * torch.where(near, -log_ratio, 0.0).expm1_(), p - q).abs_()
-    value = 0.5 * terms.sum(-1, keepdim=True)
     g = log_ratio.sign_().mul_(0.5)
-    return value, row_dot(p, g) + 0.0 * value  # NaN where l is, of which no sign tells
+    return 0.5 * terms.sum(-1, keepdim=True), row_dot(p, g)
 
 
 def _excess(log_ratio: Tensor) -> Tensor:
@@ -176,6 +240,6 @@ FORMS = {
     "skew_reverse_kl": Form(_skew_reverse_kl),
     "skew_forward_kl": Form(_skew_forward_kl),
     "alpha": Form(_alpha, has_h=True, lost_share=lambda a: 1 / a),
-    "renyi": Form(_alpha, has_h=True, lost_share=lambda a: 1 / a, outer=_renyi),
+    "renyi": Form(_alpha, has_h=True, tilted=_renyi),
     "tv": Form(_tv),
 }

@@ -220,7 +220,9 @@ def compare(
         p = torch.where(part, own.exp(), 0.0)
         q = torch.where(part, their.exp(), 0.0)
         rho = rho + share * log_ratio[:, -1:]
-        one, slope_sum, factor = _sums(form, p, q, raw_q, log_ratio, mass + lse, rows.parameter)
+        log_p_part = torch.where(part, own, -torch.inf)
+        sound = mass + lse
+        one, slope_sum = _sums(form, p, q, raw_q, log_ratio, log_p_part, sound, rows.parameter)
         slopes = p * log_ratio if form.has_g else torch.zeros_like(p)
         if form.has_h:
             slopes = slopes - q
@@ -228,8 +230,8 @@ def compare(
         # Of an empty tail no entry is left to have a slope.
         per_p = torch.where(part[:, -1:], slopes[:, -1:] / p[:, -1:], 0.0)
         value = value + share * one
-        pull = pull + share * factor * slopes[:, :-1]
-        tail_pull = tail_pull + share * factor * per_p
+        pull = pull + share * slopes[:, :-1]
+        tail_pull = tail_pull + share * per_p
         teacher_mass = teacher_mass + share / total * mass
     log_q_token, correction = _token(rows, span, found, log_q_token, token_log_p, rho)
     if tail != "bucket":
@@ -242,16 +244,21 @@ def compare(
 
 
 def _sums(
-    form: Form, p: Tensor, q: Tensor, raw_q: Tensor, log_ratio: Tensor, sound: Tensor, a: float
-) -> tuple[Tensor, Tensor, Tensor | float]:
-    """Value, sum of slopes and the factor of all slopes; leaves g and h as `Form.sums` does."""
+    form: Form,
+    p: Tensor,
+    q: Tensor,
+    raw_q: Tensor,
+    log_ratio: Tensor,
+    log_p: Tensor,
+    sound: Tensor,
+    a: float,
+) -> tuple[Tensor, Tensor]:
+    """Value and sum of slopes; leaves g and h as `Form.sums` does."""
     lost = (raw_q - q).sum(-1, keepdim=True)
     small = None
     if form.small_value is not None:
         small = form.small_value(p, q, log_ratio) + form.lost_sign * lost
-    value, slope_sum = form.sums(p, q, log_ratio, a)
-    if form.lost_share is not None:
-        value = value + form.lost_share(a) * lost
+    value, slope_sum = form.compare(p, q, log_ratio, a, log_p, lost)
     if form.diverges:
         # 0 * inf where p underflows: the teacher forbids what the student may still say.
         infinite = (value.isnan() & sound.isfinite()) | (value == torch.inf)
@@ -259,13 +266,9 @@ def _sums(
         slope_sum = torch.where(infinite, torch.inf, slope_sum)
     if small is not None:
         value = torch.where(value < SMALL_DIVERGENCE, small, value)
-    return (value, slope_sum, 1.0) if form.outer is None else _outer(form, value, slope_sum, a)
-
-
-def _outer(form: Form, value: Tensor, slope_sum: Tensor, a: float) -> tuple[Tensor, Tensor, Tensor]:
-    assert form.outer is not None
-    value, factor = form.outer(value, a)
-    return value, slope_sum, factor
+    # NaN where a side is, of which comparisons may have lost sight.
+    lost_sight = torch.where(sound.isfinite(), 0.0, torch.nan)
+    return value + lost_sight, slope_sum + lost_sight
 
 
 def _token(

@@ -47,7 +47,7 @@ class MemberFields(NamedTuple):
     teacher_max: int = 0  # max_v w_v
     teacher_lse: int = 1  # log sum_v exp((w_v - max w) / T)
     slope_sum: int = 2  # sum_v s_v, with s_v = dt_v/dlog p_v up to a multiple of p_v
-    slope_factor: int = 3  # of all slopes: 1, unless the divergence is a function of the sum of t
+    log_s: int = 3  # log sum_v p_v^a q_v^(1-a), for Renyi's divergence
     tail_slope: int = 4  # s/p of the tail of a top-K support
 
 

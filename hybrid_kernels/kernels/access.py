@@ -28,7 +28,7 @@ _STUDENT_FIELDS = tl.constexpr(STUDENT_FIELDS)
 _TEACHER_MAX = tl.constexpr(MEMBER.teacher_max)
 _TEACHER_LSE = tl.constexpr(MEMBER.teacher_lse)
 _SLOPE_SUM = tl.constexpr(MEMBER.slope_sum)
-_SLOPE_FACTOR = tl.constexpr(MEMBER.slope_factor)
+_LOG_S = tl.constexpr(MEMBER.log_s)
 _TAIL_SLOPE = tl.constexpr(MEMBER.tail_slope)
 _MEMBER_FIELDS = tl.constexpr(MEMBER_FIELDS)
 
@@ -368,7 +368,7 @@ def write_statistics(
         tl.store(own + _TEACHER_MAX * count, stats[i].teacher_max)
         tl.store(own + _TEACHER_LSE * count, stats[i].teacher_lse)
         tl.store(own + _SLOPE_SUM * count, stats[i].slope_sum)
-        tl.store(own + _SLOPE_FACTOR * count, stats[i].slope_factor)
+        tl.store(own + _LOG_S * count, stats[i].log_s)
         tl.store(own + _TAIL_SLOPE * count, stats[i].tail_slope)
 
 
@@ -391,12 +391,12 @@ def read_statistics(statistics_ptr, row, count, SIDES: tl.constexpr):
         teacher_max = tl.load(own + _TEACHER_MAX * count)
         teacher_lse = tl.load(own + _TEACHER_LSE * count)
         slope_sum = tl.load(own + _SLOPE_SUM * count)
-        slope_factor = tl.load(own + _SLOPE_FACTOR * count)
+        log_s = tl.load(own + _LOG_S * count)
         tail_slope = tl.load(own + _TAIL_SLOPE * count)
         shift = teacher_lse - student_lse
         row_of_member = Row(
             student_max, teacher_max, student_lse, teacher_lse, shift, entropy, slope_sum,
-            slope_factor, tail_slope,
+            log_s, tail_slope,
         )  # fmt: skip
         found = found + (row_of_member,)
     return found

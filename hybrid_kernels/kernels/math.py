@@ -75,7 +75,7 @@ class Row(NamedTuple):
     shift: tl.tensor
     entropy: tl.tensor
     slope_sum: tl.tensor
-    slope_factor: tl.tensor
+    log_s: tl.tensor
     tail_slope: tl.tensor
 
 
@@ -392,7 +392,7 @@ def normalisers(sums, constants, HAS_TEACHER: tl.constexpr):
 
 
 @triton.jit
-def with_slopes(row, student, slope_sum, slope_factor, tail_slope):
+def with_slopes(row, student, slope_sum, log_s, tail_slope):
     """The row with what its divergence adds, and the student's statistics from `student`: those of
     all members are equal, and known to be so once they are the same."""
     return Row(
@@ -403,7 +403,7 @@ def with_slopes(row, student, slope_sum, slope_factor, tail_slope):
         row.shift,
         student.entropy,
         slope_sum,
-        slope_factor,
+        log_s,
         tail_slope,
     )
 
@@ -430,26 +430,27 @@ def swept_divergence(sums, row, constants, DIVERGENCE: tl.constexpr):
 def settle(value, slope_sum, shift, parameter, DIVERGENCE: tl.constexpr):
     """What a row's divergence makes of the sums of its terms and slopes, and the edge cases of it.
 
-    Returns the value, the sum of slopes and the factor of all slopes, which is 1 where the
-    divergence is the sum of its terms. Renyi's is a function of the alpha divergence: with
-    S = 1 - a (1-a) A it is log(S)/(a-1), whose derivative with respect to A is a/S.
+    Returns the value, the sum of slopes, and what the slopes of Renyi's divergence need of the row:
+    log S. Its terms are p^a q^(1-a) - p, which give S - 1 where S is near 1, and in the place of
+    the slopes' sum stands log S as a log-sum-exp; its own slopes sum to 0.
 
     +inf where the teacher forbids what the student may say: there 0 * inf may have made a NaN,
     which with both normalisers sound can mean nothing else. NaN where a normaliser is not sound,
     even if a minimum or maximum has dropped the NaN of an entry.
     """
-    factor = tl.full((), 1.0, tl.float32)
+    log_s = tl.full((), 0.0, tl.float32)
     if needs_student_d(DIVERGENCE):
         infinite = (value != value) | (value == float("inf"))
         value = tl.where(infinite, float("inf"), value)
         slope_sum = tl.where(infinite, float("inf"), slope_sum)
     if DIVERGENCE == "renyi":
-        change = parameter * (parameter - 1.0) * value
-        value = log1p(tl.maximum(change, -1.0)) / (parameter - 1.0)
-        factor = parameter / (1.0 + change)
+        near = tl.abs(value) < 0.5
+        log_s = tl.where(near, log1p(tl.where(near, value, 0.0)), slope_sum)
+        value = log_s / (parameter - 1.0)
+        slope_sum = tl.where(log_s == float("inf"), log_s, 0.0)
     sound = shift == shift
     value = tl.where(sound, value, float("nan"))
-    return value, tl.where(sound, slope_sum, float("nan")), factor
+    return value, tl.where(sound, slope_sum, float("nan")), log_s
 
 
 @triton.jit
@@ -469,11 +470,11 @@ def settle_all(
     total = tl.full((), 0.0, tl.float32)
     rows = ()
     for i in tl.static_range(MEMBERS):
-        value, slope_sum, factor = settle(
+        value, slope_sum, log_s = settle(
             values[i], slope_sums[i], stats[i].shift, parameter, DIVERGENCE
         )
         total += shares[i] * value
-        rows = rows + (with_slopes(stats[i], stats[0], slope_sum, factor, 0.0),)
+        rows = rows + (with_slopes(stats[i], stats[0], slope_sum, log_s, 0.0),)
     return total, rows
 
 
@@ -484,6 +485,11 @@ def settle_all(
 def student_probability(z, row, constants):
     x = z.to(tl.float32) - row.student_max
     return tl.exp2(x * constants.scale - row.student_lse * LOG2E)
+
+
+@triton.jit
+def student_log_probability(z, row, constants):
+    return (z.to(tl.float32) - row.student_max) * constants.inv_t - row.student_lse
 
 
 @triton.jit
@@ -500,7 +506,7 @@ def point(z, w, row, constants, HAS_FLOOR: tl.constexpr, GUARDED: tl.constexpr =
     d = difference(z, w, row.student_max, row.teacher_max, GUARDED)
     log_ratio = d * constants.inv_t + row.shift
     if HAS_FLOOR:
-        log_p = (z.to(tl.float32) - row.student_max) * constants.inv_t - row.student_lse
+        log_p = student_log_probability(z, row, constants)
         log_ratio = tl.minimum(log_ratio, tl.maximum(log_p - constants.floor, LOWEST))
         q = tl.maximum(q, tl.exp2(constants.floor * LOG2E))
     if GUARDED:
@@ -509,13 +515,15 @@ def point(z, w, row, constants, HAS_FLOOR: tl.constexpr, GUARDED: tl.constexpr =
 
 
 @triton.jit
-def slope(log_ratio, parameter, DIVERGENCE: tl.constexpr):
-    """u of the slope s = dt/dlog p = p u + v of each entry's term t.
+def slopes(p, q, log_p, log_ratio, log_s, parameter, DIVERGENCE: tl.constexpr):
+    """u and v of the slope s = dt/dlog p = p u + v of each entry's term t.
 
-    Up to a constant, which no logit gradient sees: it is chosen such that u is 0 where p = q, for
-    a difference of numbers around 1 would have lost its digits there.
+    u up to a constant, which no logit gradient sees: it is chosen such that u is 0 where p = q, for
+    a difference of numbers around 1 would have lost its digits there. `log_p` and `log_s` are for
+    Renyi's divergence alone.
     """
-    u = 0.0
+    u = 0.0 * log_ratio
+    v = u
     if needs_student_d(DIVERGENCE):
         u = log_ratio
     elif DIVERGENCE == "jsd":
@@ -527,24 +535,22 @@ def slope(log_ratio, parameter, DIVERGENCE: tl.constexpr):
         log_q_over_m = -(log_ratio + mixture_log_ratio(log_ratio, parameter))
         u = (parameter - 1.0) * expm1(log_q_over_m)
     elif is_alpha(DIVERGENCE):
-        near, exponent = _alpha_range(log_ratio, parameter)
-        other = tl.where(near, -exponent, 0.0)
-        u = tl.where(near, excess(other) - other, -1.0) / (parameter - 1.0)
+        # (p^a q^(1-a) / S - p) over a-1, from p as long as the ratio of the two is no large number.
+        exponent = (parameter - 1.0) * log_ratio - log_s
+        plain = tl.abs(exponent) < 30.0
+        factor = 1.0 / (parameter - 1.0)
+        if DIVERGENCE == "renyi":
+            factor *= parameter
+            whole = tl.exp2((log_p + exponent) * LOG2E)
+        else:
+            whole = geometric(p, q, log_ratio, parameter)
+        u = factor * tl.where(plain, expm1(tl.where(plain, exponent, 0.0)), -1.0)
+        v = factor * tl.where(plain, 0.0, whole)
     elif DIVERGENCE == "tv":
         u = tl.where(log_ratio > 0.0, 0.5, tl.where(log_ratio < 0.0, -0.5, 0.0))
-    return u
-
-
-@triton.jit
-def teacher_slope(p, q, log_ratio, parameter, DIVERGENCE: tl.constexpr):
-    """v of the slope s = p u + v."""
-    v = 0.0
     if needs_teacher_d(DIVERGENCE):
         v = -q
-    elif is_alpha(DIVERGENCE):
-        near, _ = _alpha_range(log_ratio, parameter)
-        v = tl.where(near, 0.0, geometric(p, q, log_ratio, parameter) / (parameter - 1.0))
-    return v
+    return u, v
 
 
 @triton.constexpr_function
@@ -553,15 +559,8 @@ def is_alpha(divergence):
 
 
 @triton.constexpr_function
-def has_teacher_slope(divergence):
+def has_v(divergence):
     return divergence in ("forward_kl", "jeffreys", "alpha", "renyi")
-
-
-@triton.jit
-def _alpha_range(log_ratio, a):
-    """Whether the series of the alpha divergence hold, and (a-1) l."""
-    exponent = (a - 1.0) * log_ratio
-    return tl.maximum(tl.abs(exponent), tl.abs(log_ratio)) < 0.5, exponent
 
 
 @triton.jit
@@ -616,14 +615,27 @@ def terms(p, q, raw_q, log_ratio, parameter, DIVERGENCE: tl.constexpr):
     elif DIVERGENCE == "skew_forward_kl":
         below = tl.minimum(log_ratio, -LOWEST)
         t = -q * (below + mixture_log_ratio(log_ratio, parameter))
-    elif is_alpha(DIVERGENCE):
-        # a p + (1-a) q - p^a q^(1-a) over a (1-a): positive, and of sum (1 - S)/(a (1-a)).
-        near, exponent = _alpha_range(log_ratio, parameter)
-        bounded = tl.where(near, log_ratio, 0.0)
-        other = tl.where(near, -exponent, 0.0)
-        series = p * ((1.0 - parameter) * excess(bounded) - excess(other))
-        far = parameter * p + (1.0 - parameter) * q - geometric(p, q, log_ratio, parameter)
-        t = tl.where(near, series, far) / (parameter * (1.0 - parameter))
+    elif DIVERGENCE == "renyi":
+        exponent = (parameter - 1.0) * log_ratio
+        plain = tl.abs(exponent) < 30.0
+        t = p * expm1(tl.where(plain, exponent, 0.0))
+        t = tl.where(plain, t, geometric(p, q, log_ratio, parameter) - p)
+    elif DIVERGENCE == "alpha":
+        # a p + (1-a) q - p^a q^(1-a) over a (1-a): positive, and of sum (1 - S)/(a (1-a)). With
+        # x = -|l| that is c (e^x - 1) - (e^(cx) - 1) times the larger of p and q, where c is a or
+        # 1-a; near x = 0 less the parts of first order, which cancel.
+        below = log_ratio < 0.0
+        base = tl.where(below, q, p)
+        c = tl.where(below, parameter, 1.0 - parameter)
+        x = -tl.abs(log_ratio)
+        near = tl.maximum(tl.abs(x), tl.abs(c * x)) < 0.5
+        bounded = tl.where(near, x, 0.0)
+        t = c * expm1(x) - expm1(c * x)
+        t = tl.where(near, c * excess(-bounded) - excess(-c * bounded), t)
+        t = tl.where(base > 0.0, base * t, 0.0)
+        # Where the teacher forbids an entry, however small p, there is no limit for a > 1.
+        endless = tl.where(parameter > 1.0, -float("inf"), t)
+        t = tl.where(log_ratio > -LOWEST * 0.5, endless, t) / (parameter * (1.0 - parameter))
         t += (raw_q - q) / parameter
     else:
         near = tl.abs(log_ratio) < 0.5
@@ -705,13 +717,58 @@ def value_and_slope(
     HAS_FLOOR: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
-    """A tile's part of the divergence and of the sum of slopes, both normalisers known."""
-    value, slopes = _entry_values(zs[0], ws[0], row, constants, HAS_FLOOR, DIVERGENCE)
+    """A tile's part of the divergence and of the sum of slopes, both normalisers known.
+
+    (For Renyi's divergence of log S in the place of the latter: see `settle`.)
+    """
+    value, other = _entry_values(zs[0], ws[0], row, constants, HAS_FLOOR, DIVERGENCE)
     for i in tl.static_range(1, CHUNKS):
         t, s = _entry_values(zs[i], ws[i], row, constants, HAS_FLOOR, DIVERGENCE)
         value += t
-        slopes += s
-    return sum_2(value, slopes)
+        other = together(other, s, DIVERGENCE)
+    if DIVERGENCE == "renyi":
+        return tl.sum(value, 0), log_sum_exp(other)
+    else:
+        return sum_2(value, other)
+
+
+@triton.jit
+def log_sum_exp(x):
+    """log sum e^x; -inf of nothing."""
+    top = tl.max(x, 0)
+    bounded = tl.minimum(tl.maximum(top, START), -START)
+    total = tl.sum(tl.exp2((x - bounded) * LOG2E), 0)
+    return tl.where(top == float("inf"), top, bounded + tl.log(total))
+
+
+@triton.jit
+def together(a, b, DIVERGENCE: tl.constexpr):
+    """What `value_and_slope` tells second, of two parts as one."""
+    if DIVERGENCE == "renyi":
+        top = tl.maximum(a, b)
+        low = tl.minimum(a, b)
+        added = top + log1p(tl.exp2(tl.where(low > -float("inf"), low - top, low) * LOG2E))
+        return tl.where(low > -float("inf"), added, top)
+    else:
+        return a + b
+
+
+@triton.jit
+def all_together(x, DIVERGENCE: tl.constexpr):
+    """The same of a whole tensor."""
+    if DIVERGENCE == "renyi":
+        return log_sum_exp(x)
+    else:
+        return tl.sum(x, 0)
+
+
+@triton.jit
+def nothing(DIVERGENCE: tl.constexpr):
+    """The same of no entry at all."""
+    if DIVERGENCE == "renyi":
+        return tl.full((), -float("inf"), tl.float32)
+    else:
+        return tl.full((), 0.0, tl.float32)
 
 
 @triton.jit
@@ -719,11 +776,15 @@ def _entry_values(z, w, row, constants, HAS_FLOOR: tl.constexpr, DIVERGENCE: tl.
     p, q, log_ratio = point(z, w, row, constants, HAS_FLOOR)
     parameter = constants.parameter
     raw_q = q
-    if is_alpha(DIVERGENCE):
+    if DIVERGENCE == "alpha":
         raw_q = teacher_probability(w, row, constants)
     t = terms(p, q, raw_q, log_ratio, parameter, DIVERGENCE)
-    v = teacher_slope(p, q, log_ratio, parameter, DIVERGENCE)
-    return t, p * slope(log_ratio, parameter, DIVERGENCE) + v
+    if DIVERGENCE == "renyi":
+        s = student_log_probability(z, row, constants) + (parameter - 1.0) * log_ratio
+    else:
+        u, v = slopes(p, q, p, log_ratio, 0.0, parameter, DIVERGENCE)
+        s = p * u + v
+    return t, s
 
 
 @triton.jit
@@ -760,11 +821,11 @@ def swept_divergences(sums, stats, constants, MEMBERS: tl.constexpr, DIVERGENCE:
 
 
 @triton.jit
-def add_each(a, b, COUNT: tl.constexpr):
-    """Element by element of two tuples."""
+def each_together(a, b, COUNT: tl.constexpr, DIVERGENCE: tl.constexpr):
+    """`together`, element by element of two tuples."""
     found = ()
     for i in tl.static_range(COUNT):
-        found = found + (a[i] + b[i],)
+        found = found + (together(a[i], b[i], DIVERGENCE),)
     return found
 
 
@@ -878,9 +939,8 @@ def logit_gradient(
         # A weight of 0 leaves nothing of an infinite divergence.
         silent = weights.divergence == 0.0
         weight = weights.divergence
-        if DIVERGENCE == "renyi":
-            weight *= row.slope_factor
         p, q, log_ratio = point(z, w, row, constants, HAS_FLOOR, GUARDED)
+        v = -q
         if needs_student_d(DIVERGENCE) and not HAS_FLOOR:
             # u = l: what is the same for all entries is added once.
             constant = weight * (row.shift - row.slope_sum)
@@ -888,7 +948,8 @@ def logit_gradient(
             d = difference(z, w, row.student_max, row.teacher_max, GUARDED)
             own = (weight * constants.inv_t) * d
         else:
-            u = slope(log_ratio, constants.parameter, DIVERGENCE)
+            log_p = student_log_probability(z, row, constants)
+            u, v = slopes(p, q, log_p, log_ratio, row.log_s, constants.parameter, DIVERGENCE)
             own = weight * (u - row.slope_sum)
         if GUARDED:
             own = tl.where(silent, 0.0, own)
@@ -900,8 +961,8 @@ def logit_gradient(
         inner -= (weights.entropy * constants.inv_t) * log_p
     gradient = p * inner
     if HAS_DIVERGENCE:
-        if has_teacher_slope(DIVERGENCE):
-            own = weight * teacher_slope(p, q, log_ratio, constants.parameter, DIVERGENCE)
+        if has_v(DIVERGENCE):
+            own = weight * v
             if GUARDED:
                 own = tl.where(silent, 0.0, own)
             gradient += own

@@ -49,15 +49,17 @@ from hybrid_kernels.kernels.math import (
     Constants,
     Sums,
     about,
-    add_each,
     all_normalisers,
     all_sums,
+    all_together,
+    each_together,
     full_gradient,
     is_finite,
     merge_all,
     needs_student_d,
     needs_teacher_d,
     no_sums_of,
+    nothing,
     settle_all,
     sides,
     small_values,
@@ -366,8 +368,8 @@ def _row_values_and_slopes(
             more, steeper = values_and_slopes(
                 edges[0], edges[1], stats, constants, 1, MEMBERS, HAS_FLOOR, DIVERGENCE
             )
-            values = add_each(values, more, MEMBERS)
-            slopes = add_each(slopes, steeper, MEMBERS)
+            values = each_together(values, more, MEMBERS, "")
+            slopes = each_together(slopes, steeper, MEMBERS, DIVERGENCE)
     if SPLITS > 1:
         ptr = _slot(published_ptr, meetings % 2, LANES, MEMBERS)
         if STAGE != 0:
@@ -381,7 +383,8 @@ def _row_values_and_slopes(
         slopes = ()
         for i in tl.static_range(MEMBERS):
             values = values + (tl.sum(_read(ptr, 2 * i, 0.0, SPLITS, LANES), 0),)
-            slopes = slopes + (tl.sum(_read(ptr, 2 * i + 1, 0.0, SPLITS, LANES), 0),)
+            found = _read(ptr, 2 * i + 1, nothing(DIVERGENCE), SPLITS, LANES)
+            slopes = slopes + (all_together(found, DIVERGENCE),)
     return values, slopes
 
 

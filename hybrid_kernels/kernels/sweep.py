@@ -36,12 +36,13 @@ from hybrid_kernels.kernels.access import (
 from hybrid_kernels.kernels.math import (
     LOG2E,
     Constants,
-    add_each,
     all_normalisers,
     all_sums,
+    each_together,
     full_gradient,
     merge_all,
     no_sums_of,
+    nothing,
     settle_all,
     sides,
     small_values,
@@ -120,7 +121,7 @@ def _second_sweep(
     slopes = ()
     for _ in tl.static_range(MEMBERS):
         values = values + (tl.full((), 0.0, tl.float32),)
-        slopes = slopes + (tl.full((), 0.0, tl.float32),)
+        slopes = slopes + (nothing(DIVERGENCE),)
     if EDGES:
         edge_zs, edge_wss = load_edges(where, where.body >= 0, V, PAD, MEMBERS, False)
         values, slopes = values_and_slopes(
@@ -131,8 +132,8 @@ def _second_sweep(
         more, steeper = values_and_slopes(
             zs, wss, stats, constants, 1, MEMBERS, HAS_FLOOR, DIVERGENCE
         )
-        values = add_each(values, more, MEMBERS)
-        slopes = add_each(slopes, steeper, MEMBERS)
+        values = each_together(values, more, MEMBERS, "")
+        slopes = each_together(slopes, steeper, MEMBERS, DIVERGENCE)
     return values, slopes
 
 

@@ -25,12 +25,13 @@ from hybrid_kernels.kernels.math import (
     at_least_lowest,
     excess,
     has_small_terms,
+    log_sum_exp,
     settle,
-    slope,
+    slopes,
     small_terms,
     student_probability,
-    teacher_slope,
     terms,
+    together,
     with_slopes,
 )
 from hybrid_kernels.kernels.reduce import agreed
@@ -83,6 +84,8 @@ class Categories(NamedTuple):
     tail_q: tl.tensor
     tail_raw_q: tl.tensor
     tail_log_ratio: tl.tensor
+    log_p: tl.tensor
+    tail_log_p: tl.tensor
     log_q: tl.tensor
     teacher_mass: tl.tensor
 
@@ -229,18 +232,20 @@ def _categories(
         one + tl.where(empty, 0.0, tail_q),
         one + tail_raw_q,
         one + tail_log_ratio,
+        tl.where(part, log_p, -float("inf")),
+        one + tl.where(empty, -float("inf"), log_tail),
         own_log_q,
         teacher_mass,
     )
 
 
 @triton.jit
-def _slopes(c, parameter, DIVERGENCE: tl.constexpr):
-    """u and v of the slopes on the support, and the slope of the tail, all `[K]` or `[1]`."""
-    u = slope(c.log_ratio, parameter, DIVERGENCE)
-    v = teacher_slope(c.p, c.q, c.log_ratio, parameter, DIVERGENCE)
-    tail_u = slope(c.tail_log_ratio, parameter, DIVERGENCE)
-    tail_v = teacher_slope(c.tail_p, c.tail_q, c.tail_log_ratio, parameter, DIVERGENCE)
+def _slopes(c, log_s, parameter, DIVERGENCE: tl.constexpr):
+    """u and v of the slopes on the support, `[K]`, and of the tail, `[1]`."""
+    u, v = slopes(c.p, c.q, c.log_p, c.log_ratio, log_s, parameter, DIVERGENCE)
+    tail_u, tail_v = slopes(
+        c.tail_p, c.tail_q, c.tail_log_p, c.tail_log_ratio, log_s, parameter, DIVERGENCE
+    )
     return u, v, tail_u, tail_v
 
 
@@ -288,27 +293,34 @@ def compare(
         tail_t = terms(
             c.tail_p, c.tail_q, c.tail_raw_q, c.tail_log_ratio, constants.parameter, DIVERGENCE
         )
-        u, v, tail_u, tail_v = _slopes(c, constants.parameter, DIVERGENCE)
         own = tl.sum(t, 0) + tl.sum(tail_t, 0)
         if has_small_terms(DIVERGENCE):
             t = small_terms(c.p, c.q, c.raw_q, c.log_ratio, DIVERGENCE)
             tail_t = small_terms(c.tail_p, c.tail_q, c.tail_raw_q, c.tail_log_ratio, DIVERGENCE)
             own = tl.where(own < _SMALL, tl.sum(t, 0) + tl.sum(tail_t, 0), own)
-        slope_sum = tl.sum(c.p * u + v, 0) + tl.sum(c.tail_p * tail_u + tail_v, 0)
-        # Of an empty tail no entry is left to have a slope.
-        per_p = tl.where(c.tail_p > 0.0, tail_v / tl.maximum(c.tail_p, SMALLEST), 0.0)
-        tail_slope = tl.sum(tail_u + per_p, 0)
+        if DIVERGENCE == "renyi":
+            tilt = constants.parameter - 1.0
+            whole = log_sum_exp(c.log_p + tilt * c.log_ratio)
+            tail = tl.max(c.tail_log_p + tilt * c.tail_log_ratio, 0)
+            slope_sum = together(whole, tail, DIVERGENCE)
+        else:
+            u, v, tail_u, tail_v = _slopes(c, 0.0, constants.parameter, DIVERGENCE)
+            slope_sum = tl.sum(c.p * u + v, 0) + tl.sum(c.tail_p * tail_u + tail_v, 0)
         sound = student.student_lse + 0.0 * c.teacher_mass
         outside = tl.max((ids == OUTSIDE).to(tl.int32), 0) > 0
         sound = tl.where(outside, float("nan"), sound)
-        own, slope_sum, factor = settle(own, slope_sum, sound, constants.parameter, DIVERGENCE)
+        own, slope_sum, log_s = settle(own, slope_sum, sound, constants.parameter, DIVERGENCE)
+        _, _, tail_u, tail_v = _slopes(c, log_s, constants.parameter, DIVERGENCE)
+        # Of an empty tail no entry is left to have a slope.
+        per_p = tl.where(c.tail_p > 0.0, tail_v / tl.maximum(c.tail_p, SMALLEST), 0.0)
+        tail_slope = tl.sum(tail_u + per_p, 0)
         share = problem.shares[i]
         value += share * own
         total += share
         log_q_token += share * tl.sum(tl.where(found, c.log_q, 0.0), 0)
         rho += share * tl.sum(c.tail_log_ratio, 0)
         teacher_mass += share * c.teacher_mass
-        rows = rows + (with_slopes(student, student, slope_sum, factor, tail_slope),)
+        rows = rows + (with_slopes(student, student, slope_sum, log_s, tail_slope),)
     elsewhere = float("nan")
     if support.token_log_prob is not None:
         elsewhere = tl.load(support.token_log_prob + row)
@@ -364,8 +376,7 @@ def outside_weights(stats, shares, weights, MEMBERS: tl.constexpr, TAIL: tl.cons
     if TAIL == "bucket":
         for i in tl.static_range(MEMBERS):
             row = stats[i]
-            own = weights.divergence * shares[i] * row.slope_factor
-            own = own * (row.tail_slope - row.slope_sum)
+            own = weights.divergence * shares[i] * (row.tail_slope - row.slope_sum)
             log_prob -= tl.where(weights.divergence == 0.0, 0.0, own)
     return Weights(0.0, log_prob, weights.entropy)
 
@@ -406,8 +417,8 @@ def support_gradient(
         c = _categories(
             ids, z, log_q, student, -1.0, constants, problem.support.resolution, HAS_FLOOR, TAIL
         )
-        u, v, _, _ = _slopes(c, constants.parameter, DIVERGENCE)
-        own = weights.divergence * problem.shares[i] * stats[i].slope_factor
+        u, v, _, _ = _slopes(c, stats[i].log_s, constants.parameter, DIVERGENCE)
+        own = weights.divergence * problem.shares[i]
         own = own * (c.p * (u - stats[i].slope_sum) + v)
         gradient += tl.where(weights.divergence == 0.0, 0.0, own)
     position = ids - where.head
