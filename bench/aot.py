@@ -54,8 +54,8 @@ EXPONENTIALS = {
     "jsd": 5,
     "skew_reverse_kl": 5,
     "skew_forward_kl": 6,
-    "alpha": 5,
-    "renyi": 5,
+    "alpha": 8,
+    "renyi": 9,
     "tv": 4,
 }
 TOPK_EXPONENTIALS = 2

@@ -84,9 +84,10 @@ def hybrid_loss(
             reverse KL its gradient is p (l - L) on S and p (rho - L) off it, with
             rho = log((1-P)/(1-Q)); where `token_ids` and the teacher's `token_log_prob` are given,
             a token y sampled outside S also takes `dense_weight (l_y - rho)` off its advantage,
-            which makes the expected gradient that of the full KL. "renormalize": both models
-            conditioned on S, another objective. "mask": the bucket's value, its gradient on S
-            alone.
+            which makes the expected gradient that of the full KL. (The loss is then that of the
+            changed advantage, so log `divergence` rather than `loss`.) "renormalize": both models
+            conditioned on S, another objective; 0 for an empty S. "mask": the bucket's value, its
+            gradient on S alone.
         teacher_floor: teacher log-probabilities below it are raised to it (the raised entries are
             not renormalised), so that a token the teacher forbids has a large, finite cost.
         inplace: write the gradient over `student_logits`, which then holds no logits any more.
@@ -216,7 +217,7 @@ def token_terms(
     rows = _Rows(student_logits, teacher, token_ids, mask, *options)
     config = _config(rows, divergence, temperature, teacher_floor, tail, backend)
     if torch.is_grad_enabled() and student_logits.requires_grad:
-        for tensor in rows.tensors[1]:
+        for tensor in (*rows.tensors[1], rows.tensors[2]):
             validate.can_be_saved("teacher", tensor)
         validate.can_be_saved("token_ids", token_ids)
     student, teachers, *others = rows.tensors

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels.cpu_forms import FORMS, Form, weighted
-from hybrid_kernels.rows import FIELDS, LOWEST, SMALL_DIVERGENCE, Coefficients, Rows
-
-# A tail of less counts as empty: the next smaller numbers have no reciprocal.
-SMALLEST = 2.0**-125
-# The mass of a teacher's tail that the rounding of its log-probabilities hides.
-UNRESOLVED = 2.0**-24
-
+from hybrid_kernels.rows import (
+    FIELDS,
+    HIDDEN_TAIL,
+    LOWEST,
+    SMALL_DIVERGENCE,
+    SMALLEST_TAIL,
+    Coefficients,
+    Rows,
+)
 
 # Rows that are compared at once.
 _ROWS = 256
@@ -141,18 +143,18 @@ def first_of_each(ids: Tensor) -> Tensor:
     return torch.empty_like(repeated).scatter_(-1, order, ~repeated) & (ids >= 0)
 
 
-def tail_of_teacher(log_q: Tensor, q: Tensor, resolution: float) -> tuple[Tensor, Tensor]:
-    """1 - sum q and sum q, each `[r, 1]`.
+def tail_of_teacher(log_q: Tensor, q: Tensor, resolution: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The tail's mass 1 - sum q, as it comes out and as it is taken, and sum q; each `[r, 1]`.
 
-    1 - q_max comes from expm1, so that a tail of 1e-12 is not lost; a tail that is smaller than the
-    rounding of the log-probabilities counts as one rounding of 1.
+    1 - q_max comes from expm1, so that a tail of 1e-12 is not lost. One that is smaller than the
+    rounding of the log-probabilities is taken as what that hides.
     """
     top, first = log_q.max(-1, keepdim=True)
     others = q.scatter(-1, first, 0.0).sum(-1, keepdim=True)
     spread = torch.where(q > 0, q * log_q.abs(), 0.0).sum(-1, keepdim=True)
     tail = -torch.expm1(top) - others
-    hidden = max(resolution, UNRESOLVED)
-    return torch.where(tail <= spread * resolution, hidden, tail), others + top.exp()
+    taken = torch.where(tail <= spread * resolution, max(resolution, HIDDEN_TAIL), tail)
+    return tail, taken, others + top.exp()
 
 
 def compare(
@@ -183,11 +185,11 @@ def compare(
     form = FORMS[rows.divergence]
     log_p = torch.where(kept & (x > LOWEST), x * inv_t - lse, -torch.inf)
     log_tail = tail_sum.log() - lse
-    part = torch.cat([log_p > -torch.inf, log_tail.exp() >= SMALLEST], -1)
+    part = torch.cat([log_p > -torch.inf, log_tail.exp() >= SMALLEST_TAIL], -1)
     own = torch.cat([log_p, log_tail], -1)
     student_mass = log_p.exp().sum(-1, keepdim=True)
     if tail == "renormalize":
-        own = own.index_fill(-1, torch.tensor(own.shape[-1] - 1, device=x.device), -torch.inf)
+        own[:, -1] = -torch.inf
         own -= log_p.logsumexp(-1, keepdim=True)
         part[:, -1] = False
     found = None
@@ -198,9 +200,7 @@ def compare(
     for share, log_probs in zip(rows.shares, rows.teachers, strict=True):
         log_q = torch.where(kept, log_probs[span], -torch.inf)
         q = log_q.exp()
-        tail_q, mass = tail_of_teacher(log_q, q, support.resolution)
-        # Where there is no tail at all, rounding is not one.
-        raw_tail = torch.where(~part[:, -1:] & (tail_q <= UNRESOLVED), 0.0, tail_q)
+        raw_tail, tail_q, mass = tail_of_teacher(log_q, q, support.resolution)
         raw_q = torch.cat([q, raw_tail], -1)
         if floor is not None:
             log_q = torch.where(kept, log_q.clamp(min=floor), -torch.inf)
@@ -212,7 +212,7 @@ def compare(
         if tail == "renormalize":
             their = their - log_q.logsumexp(-1, keepdim=True)
             their[:, -1] = -torch.inf
-            raw_q = their.exp()
+            raw_q = torch.where(part, their.exp(), 0.0)
         log_ratio = torch.where(part, own - their, 0.0)
         # (A NaN of the teacher stays one; an infinite ratio is one where it forbids an entry.)
         if not form.diverges:

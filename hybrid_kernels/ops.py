@@ -64,6 +64,8 @@ def _check_values(rows: Rows) -> None:
     if rows.token_ids is not None:
         validate.token_ids_in_range(rows.token_ids, rows.valid, vocabulary)
     if rows.support is not None:
+        if rows.support.token_log_prob is not None:
+            validate.token_log_probs(rows.support.token_log_prob, rows.valid)
         for log_probs in rows.teachers:
             ids, resolution = rows.support.ids, rows.support.resolution
             validate.support_values(ids, log_probs, rows.valid, vocabulary, resolution)

@@ -167,7 +167,11 @@ def _compare(z, teacher, ids, keep, divergence, temperature, floor, tail) -> _Co
     raw_mass = torch.where(kept, teacher.log_probs.to(z.dtype), -torch.inf).exp().sum(-1)
     masses = support.log_p[..., :-1].exp().sum(-1).detach(), raw_mass
     if tail == "renormalize":
-        value = divergence_value(*support.renormalised(), divergence)
+        # Of an empty support there is nothing to compare.
+        some = kept.any(-1)
+        support_or_zeros = (torch.where(some[..., None], x, 0.0) for x in support)
+        value = divergence_value(*Support(*support_or_zeros).renormalised(), divergence)
+        value = torch.where(some, value, 0.0)
     elif tail == "mask":
         # The value of the bucket, whose gradient goes to the support alone.
         inside = torch.zeros_like(z, dtype=torch.int32)

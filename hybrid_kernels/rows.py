@@ -26,6 +26,13 @@ SMALL_DIVERGENCE = 1e-2
 ONE_SWEEP = ("reverse_kl", "forward_kl", "jeffreys")
 
 
+# Of a top-K support. A tail of the student's of less mass counts as empty: smaller numbers have no
+# reciprocal. And the mass, at least, that the rounding of its log-probabilities hides of a
+# teacher's tail.
+SMALLEST_TAIL = 2.0**-125
+HIDDEN_TAIL = 2.0**-24
+
+
 class Fields(NamedTuple):
     """The first rows of a statistics tensor: seven for users, and what the gradient needs."""
 

@@ -71,7 +71,9 @@ class TopK:
     Attributes:
         ids: `[..., K]` int64 or int32, the support; -1 is padding, and of equal ids the first
             counts.
-        log_probs: `[..., K]` floating, log-probabilities of the softmax over the whole vocabulary.
+        log_probs: `[..., K]` floating, log-probabilities of the softmax over the whole vocabulary,
+            with all digits of their dtype. (Rounded to a few decimals they tell a wrong tail: of
+            [-0.0105, -4.6] one of 0.0005, of [-0.01, -4.6] none. bf16 and fp16 are allowed for.)
         token_log_prob: `[...]`, log q(y) of the sampled tokens, where known. For tokens outside the
             support it is what `teacher_log_prob` then holds (else NaN), and it makes the gradient
             of the reverse KL unbiased (see `tail` in `hybrid_loss`).
@@ -106,21 +108,35 @@ class TopK:
             temperature: that of the loss.
 
         Raises:
-            ValueError: neither `k` nor `ids`, or `k` outside [1, V].
+            ValueError: neither `k` nor `ids`, `k` outside [1, V], or another bad argument.
 
         Notes:
             Log-probabilities near 0 keep their relative precision, so that the tail of a peaked
             teacher is not lost. Works row by row: no `[..., V]` copy in fp32 exists.
         """
+        if not isinstance(teacher_logits, Tensor) or not teacher_logits.is_floating_point():
+            raise ValueError("teacher_logits: expected a floating [..., V] tensor")
+        if not temperature > 0:
+            raise ValueError(f"temperature: {temperature!r} is not in (0, inf)")
         vocabulary = teacher_logits.shape[-1]
         if k is None and ids is None:
             raise ValueError("k: neither k nor ids is given; give one of them, or both")
-        if k is not None and not 1 <= k <= vocabulary:
-            raise ValueError(f"k: {k} is not in [1, {vocabulary}], the size of the vocabulary")
-        supports = [] if ids is None else [ids.long()]
-        if k is not None:
-            supports.append(teacher_logits.detach().topk(k, dim=-1).indices)
-        support = torch.cat(supports, -1)
+        if k is not None and (not isinstance(k, int) or not 1 <= k <= vocabulary):
+            raise ValueError(f"k: {k!r} is not a whole number in [1, {vocabulary}], the vocabulary")
+        if ids is not None and (
+            not isinstance(ids, Tensor) or ids.shape[:-1] != teacher_logits.shape[:-1]
+        ):
+            raise ValueError(
+                "ids: expected integers [..., K] with the leading shape of teacher_logits, "
+                f"{tuple(teacher_logits.shape[:-1])}"
+            )
+        best = None if k is None else teacher_logits.detach().topk(k, dim=-1).indices
+        if ids is None or best is None:
+            # (The same tensor: the members of a mixture share it.)
+            support = best if ids is None else ids.long()
+            assert support is not None
+        else:
+            support = torch.cat([ids.long(), best], -1)
         wanted = support if token_ids is None else torch.cat([support, token_ids[..., None]], -1)
         log_probs = _log_probs(teacher_logits.detach(), wanted, temperature)
         if token_ids is None:
@@ -264,6 +280,8 @@ class Divergence:
     ``renyi``            log(S) / (alpha - 1); alpha = 1 is its limit KL(p||q)
     ``tv``               total variation, sum_v |p_v - q_v| / 2
     ===================  ===============================================================
+
+    Parameters within 1e-3 of a limit cost digits: ask for the limit itself.
 
     Args:
         name: one of `available_divergences()`.

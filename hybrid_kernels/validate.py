@@ -57,13 +57,21 @@ def teacher(value: object, student_logits: Tensor) -> list[tuple[float, Tensor |
 def _members(value: object) -> list[tuple[float, Any]]:
     if not isinstance(value, Mixture):
         return [(1.0, value)]
-    if not value.members:
+    pairs = value.members
+    if not isinstance(pairs, Sequence) or not all(
+        isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs
+    ):
+        raise ValueError(
+            "teacher: the members of a Mixture are a list of (weight, teacher) pairs; got "
+            f"{type(pairs).__name__}"
+        )
+    if not pairs:
         raise ValueError("teacher: a Mixture without members; give (weight, teacher) pairs")
-    for weight, member in value.members:
+    for weight, member in pairs:
         number("teacher: the weight of a Mixture's member", weight, low=0.0, open_low=True)
         if isinstance(member, Mixture):
             raise ValueError("teacher: a Mixture inside a Mixture; give all members at once")
-    return [(float(weight), member) for weight, member in value.members]
+    return [(float(weight), member) for weight, member in pairs]
 
 
 def _full_teacher(value: object, student_logits: Tensor) -> None:
@@ -135,6 +143,17 @@ def support_size(size: int) -> None:
         )
 
 
+def token_log_probs(values: Tensor, valid: Tensor | None) -> None:
+    """Log-probabilities are at most 0, but for rounding, on valid rows. Reads values."""
+    wrong = values > 1e-2
+    wrong = wrong if valid is None else wrong & valid
+    if bool(wrong.any()):
+        raise ValueError(
+            f"teacher: TopK.token_log_prob has {float(values[wrong][0]):g}, but log-probabilities "
+            "are at most 0"
+        )
+
+
 def support_values(
     ids: Tensor, log_probs: Tensor, valid: Tensor | None, vocabulary: int, resolution: float
 ) -> None:
@@ -165,7 +184,7 @@ def support_values(
     if bool((mass > allowed).any()):
         raise ValueError(
             f"teacher: TopK.log_probs sum to a mass of {float(mass[mass > allowed][0]):g}, more "
-            "than 1; give the log_softmax over the whole vocabulary"
+            "than 1; give the log_softmax over the whole vocabulary, not rounded to a few decimals"
         )
 
 

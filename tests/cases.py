@@ -216,10 +216,8 @@ def with_teachers(case: Case, members: int, support: str | None, temperature: fl
         if support == "union":
             ids[..., 1] = -1
         tokens = torch.where(case.valid, case.token_ids, 0)
-        teachers = [
-            TopK.from_logits(w, ids=ids, token_ids=tokens, temperature=temperature)
-            for w in teachers
-        ]
+        known = {"token_ids": tokens, "temperature": temperature}
+        teachers = [TopK.from_logits(w, ids=ids, **known) for w in teachers]
         ids = teachers[0].ids.masked_fill(~case.valid[..., None], 10**9)
         teachers = [TopK(ids, t.log_probs, t.token_log_prob) for t in teachers]
     weights = [0.8 + 0.5 * i for i in range(members)]

@@ -90,6 +90,15 @@ SHARED = {
         "[..., V]",
     ),
     "mixture of nothing": ({"teacher": Mixture([])}, "teacher: a Mixture without members"),
+    "mixture of a tensor": (
+        {"teacher": Mixture(TEACHER)},
+        "teacher: the members of a Mixture are a list of (weight, teacher) pairs",
+        "Tensor",
+    ),
+    "mixture without weights": (
+        {"teacher": Mixture([TEACHER, TEACHER])},
+        "teacher: the members of a Mixture are a list of (weight, teacher) pairs",
+    ),
     "mixture weight": (
         {"teacher": Mixture([(0.0, TEACHER)])},
         "teacher: the weight of a Mixture's member: 0.0",
@@ -160,6 +169,11 @@ SHARED = {
         "teacher: TopK.log_probs has",
         "at most 0",
         "log_softmax",
+    ),
+    "support token_log_prob of a logit": (
+        {"teacher": TopK(TOP_K.ids, TOP_K.log_probs, torch.full((2, 3), 5.0))},
+        "teacher: TopK.token_log_prob has 5",
+        "at most 0",
     ),
     "support mass": (
         {"teacher": TopK(TOP_K.ids, torch.full((2, 3, 3), -0.5))},
@@ -356,8 +370,11 @@ def test_divergences(name, parameters, parts):
     ("arguments", "parts"),
     [
         ({}, ("k: neither k nor ids",)),
-        ({"k": 0}, ("k: 0 is not in [1, 7]",)),
-        ({"k": 8}, ("k: 8 is not in [1, 7]",)),
+        ({"k": 0}, ("k: 0 is not a whole number in [1, 7]",)),
+        ({"k": 8}, ("k: 8 is not a whole number in [1, 7]",)),
+        ({"k": 2.0}, ("k: 2.0 is not a whole number in [1, 7]",)),
+        ({"k": 2, "temperature": 0.0}, ("temperature: 0.0 is not in (0, inf)",)),
+        ({"ids": torch.zeros(3, 1).long()}, ("ids: expected integers [..., K]", "(2, 3)")),
     ],
 )
 def test_supports(arguments, parts):

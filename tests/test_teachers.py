@@ -232,6 +232,38 @@ def test_masses_beyond_the_digits_of_one(divergence, backend, device):
         torch.testing.assert_close(tail, expected, rtol=1e-3, atol=0)
 
 
+@every_divergence
+@every_tail
+@pytest.mark.parametrize("side", ["nan", "inf", "-inf"])
+def test_unsound_rows_are_nan(side, tail, divergence, backend, device):
+    """A NaN or +inf among the student's logits, on the support or off it, and a row of -inf."""
+    logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)).to(device)
+    known = TopK.from_logits(logits.flip(-1), 3)
+    clean, expected = gradient_of(logits, known, backend, divergence=divergence, tail=tail)
+    if side == "-inf":
+        logits[1] = -torch.inf
+    else:
+        logits[1, 7] = float(side)
+    result, gradient = gradient_of(logits, known, backend, divergence=divergence, tail=tail)
+    assert result.divergence[1].isnan()
+    assert result.loss.isnan()
+    torch.testing.assert_close(result.divergence[[0, 2]], clean.divergence[[0, 2]])
+    torch.testing.assert_close(gradient[[0, 2]], expected[[0, 2]])
+    inside = known.ids[1] if tail == "mask" else slice(None)
+    assert gradient[1][inside].isnan().all()
+
+
+@every_divergence
+def test_a_whole_vocabulary_of_rounded_log_probs(divergence, backend, device):
+    """What rounding leaves of the mass is no tail where there is none."""
+    logits = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    known = TopK.from_logits(logits.flip(-1), 8)
+    known = TopK(known.ids, known.log_probs.bfloat16())
+    got, _ = gradient_of(logits, known, backend, divergence=divergence)
+    truth = reference.token_terms(logits.double(), known, divergence=divergence).divergence
+    torch.testing.assert_close(got.divergence.double(), truth, atol=1e-5, rtol=1e-5)
+
+
 def test_a_teacher_that_rounds_to_one_stays_finite(backend, device):
     """Log-probabilities that leave nothing: the tail is what rounding hides, not impossible."""
     logits = torch.randn(3, 50, device=device)
@@ -301,7 +333,8 @@ def test_the_corrected_bucket_is_unbiased(members, k, backend, device):
         """sum_y p(y) gradient(y), all tokens as rows of one batch."""
         p = student.softmax(-1)[0]
         leaf = student.clone().requires_grad_()
-        loss = hybrid_loss(leaf, known, tokens, torch.zeros_like(p), reduction="none")
+        options = {"reduction": "none", "backend": backend}
+        loss = hybrid_loss(leaf, known, tokens, torch.zeros_like(p), **options)
         loss.loss.backward(p)
         return leaf.grad.sum(0)
 
@@ -311,7 +344,6 @@ def test_the_corrected_bucket_is_unbiased(members, k, backend, device):
         found = [
             TopK.from_logits(w, ids=same, token_ids=tokens if with_tokens else None) for w in rows
         ]
-        found = [TopK(found[0].ids, t.log_probs, t.token_log_prob) for t in found]
         return Mixture(list(zip(weights, found, strict=True)))
 
     leaf = case.student.double().requires_grad_()

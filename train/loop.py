@@ -296,8 +296,9 @@ def gradient_norms(
 ) -> dict[str, float]:
     """L2 norms over all parameters of the two parts of one micro-batch's gradient, apart.
 
-    `grad_norm_dense` is that of the weighted divergence, `grad_norm_sparse` that of the policy
-    gradient; each a mean over the micro-batch's own tokens. Costs one forward and two backwards,
+    `grad_norm_dense` is that of the weighted divergence (of top-K teachers with what sampled tokens
+    correct), `grad_norm_sparse` that of the policy gradient; each a mean over the micro-batch's own
+    tokens. Costs one forward and two backwards,
     and leaves `.grad` alone.
     """
     student = models.student_logits(batch.rollout)

@@ -71,7 +71,7 @@ class Models:
             member = TopK.from_logits(
                 logits, ids=ids, token_ids=rollout.tokens, temperature=self.temperature
             )
-            members.append(TopK(ids, member.log_probs, member.token_log_prob))
+            members.append(member)
         return self._weighted(members)
 
     def full_teacher(self, rollout: Rollout) -> Tensor | Mixture:
@@ -88,6 +88,9 @@ class Models:
         size = min(self.top_k, self.vocab_size)
         sides = {"student": [student_logits], "teacher": [teacher_logits]}
         chosen = sides.get(self.top_k_support, [student_logits, teacher_logits])
+        if len(chosen) * size > self.vocab_size:
+            everything = torch.arange(self.vocab_size, device=student_logits.device)
+            return everything.expand(student_logits.shape).contiguous()
         return torch.cat([side.detach().topk(size, dim=-1).indices for side in chosen], -1)
 
     @torch.no_grad()

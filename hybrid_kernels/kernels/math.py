@@ -28,6 +28,7 @@ from triton.language import target_info
 from hybrid_kernels import rows
 from hybrid_kernels.kernels.reduce import INTERPRETED, max_2, sum_2, sum_3, sum_4, sum_5, sum_6
 
+_SMALL = tl.constexpr(rows.SMALL_DIVERGENCE)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(rows.LOWEST)
@@ -460,6 +461,15 @@ def log1p(x):
     s2 = s * s
     near = 2.0 * s * (1.0 + s2 * (1.0 / 3.0 + s2 * (1.0 / 5.0 + s2 * (1.0 / 7.0))))
     return tl.where(tl.abs(x) < 0.2, near, tl.log(1.0 + x))
+
+
+@triton.jit
+def is_small(value, shares, MEMBERS: tl.constexpr):
+    """Whether a weighted sum of divergences is so small that it has to be summed anew."""
+    total = tl.full((), 0.0, tl.float32)
+    for i in tl.static_range(MEMBERS):
+        total += shares[i]
+    return value < _SMALL * total
 
 
 @triton.jit

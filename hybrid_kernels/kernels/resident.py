@@ -55,6 +55,7 @@ from hybrid_kernels.kernels.math import (
     each_together,
     full_gradient,
     is_finite,
+    is_small,
     merge_all,
     needs_student_d,
     needs_teacher_d,
@@ -67,9 +68,6 @@ from hybrid_kernels.kernels.math import (
     values_and_slopes,
 )
 from hybrid_kernels.kernels.reduce import agreed
-from hybrid_kernels.rows import SMALL_DIVERGENCE
-
-_SMALL = tl.constexpr(SMALL_DIVERGENCE)
 
 # Numbers that a program publishes at once for each member, at most: the fields of `Sums`.
 PUBLISHED = 8
@@ -650,7 +648,7 @@ def resident_kernel(
             if STAGE < 0 or STAGE == MEETINGS:
                 small = part < 0
                 if HAS_SMALL:
-                    small = agreed(value < _SMALL)
+                    small = agreed(is_small(value, shares, MEMBERS))
                     if small:
                         value = _row_small_value(
                             published_ptr, counter_ptr, part, zs, wss, edges, stats, shares,
@@ -675,7 +673,7 @@ def resident_kernel(
                 if TOPK:
                     weights = topk.corrected(weights, correction)
                     tile_weights = topk.outside_weights(stats, shares, weights, MEMBERS, TAIL)
-                if HAS_DIVERGENCE and UNGUARDED:
+                if HAS_DIVERGENCE and UNGUARDED and not TOPK:
                     finite = finite & (weights.divergence != 0.0)
                 if finite:
                     _write_gradient(

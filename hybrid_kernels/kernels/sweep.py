@@ -40,6 +40,7 @@ from hybrid_kernels.kernels.math import (
     all_sums,
     each_together,
     full_gradient,
+    is_small,
     merge_all,
     no_sums_of,
     nothing,
@@ -50,9 +51,6 @@ from hybrid_kernels.kernels.math import (
     values_and_slopes,
 )
 from hybrid_kernels.kernels.reduce import agreed
-from hybrid_kernels.rows import SMALL_DIVERGENCE
-
-_SMALL = tl.constexpr(SMALL_DIVERGENCE)
 
 
 @triton.jit
@@ -270,7 +268,7 @@ def sweep_kernel(
                     values, slopes, stats, shares, constants.parameter, MEMBERS, DIVERGENCE
                 )
                 if HAS_SMALL:
-                    if agreed(value < _SMALL):
+                    if agreed(is_small(value, shares, MEMBERS)):
                         value = _small_sweep(
                             where, stats, shares, constants, V, BLOCK_V, PAD, EDGES, MEMBERS,
                             HAS_FLOOR, DIVERGENCE,

@@ -35,7 +35,7 @@ from hybrid_kernels.kernels.math import (
     with_slopes,
 )
 from hybrid_kernels.kernels.reduce import agreed
-from hybrid_kernels.rows import FIELDS, SMALL_DIVERGENCE
+from hybrid_kernels.rows import FIELDS, HIDDEN_TAIL, SMALL_DIVERGENCE, SMALLEST_TAIL
 
 _SMALL = tl.constexpr(SMALL_DIVERGENCE)
 _STUDENT_MASS = tl.constexpr(FIELDS.student_mass)
@@ -48,10 +48,8 @@ OUTSIDE = tl.constexpr(-2)
 # log(2) in two parts, of which the first times an integer is exact.
 LN2_HIGH = tl.constexpr(0.693359375)
 LN2_LOW = tl.constexpr(-2.12194440e-4)
-# A tail of less counts as empty: the next smaller numbers have no reciprocal.
-SMALLEST = tl.constexpr(2.0**-125)
-# The mass of a teacher's tail that the rounding of its log-probabilities hides.
-UNRESOLVED = tl.constexpr(2.0**-24)
+SMALLEST = tl.constexpr(SMALLEST_TAIL)
+HIDDEN = tl.constexpr(HIDDEN_TAIL)
 
 
 class Support(NamedTuple):
@@ -158,9 +156,10 @@ def _exp(x):
 
 @triton.jit
 def _tail_of_teacher(log_q, kept, q, resolution):
-    """1 - sum q, and whether more than rounding is left of it.
+    """The tail's mass 1 - sum q, as it comes out and as it is taken, and sum q.
 
-    1 - q_max comes from expm1, so that a tail of 1e-12 is not lost.
+    1 - q_max comes from expm1, so that a tail of 1e-12 is not lost. One that is smaller than the
+    rounding of the log-probabilities is taken as what that hides.
     """
     top = tl.max(tl.where(kept, log_q, START), 0)
     first = tl.argmax(tl.where(kept, log_q, START), 0)
@@ -169,9 +168,9 @@ def _tail_of_teacher(log_q, kept, q, resolution):
     rest = tl.where(top > -0.5, -(near + excess(-near)), 1.0 - tl.exp2(top * LOG2E))
     spread = tl.sum(tl.where(q > 0.0, q * tl.abs(log_q), 0.0), 0)
     tail = rest - others
-    hidden = tl.maximum(UNRESOLVED, resolution)
     # (A NaN stays one.)
-    return tl.where(tail <= spread * resolution, hidden, tail), others + tl.exp2(top * LOG2E)
+    taken = tl.where(tail <= spread * resolution, tl.maximum(HIDDEN, resolution), tail)
+    return tail, taken, others + tl.exp2(top * LOG2E)
 
 
 @triton.jit
@@ -191,9 +190,8 @@ def _categories(
     p = tl.where(kept, student_probability(z, stats, constants), 0.0)
     log_p = x * constants.inv_t - stats.student_lse
     raw_q = tl.where(kept, _exp(log_q), 0.0)
-    tail_q, teacher_mass = _tail_of_teacher(log_q, kept, raw_q, resolution)
+    tail_raw_q, tail_q, teacher_mass = _tail_of_teacher(log_q, kept, raw_q, resolution)
     tail_p = tl.exp2(log_tail * LOG2E)
-    tail_raw_q = tail_q
     q = raw_q
     if HAS_FLOOR:
         lowest = tl.exp2(constants.floor * LOG2E)
@@ -217,10 +215,8 @@ def _categories(
     part = kept & ~(z <= -float("inf"))
     log_ratio = tl.where(part, at_least_lowest(log_p - log_q) + 0.0 * z, 0.0)
     q = tl.where(part, q, 0.0)
-    # A tail of the student's that is empty takes no part, like an entry whose logit is -inf. (And
-    # where there is no tail at all, rounding is not one.)
+    # A tail of the student's that is empty takes no part, like an entry whose logit is -inf.
     empty = tail_p < SMALLEST
-    tail_raw_q = tl.where(empty & (tail_raw_q <= UNRESOLVED), 0.0, tail_raw_q)
     tail_log_ratio = tl.where(empty, 0.0, log_tail - tl.log(tail_q))
     one = tl.zeros((1,), tl.float32)
     return Categories(
