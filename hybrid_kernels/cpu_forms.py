@@ -1,6 +1,6 @@
 """The divergences of the torch backend: values and slopes on buffers of probabilities.
 
-`kernels/math.py` has the same formulas for Triton, and says where they come from.
+`kernels/divergences.py` has the same formulas for Triton.
 """
 
 import math

@@ -230,8 +230,8 @@ class _Family:
         return f"{left}{self.low:g}, {self.high:g}{right}"
 
 
-# The formula of each stands in `reference.py` (value) and, for the kernels, in `kernels/math.py`
-# and `cpu.py` (value and derivative).
+# The formula of each stands in `reference.py` (value) and, for the kernels, in
+# `kernels/divergences.py` and `cpu_forms.py` (value and derivative).
 _FAMILIES = {
     "reverse_kl": _Family(),
     "forward_kl": _Family(),

@@ -11,7 +11,12 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from hybrid_kernels.kernels.math import Row, Weights, full_gradient, sides
+from hybrid_kernels.kernels.math import (
+    Row,
+    Weights,
+    full_gradient,
+    sides,
+)
 from hybrid_kernels.rows import FIELDS, MEMBER, MEMBER_FIELDS, STUDENT_FIELDS
 
 _DIVERGENCE = tl.constexpr(FIELDS.divergence)

@@ -43,24 +43,26 @@ from hybrid_kernels.kernels.access import (
     write_divergence,
     write_statistics,
 )
-from hybrid_kernels.kernels.math import (
+from hybrid_kernels.kernels.divergences import (
     LOG2E,
     START,
+    all_together,
+    needs_student_d,
+    needs_teacher_d,
+    nothing,
+)
+from hybrid_kernels.kernels.math import (
     Constants,
     Sums,
     about,
     all_normalisers,
     all_sums,
-    all_together,
     each_together,
     full_gradient,
     is_finite,
     is_small,
     merge_all,
-    needs_student_d,
-    needs_teacher_d,
     no_sums_of,
-    nothing,
     settle_all,
     sides,
     small_values,

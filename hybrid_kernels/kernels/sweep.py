@@ -33,8 +33,11 @@ from hybrid_kernels.kernels.access import (
     write_divergence,
     write_statistics,
 )
-from hybrid_kernels.kernels.math import (
+from hybrid_kernels.kernels.divergences import (
     LOG2E,
+    nothing,
+)
+from hybrid_kernels.kernels.math import (
     Constants,
     all_normalisers,
     all_sums,
@@ -43,7 +46,6 @@ from hybrid_kernels.kernels.math import (
     is_small,
     merge_all,
     no_sums_of,
-    nothing,
     settle_all,
     sides,
     small_values,

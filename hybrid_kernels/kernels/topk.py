@@ -18,20 +18,22 @@ import triton
 import triton.language as tl
 
 from hybrid_kernels.kernels.access import locate, mark_bytes, mark_of
-from hybrid_kernels.kernels.math import (
+from hybrid_kernels.kernels.divergences import (
     LOG2E,
     START,
-    Weights,
-    at_least_lowest,
     excess,
     has_small_terms,
     log_sum_exp,
-    settle,
     slopes,
     small_terms,
-    student_probability,
     terms,
     together,
+)
+from hybrid_kernels.kernels.math import (
+    Weights,
+    at_least_lowest,
+    settle,
+    student_probability,
     with_slopes,
 )
 from hybrid_kernels.kernels.reduce import agreed
