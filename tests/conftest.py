@@ -58,11 +58,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if _interpreted(config):
         others = [item for item in items if "target" not in getattr(item, "fixturenames", ())]
+        others += [item for item in items if item not in set(others) and _has_a_twin(item)]
     else:
         # On a GPU the form of a kernel follows from the problem: test_gpu.py.
         others = [item for item in items if "form" in getattr(item, "fixturenames", ())]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if item not in set(others)]
+
+
+# The interpreter is slow. These share their arithmetic with another parameter or divergence, and
+# what runs every divergence through every form and teacher is enough for them.
+TWINS = {"skew_forward_kl-0.3", "alpha-0.3", "renyi-0.3"}
+COMPLETE = {"test_forms", "test_teachers"}
+
+
+def _has_a_twin(item: pytest.Item) -> bool:
+    if item.path.stem in COMPLETE or not isinstance(item, pytest.Function):
+        return False
+    divergence = getattr(item, "callspec", None) and item.callspec.params.get("divergence")
+    name = getattr(divergence, "name", None)
+    values = getattr(divergence, "params", {}).values()
+    return "-".join([str(name), *(str(value) for value in values)]) in TWINS
 
 
 def _interpreted(config: pytest.Config) -> bool:
