@@ -53,7 +53,7 @@ def slopes(p, q, log_p, log_ratio, log_s, parameter, DIVERGENCE: tl.constexpr):
     a difference of numbers around 1 would have lost its digits there. `log_p` and `log_s` are for
     Renyi's divergence alone.
     """
-    u = 0.0 * log_ratio
+    u = tl.zeros_like(log_ratio)
     v = u
     if needs_student_d(DIVERGENCE):
         u = log_ratio
