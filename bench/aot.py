@@ -431,7 +431,7 @@ def main() -> None:
     for size in (32, 128, 512, 1024):
         _report(f"reverse_kl, top-{size}", case, TOPK_EXPONENTIALS, 2, support=size)
     for count in (2, 3):
-        _report(f"reverse_kl, {count} teachers", case, 2 * count + 1, 2 + count, teachers=count)
+        _report(f"reverse_kl, {count} teachers", case, count + 2, 2 + count, teachers=count)
 
 
 def _report(name: str, case: tuple, exponentials: int, moved: int, **options) -> None:
