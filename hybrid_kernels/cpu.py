@@ -16,7 +16,7 @@ import ctypes
 import math
 import mmap
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ HUGE_PAGE = 2 << 20  # bytes
 
 
 def row_statistics(rows: Rows, statistics: Tensor) -> None:
-    supports = None if rows.support is None else Supports(rows)
+    supports = None if rows.support is None else Supports(rows, rows.student.shape[-1])
     for block in _blocks(rows, statistics, supports=supports):
         block.measure()
     if supports is not None:
@@ -51,17 +51,35 @@ def row_statistics(rows: Rows, statistics: Tensor) -> None:
 def row_gradient(
     rows: Rows, statistics: Tensor, coefficients: Coefficients, gradient: Tensor
 ) -> None:
-    # The buffers that the gradient reads cost as much to refill as the statistics to measure.
-    hybrid_rows(rows, torch.empty_like(statistics), coefficients, gradient)
+    if rows.support is not None:
+        # What a support's gradient reads costs as much to refill as the statistics to measure.
+        hybrid_rows(rows, torch.empty_like(statistics), coefficients, gradient)
+        return
+    _prefer_huge_pages(gradient)
+    if coefficients.divergence is None:
+        rows = rows._replace(teachers=(), shares=())
+    coefficients = _columns(rows, coefficients)
+    for block in _blocks(rows, statistics, coefficients, gradient, known=True):
+        block.recall()
+        block.write_gradient()
+
+
+def row_values(rows: Rows, statistics: Tensor, values: Tensor) -> None:
+    """What these entries add to the divergences of rows whose normalisers `statistics` has.
+
+    Fills `[1 + 2 M, N]`: log q(y), the weighted mean over the M members; and for each of them its
+    part of the divergence and of the sum of slopes (of Renyi's: of S - 1, and of log S as a
+    log-sum-exp), as they are before `Form.settle`. Masked rows may hold anything.
+    """
+    for block in _blocks(rows, statistics, known=True):
+        block.write_values(values)
 
 
 def hybrid_rows(
     rows: Rows, statistics: Tensor, coefficients: Coefficients, gradient: Tensor
 ) -> None:
     _prefer_huge_pages(gradient)
-    # Every logit gradient has the factor 1/T.
-    columns = (None if c is None else (c / rows.temperature)[:, None] for c in coefficients)
-    coefficients = Coefficients(*columns)
+    coefficients = _columns(rows, coefficients)
     if rows.total == 0:
         return
     if rows.support is None:
@@ -71,7 +89,7 @@ def hybrid_rows(
         return
     # All supports are compared at once: many small tensors for each block would take longer than
     # to read the logits again.
-    supports = Supports(rows)
+    supports = Supports(rows, rows.student.shape[-1])
     if gradient.dtype == torch.float32 and gradient.data_ptr() != rows.student.data_ptr():
         supports.exponentials = gradient  # which spares the second exp
     for block in _blocks(rows, statistics, supports=supports):
@@ -97,6 +115,13 @@ def scale_rows(gradient: Tensor, factor: Tensor) -> None:
             piece.copy_(piece.float() * own)
 
 
+def _columns(rows: Rows, coefficients: Coefficients) -> Coefficients:
+    """`[N, 1]` (or of one element), with the factor 1/T that every logit gradient has."""
+    return Coefficients(
+        *(None if c is None else (c / rows.temperature)[:, None] for c in coefficients)
+    )
+
+
 def _prefer_huge_pages(gradient: Tensor) -> None:
     """Asks Linux to back a large new gradient by huge pages, as NumPy does for its arrays.
 
@@ -119,8 +144,9 @@ def _blocks(
     coefficients: Coefficients | None = None,
     gradient: Tensor | None = None,
     supports: Supports | None = None,
+    known: bool = False,
 ) -> Iterator["_Block"]:
-    """Blocks of consecutive rows, with the masked rows cleared.
+    """Blocks of consecutive rows, with the masked rows cleared; `known` statistics are only read.
 
     On the CPU masked rows are not even read. Elsewhere the mask stays on the device and is applied
     to each block after its arithmetic.
@@ -136,17 +162,20 @@ def _blocks(
         valid = None if rows.valid is None else rows.valid[o * inner : (o + 1) * inner]
         if valid is not None and on_cpu:
             runs = _runs(valid)
-            statistics[:, o * inner : (o + 1) * inner][:, ~valid] = 0.0
+            if not known:
+                statistics[:, o * inner : (o + 1) * inner][:, ~valid] = 0.0
             if gradient is not None:
                 gradient[o][~valid] = 0
         for first, last in runs:
             for start in range(first, last, step):
                 stop = min(start + step, last)
-                block = (coefficients, gradient, buffers, supports, o, start, stop)
+                block = (coefficients, gradient, buffers, supports, known, o, start, stop)
                 yield _Block(rows, statistics, *block)
                 if valid is not None and not on_cpu:
                     hidden = ~valid[start:stop]
-                    statistics[:, o * inner + start : o * inner + stop].masked_fill_(hidden, 0.0)
+                    if not known:
+                        span = slice(o * inner + start, o * inner + stop)
+                        statistics[:, span].masked_fill_(hidden, 0.0)
                     if gradient is not None:
                         gradient[o, start:stop].masked_fill_(hidden[:, None], 0.0)
 
@@ -174,6 +203,7 @@ class _Block:
         gradient: Tensor | None,
         buffers: tuple[Tensor, ...],
         supports: Supports | None,
+        known: bool,
         outer: int,
         start: int,
         stop: int,
@@ -190,7 +220,8 @@ class _Block:
         self.gradient = None if gradient is None else gradient[outer, start:stop]
         self.ids = None
         if rows.token_ids is not None:
-            # Ids on masked rows may be anything; those on valid rows were checked on the CPU.
+            # Ids on masked rows may be anything. One outside is of a token that is not here: its
+            # log p is NaN, and it has no gradient of its own.
             ids = rows.token_ids[self.range].long()
             self.ids = ids.clamp(0, rows.student.shape[-1] - 1)[:, None]
             self.outside = (ids != self.ids[:, 0])[:, None]
@@ -213,24 +244,43 @@ class _Block:
         self.dropped: Tensor | None = None
         self.form = FORMS[rows.divergence]
         self.supports = supports
+        self.known = known
         self.columns: dict[int, Tensor] = {}
+        if known:
+            self.columns = dict(enumerate(self.statistics[:, :, None].unbind()))
+        self.log_q = torch.zeros(())
 
     def measure(self) -> None:
         """Fills the statistics, and the buffers that the gradient reads."""
-        # Where looking at a result would synchronise a device, every block counts as an edge case.
-        found = self._fill(guarded=not self.on_cpu)
-        if self.on_cpu and not bool(found.isfinite().all()):
-            found = self._fill(guarded=True)
+        found = self._checked(self._fill)
+        if self.ids is not None:
+            for field in (FIELDS.log_prob, FIELDS.teacher_log_prob)[: 1 + len(self.teachers)]:
+                found[:, field : field + 1].masked_fill_(self.outside, torch.nan)
         self.statistics.copy_(found.T)
+
+    def recall(self) -> None:
+        """Fills the buffers that the gradient reads, from statistics that are known."""
+        self._checked(self._refill)
+
+    def write_values(self, values: Tensor) -> None:
+        """Writes what `row_values` tells."""
+        found = self._checked(self._parts)[:, 1:]
+        if self.ids is not None:
+            found[:, :1].masked_fill_(self.outside, torch.nan)
+        values[:, self.range] = found.T
+
+    def _checked(self, fill: Callable[[bool], Tensor]) -> Tensor:
+        """What `fill` returns, which it takes more care of where it finds what is not finite."""
+        # Where looking at a result would synchronise a device, every block counts as an edge case.
+        found = fill(not self.on_cpu)
+        if self.on_cpu and not bool(found.isfinite().all()):
+            found = fill(True)
+        return found
 
     def _fill(self, guarded: bool) -> Tensor:
         """Statistics `[r, STATISTICS]`. Unguarded, -inf among the logits makes some of them NaN."""
-        top, total = self._exponentials(self.student, self.x, self.p)
-        lse = total.log()
-        self.p_factor = total.reciprocal()
-        if guarded:
-            self.dropped = self.student == -torch.inf
-            self.x.masked_fill_(self.dropped, LOWEST)
+        top, lse, self.p_factor = self._exponentials(self.student, self.x, self.p)
+        self._drop(guarded)
         zero = torch.zeros_like(lse)
         columns = self.columns = dict.fromkeys(range(self.statistics.shape[0]), zero)
         columns[FIELDS.student_max] = top
@@ -242,14 +292,56 @@ class _Block:
             log_prob = self._over_t(self.x.gather(1, self.ids)) - lse
             if self.dropped is not None:
                 log_prob.masked_fill_(self.dropped.gather(1, self.ids), -torch.inf)
-            if not self.on_cpu:
-                log_prob.masked_fill_(self.outside, torch.nan)
             columns[FIELDS.log_prob] = log_prob
         if self.supports is not None:
             self._gather_support(self.supports)
+        self.log_q = zero
         for member in range(len(self.teachers)):
             self._compare(member, guarded)
+        if self.ids is not None and self.teachers:
+            columns[FIELDS.teacher_log_prob] = self.log_q
         return torch.cat(tuple(columns.values()), 1)
+
+    def _recentre(self, guarded: bool) -> Tensor:
+        """x and p by the normalisers that are known; NaN where there is an infinite logit."""
+        columns = self.columns
+        known = columns[FIELDS.student_max], columns[FIELDS.student_lse]
+        self.p_factor = self._exponentials(self.student, self.x, self.p, known)[2]
+        probe = row_dot(self.p, self.x)
+        self._drop(guarded)
+        return probe
+
+    def _refill(self, guarded: bool) -> Tensor:
+        """What tells whether there was anything infinite, `[r, *]`."""
+        found = [self._recentre(guarded)]
+        for member in range(len(self.teachers)):
+            first = STUDENT_FIELDS + member * MEMBER_FIELDS
+            found += self._sums(self._log_ratios(member, guarded))
+            found.append(self.columns[first + MEMBER.slope_sum])
+            self._tilt(self.columns[first + MEMBER.log_s])
+            if self.pull is not None:
+                self._add_pull(self.pull, member, found[-1])
+        return torch.cat(found, 1)
+
+    def _parts(self, guarded: bool) -> Tensor:
+        """The same, and then what `row_values` tells."""
+        found, form = [self._recentre(guarded)], self.form
+        self.log_q = torch.zeros_like(found[0])
+        for member in range(len(self.teachers)):
+            lost = self._log_ratios(member, guarded)
+            value, slope_sum = self._sums(lost)
+            if form.small_value is not None:
+                self._normalise()
+                value = form.small_value(self.p, self.q, self.log_ratio) + form.lost_sign * lost
+            found += [value, slope_sum]
+        found.insert(1, self.log_q)
+        return torch.cat(found, 1)
+
+    def _drop(self, guarded: bool) -> None:
+        """Notes which entries take no part."""
+        if guarded:
+            self.dropped = self.student == -torch.inf
+            self.x.masked_fill_(self.dropped, LOWEST)
 
     def _gather_support(self, supports: Supports) -> None:
         """Notes z - max z on a top-K support, and what is outside. Leaves p 0 on it."""
@@ -262,51 +354,18 @@ class _Block:
 
     def _compare(self, member: int, guarded: bool) -> None:
         """A teacher's statistics, its share of the divergence and the sum of its slopes."""
-        columns, form, floor = self.columns, self.form, self.rows.teacher_floor
+        columns, form = self.columns, self.form
         p, q, log_ratio = self.p, self.q, self.log_ratio
-        share, teacher = self.rows.shares[member], self.teachers[member]
+        share = self.rows.shares[member]
         first = STUDENT_FIELDS + member * MEMBER_FIELDS
-        student_lse = columns[FIELDS.student_lse]
-        top, total = self._exponentials(teacher, log_ratio, q)
-        teacher_lse = total.log()
-        columns[first + MEMBER.teacher_max] = top
-        columns[first + MEMBER.teacher_lse] = teacher_lse
-        if self.ids is not None:
-            log_q = self._over_t(log_ratio.gather(1, self.ids)) - teacher_lse
-            log_q = log_q if floor is None else log_q.clamp_(min=floor)
-            mean = columns[FIELDS.teacher_log_prob] + share / sum(self.rows.shares) * log_q
-            columns[FIELDS.teacher_log_prob] = mean if self.pull is not None else log_q
-        self.q_factor = total.reciprocal()
-        self._subtract(teacher, columns[FIELDS.student_max], top, teacher_lse - student_lse)
-        lost = 0.0
-        if guarded or floor is not None or not form.linear or self.pull is not None:
-            self._normalise()
-        if floor is not None:
-            torch.minimum(log_ratio, self._over_t(self.x) - (student_lse + floor), out=log_ratio)
-            raised = (math.exp(floor) - q).clamp_(min=0.0)
-            q.add_(raised)
-            lost = -raised.sum(-1, keepdim=True)
-        if self.dropped is not None:
-            # What the identity sum p = sum q = 1 behind `small_value` has lost on this support.
-            lost = lost + torch.where(self.dropped, q, 0.0).sum(-1, keepdim=True)
-            q.masked_fill_(self.dropped, 0.0)
-            log_ratio.masked_fill_(self.dropped, LOWEST)
-            if not form.diverges:
-                log_ratio.clamp_(max=-LOWEST)
-        log_p = self._over_t(self.x) - student_lse if form.tilted is not None else p
-        value, slope_sum = form.compare(p, q, log_ratio, self.rows.parameter, log_p, lost)
-        if self.p_factor is not None:
-            value = slope_sum = value * self.p_factor
-        if guarded:
-            sound = student_lse.isfinite() & teacher_lse.isfinite()
-            if form.diverges:
-                # 0 * inf where p underflows: with both normalisers sound, a NaN can mean only that
-                # the teacher forbids what the student may still say.
-                infinite = (value.isnan() & sound) | (value == torch.inf)
-                value = torch.where(infinite, torch.inf, value)
-                slope_sum = torch.where(infinite, torch.inf, slope_sum)
-            # Comparisons lose sight of a NaN.
-            value, slope_sum = (torch.where(sound, x, torch.nan) for x in (value, slope_sum))
+        lost = self._log_ratios(member, guarded)
+        value, slope_sum = self._sums(lost)
+        if guarded or form.tilted is not None:
+            lse, teacher_lse = columns[FIELDS.student_lse], columns[first + MEMBER.teacher_lse]
+            sound = lse.isfinite() & teacher_lse.isfinite()
+            settled = form.settle(value, slope_sum, sound, self.rows.parameter)
+            value, slope_sum, columns[first + MEMBER.log_s] = settled
+            self._tilt(settled[-1])
         columns[first + MEMBER.slope_sum] = slope_sum
         if form.small_value is not None:
             small = value < SMALL_DIVERGENCE
@@ -319,6 +378,61 @@ class _Block:
         else:
             columns[FIELDS.divergence] = columns[FIELDS.divergence] + share * value
             self._add_pull(self.pull, member, slope_sum)
+
+    def _log_ratios(self, member: int, guarded: bool) -> Tensor | float:
+        """Fills q and l of a member, and adds its log q(y). Measures its normalisers, if they are
+        not known. Returns 1 - sum q of the entries that take part."""
+        columns, floor = self.columns, self.rows.teacher_floor
+        q, log_ratio, teacher = self.q, self.log_ratio, self.teachers[member]
+        first = STUDENT_FIELDS + member * MEMBER_FIELDS
+        student_max, student_lse = columns[FIELDS.student_max], columns[FIELDS.student_lse]
+        known = None
+        if self.known:
+            known = columns[first + MEMBER.teacher_max], columns[first + MEMBER.teacher_lse]
+        top, teacher_lse, self.q_factor = self._exponentials(teacher, log_ratio, q, known)
+        columns[first + MEMBER.teacher_max] = top
+        columns[first + MEMBER.teacher_lse] = teacher_lse
+        if self.ids is not None:
+            log_q = self._over_t(log_ratio.gather(1, self.ids)) - teacher_lse
+            log_q = log_q if floor is None else log_q.clamp_(min=floor)
+            share = self.rows.shares[member] / sum(self.rows.shares)
+            self.log_q = self.log_q + share * log_q
+        self._subtract(teacher, student_max, top, teacher_lse - student_lse)
+        lost = 0.0
+        if guarded or floor is not None or not self.form.linear or self.pull is not None:
+            self._normalise()
+        if floor is not None:
+            torch.minimum(log_ratio, self._over_t(self.x) - (student_lse + floor), out=log_ratio)
+            raised = (math.exp(floor) - q).clamp_(min=0.0)
+            q.add_(raised)
+            lost = -raised.sum(-1, keepdim=True)
+        if self.dropped is not None:
+            # What the identity sum p = sum q = 1 behind `small_value` has lost on this support.
+            lost = lost + torch.where(self.dropped, q, 0.0).sum(-1, keepdim=True)
+            q.masked_fill_(self.dropped, 0.0)
+            log_ratio.masked_fill_(self.dropped, LOWEST)
+            if not self.form.diverges:
+                log_ratio.clamp_(max=-LOWEST)
+        return lost
+
+    def _sums(self, lost: Tensor | float) -> tuple[Tensor, Tensor]:
+        """`Form.compare` of these buffers."""
+        buffers = (self.p, self.q, self.log_ratio, self.rows.parameter, self._log_p(), lost)
+        value, slope_sum = self.form.compare(*buffers)
+        if self.p_factor is not None:
+            value = slope_sum = value * self.p_factor
+        return value, slope_sum
+
+    def _tilt(self, log_s: Tensor) -> None:
+        """`Form.tilt` of these buffers."""
+        buffers = (self.p, self.q, self.log_ratio, self.rows.parameter, self._log_p(), log_s)
+        self.form.tilt(*buffers)
+
+    def _log_p(self) -> Tensor:
+        """log p, for Renyi's divergence; others have no use for it."""
+        if self.form.tilted is None:
+            return self.p
+        return self._over_t(self.x) - self.columns[FIELDS.student_lse]
 
     def _add_pull(self, pull: Tensor, member: int, slope_sum: Tensor) -> None:
         """Adds a member's dD/dz: its share of p (g - sum of slopes) - h."""
@@ -340,17 +454,27 @@ class _Block:
             self.q.mul_(self.q_factor)
         self.p_factor = self.q_factor = None
 
-    def _exponentials(self, logits: Tensor, centred: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """Fills z - max z and exp((z - max z)/T); returns max z and the sum of the latter."""
+    def _exponentials(
+        self,
+        logits: Tensor,
+        centred: Tensor,
+        out: Tensor,
+        known: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Fills z - max z and exp((z - max z)/T); returns max z, and the logarithm and reciprocal
+        of the sum of the latter. `known` are the first two, of which these logits may be a part."""
         if logits.dtype == torch.float32:
-            top = logits.amax(-1, keepdim=True)
+            top = logits.amax(-1, keepdim=True) if known is None else known[0]
             torch.sub(logits, top, out=centred)
         else:
             centred.copy_(logits)
-            top = centred.amax(-1, keepdim=True)
+            top = centred.amax(-1, keepdim=True) if known is None else known[0]
             centred.sub_(top)
         torch.exp(self._over_t(centred), out=out)
-        return top, out.sum(-1, keepdim=True)
+        if known is not None:
+            return *known, known[1].neg().exp_()
+        total = out.sum(-1, keepdim=True)
+        return top, total.log(), total.reciprocal()
 
     def _subtract(
         self, teacher: Tensor, student_max: Tensor, teacher_max: Tensor, shift: Tensor
@@ -417,7 +541,7 @@ class _Block:
         if c_div is not None and self.pull is not None:
             out.add_(weighted(c_div, self.pull))
         if c_logp is not None and self.ids is not None:
-            out.scatter_add_(1, self.ids, c_logp.expand_as(self.ids))
+            out.scatter_add_(1, self.ids, torch.where(self.outside, 0.0, c_logp))
         if out is not self.gradient:
             self.gradient.copy_(out)
 
@@ -445,7 +569,7 @@ class _Block:
             out.mul_(inner)
         supports.write(out, self.range)
         if c_logp is not None and self.ids is not None:
-            out.scatter_add_(1, self.ids, c_logp.expand_as(self.ids))
+            out.scatter_add_(1, self.ids, torch.where(self.outside, 0.0, c_logp))
         if out is not self.gradient:
             self.gradient.copy_(out)
 

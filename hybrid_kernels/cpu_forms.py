@@ -29,7 +29,8 @@ class Form(NamedTuple):
         small_value: (p, q, l) -> `[r, 1]`, the value as a sum of positive terms, right near p = q.
         lost_sign: the sign with which 1 - sum q of the entries that take part enters it.
         lost_share: parameter -> the factor with which it enters the value of `sums`.
-        tilted: in place of `sums`, (p, q, l, parameter, log p), for Renyi's.
+        tilted: in place of `sums`, (p, q, l, parameter, log p), for Renyi's, whose slopes have to
+            wait for the whole row: it tells S - 1 and log S, and leaves the buffers alone.
     """
 
     sums: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -45,13 +46,50 @@ class Form(NamedTuple):
     def compare(
         self, p: Tensor, q: Tensor, log_ratio: Tensor, a: float, log_p: Tensor, lost: Tensor | float
     ) -> tuple[Tensor, Tensor]:
-        """As `sums`, with what 1 - sum q of the entries that take part does to the value."""
+        """As `sums`, with what 1 - sum q of the entries that take part does to the value.
+
+        (Of Renyi's divergence S - 1 and log S, which `settle` wants, and no slopes: see `tilt`.)
+        """
         if self.tilted is not None:
             return self.tilted(p, q, log_ratio, a, log_p)
         value, slope_sum = self.sums(p, q, log_ratio, a)
         if self.lost_share is not None:
             value = value + self.lost_share(a) * lost
         return value, slope_sum
+
+    def settle(
+        self, value: Tensor, slope_sum: Tensor, sound: Tensor, a: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a row's divergence makes of the sums of its terms and slopes, and its edge cases.
+
+        Returns the value, the sum of slopes and, for Renyi's, the log S that its slopes need (else
+        0). S is 1 + sum (p^a q^(1-a) - p) where it is near 1; elsewhere a log-sum-exp, which stands
+        in the place of the slopes' sum.
+
+        `sound` tells where both normalisers are finite: there a NaN is the 0 * inf of a p that
+        underflows, and means that the teacher forbids what the student may still say.
+        """
+        log_s = torch.zeros_like(value)
+        if self.tilted is not None:
+            near = value.abs() < 0.5
+            log_s = torch.where(near, value.clamp(-0.5, 0.5).log1p(), slope_sum)
+            # Where the teacher forbids an entry the log-ratio is a huge number, for infinity.
+            log_s = log_s.masked_fill(log_s > 1e20, math.inf)
+            value, slope_sum = log_s / (a - 1), torch.where(log_s == math.inf, math.inf, 0.0)
+        if self.diverges:
+            infinite = (value.isnan() & sound) | (value == math.inf)
+            value = torch.where(infinite, math.inf, value)
+            slope_sum = torch.where(infinite, math.inf, slope_sum)
+        # Comparisons lose sight of a NaN.
+        value, slope_sum = (torch.where(sound, x, math.nan) for x in (value, slope_sum))
+        return value, slope_sum, log_s
+
+    def tilt(
+        self, p: Tensor, q: Tensor, log_ratio: Tensor, a: float, log_p: Tensor, log_s: Tensor
+    ) -> None:
+        """Leaves g and h in the buffers where `compare` has not."""
+        if self.tilted is not None:
+            _renyi_slopes(p, q, log_ratio, a, log_p, log_s)
 
 
 def weighted(weight: Tensor, value: Tensor) -> Tensor:
@@ -176,26 +214,24 @@ def _alpha(p: Tensor, q: Tensor, log_ratio: Tensor, a: float) -> tuple[Tensor, T
 def _renyi(
     p: Tensor, q: Tensor, log_ratio: Tensor, a: float, log_p: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """log(S)/(a-1), and slopes a/(a-1) (p^a q^(1-a)/S - p), which sum to 0.
-
-    Where S is near 1 it is 1 + sum (p^a q^(1-a) - p), elsewhere a log-sum-exp.
-    """
+    """sum (p^a q^(1-a) - p), which is S - 1, and log S as a log-sum-exp."""
     exponent = (a - 1) * log_ratio
     plain = exponent.abs() < 30
-    tilted = exponent + log_p
-    log_s = tilted.logsumexp(-1, keepdim=True)
+    log_s = (exponent + log_p).logsumexp(-1, keepdim=True)
     terms = p * torch.where(plain, exponent, 0.0).expm1_()
     if not (plain.device.type == "cpu" and bool(plain.all())):
         terms = torch.where(plain, terms, _geometric(p, q, log_ratio, a) - p)
-    change = terms.sum(-1, keepdim=True)
-    log_s = torch.where(change.abs() < 0.5, change.clamp(-0.5, 0.5).log1p(), log_s)
-    # Where the teacher forbids an entry the log-ratio is a huge number, for infinity.
-    log_s = log_s.masked_fill(log_s > 1e20, math.inf)
-    log_ratio.copy_(exponent).sub_(log_s)
-    _tilted(q, log_ratio, lambda: tilted.sub_(log_s).exp_())
+    return terms.sum(-1, keepdim=True), log_s
+
+
+def _renyi_slopes(
+    p: Tensor, q: Tensor, log_ratio: Tensor, a: float, log_p: Tensor, log_s: Tensor
+) -> None:
+    """Slopes a/(a-1) (p^a q^(1-a)/S - p), which sum to 0."""
+    exponent = log_ratio.mul_(a - 1).sub_(log_s)
+    _tilted(q, exponent, lambda: (exponent + log_p).exp_())
     log_ratio.mul_(a / (a - 1))
     q.mul_(a / (a - 1))
-    return log_s / (a - 1), torch.where(log_s == math.inf, math.inf, 0.0)
 
 
 def _tv(p: Tensor, q: Tensor, log_ratio: Tensor, _: float) -> tuple[Tensor, Tensor]:

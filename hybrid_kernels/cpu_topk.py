@@ -21,8 +21,9 @@ from hybrid_kernels.rows import (
     Rows,
 )
 
-# Rows that are compared at once.
+# Rows that are compared at once, on the CPU; and entries elsewhere, where launches are what costs.
 _ROWS = 256
+_ENTRIES = 4 << 20
 
 
 class Comparison(NamedTuple):
@@ -55,14 +56,17 @@ class Supports:
         index: `[N, K]` int64, those ids; 0 where none counts.
         x: `[N, K]`, z - max z on the support.
         outside: `[N, 1]`, sum exp((z - max z)/T) outside.
+        log_prob: `[N, 1]`, the coefficient of dlog p(y)/dz that stands for all but the entropy in
+            the gradient outside the support: what the divergence pulls there is a multiple of p.
         constant: `[N, 1]`, the gradient outside the support over p, less the entropy's own term.
         gradient: `[N, K]`, the gradient on the support, less 1[v = y].
         exponentials: `[O, I, V]`, where exp((z - max z)/T) is to be kept; None where nowhere.
     """
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows, size: int | Tensor) -> None:
+        """`size` is that of the whole vocabulary, of which `rows` may have a part."""
         assert rows.support is not None
-        ids, size = rows.support.ids.long(), rows.student.shape[-1]
+        ids = rows.support.ids.long()
         self.rows = rows
         self.impossible = (ids < -1) | (ids >= size)
         self.kept = first_of_each(ids) & ~self.impossible
@@ -74,8 +78,10 @@ class Supports:
 
     def compare(self, statistics: Tensor) -> None:
         """Fills the fields that depend on the teachers."""
-        for start in range(0, self.rows.total, _ROWS):
-            span = slice(start, start + _ROWS)
+        count, size = self.index.shape
+        step = _ROWS if self.index.device.type == "cpu" else max(1, _ENTRIES // size)
+        for start in range(0, count, step):
+            span = slice(start, start + step)
             own, ids = statistics[:, span], self.rows.token_ids
             compared = compare(
                 self.rows,
@@ -101,39 +107,46 @@ class Supports:
             statistics.masked_fill_(~self.rows.valid, 0.0)
 
     def finish(self, statistics: Tensor, coefficients: Coefficients) -> Coefficients:
-        """Fills `constant` and `gradient`; returns the coefficients with the correction in them."""
+        """Fills `log_prob`, `constant` and `gradient`; returns the coefficients with the correction
+        in them."""
         c_div, c_logp, c_ent = coefficients
         lse, entropy = statistics[FIELDS.student_lse][:, None], statistics[FIELDS.entropy][:, None]
-        constant = torch.zeros_like(lse)
+        log_prob = torch.zeros_like(lse)
         log_p = torch.where(self.x > LOWEST, self.x / self.rows.temperature - lse, LOWEST)
         if c_div is not None and self.rows.corrects_tail:
             own = weighted(c_div, statistics[FIELDS.tail_correction][:, None])
             c_logp = own if c_logp is None else c_logp + own
         inner = torch.zeros_like(self.x)
         if c_logp is not None:
-            constant = constant - c_logp
+            log_prob = log_prob + c_logp
             inner = inner - c_logp
         if c_ent is not None:
-            constant = constant + c_ent * (lse - entropy)
             inner = inner - c_ent * (log_p + entropy)
         self.gradient = log_p.exp() * inner
         if c_div is not None:
             pull = torch.cat([part.pull for part in self.compared])
             tail_pull = torch.cat([part.tail_pull for part in self.compared])
             self.gradient += weighted(c_div, pull)
-            constant = constant + weighted(c_div, tail_pull)
-        self.constant = constant
+            log_prob = log_prob - weighted(c_div, tail_pull)
+        self.log_prob, self.constant = log_prob, -log_prob
+        if c_ent is not None:
+            self.constant = self.constant + c_ent * (lse - entropy)
         return Coefficients(c_div, c_logp, c_ent)
 
     def write(self, out: Tensor, span: slice) -> None:
         """Writes the gradient on the support of some rows `[r, V]` over what is there."""
-        kept, index, gradient = self.kept[span], self.index[span], self.gradient[span]
-        # What is dropped writes the same as one that is kept; where nothing is, all as it was.
-        first = kept.to(torch.int8).argmax(-1, keepdim=True)
-        some = kept.gather(1, first)
-        index = torch.where(kept, index, index.gather(1, first))
-        instead = torch.where(some, gradient.gather(1, first), out[:, :1])
-        out.scatter_(1, index, torch.where(kept, gradient, instead))
+        overwrite(out, self.index[span], self.kept[span], self.gradient[span])
+
+
+def overwrite(out: Tensor, index: Tensor, kept: Tensor, values: Tensor) -> None:
+    """Writes the `[..., K]` values that are kept over entries of the last dimension of `out`, and
+    nothing else. The index of what is dropped is 0."""
+    # What is dropped writes the same as one that is kept; where nothing is, all as it was.
+    first = kept.to(torch.int8).argmax(-1, keepdim=True)
+    some = kept.gather(-1, first)
+    index = torch.where(kept, index, index.gather(-1, first))
+    instead = torch.where(some, values.gather(-1, first), out[..., :1])
+    out.scatter_(-1, index, torch.where(kept, values, instead))
 
 
 def first_of_each(ids: Tensor) -> Tensor:
@@ -221,7 +234,7 @@ def compare(
         q = torch.where(part, their.exp(), 0.0)
         rho = rho + share * log_ratio[:, -1:]
         log_p_part = torch.where(part, own, -torch.inf)
-        sound = mass + lse
+        sound = (mass + lse).isfinite()
         one, slope_sum = _sums(form, p, q, raw_q, log_ratio, log_p_part, sound, rows.parameter)
         slopes = p * log_ratio if form.has_g else torch.zeros_like(p)
         if form.has_h:
@@ -259,16 +272,11 @@ def _sums(
     if form.small_value is not None:
         small = form.small_value(p, q, log_ratio) + form.lost_sign * lost
     value, slope_sum = form.compare(p, q, log_ratio, a, log_p, lost)
-    if form.diverges:
-        # 0 * inf where p underflows: the teacher forbids what the student may still say.
-        infinite = (value.isnan() & sound.isfinite()) | (value == torch.inf)
-        value = torch.where(infinite, torch.inf, value)
-        slope_sum = torch.where(infinite, torch.inf, slope_sum)
+    value, slope_sum, log_s = form.settle(value, slope_sum, sound, a)
+    form.tilt(p, q, log_ratio, a, log_p, log_s)
     if small is not None:
         value = torch.where(value < SMALL_DIVERGENCE, small, value)
-    # NaN where a side is, of which comparisons may have lost sight.
-    lost_sight = torch.where(sound.isfinite(), 0.0, torch.nan)
-    return value + lost_sight, slope_sum + lost_sight
+    return value, slope_sum
 
 
 def _token(
