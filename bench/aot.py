@@ -202,6 +202,38 @@ def compile_marks(target: str, vocabulary: int, dtype: torch.dtype, support: int
     return _compile(_source(topk.mark_kernel, arguments, constants), target, launch, dtype)
 
 
+def compile_values(
+    target: str,
+    vocabulary: int,
+    dtype: torch.dtype,
+    divergence: str,
+    *,
+    teacher_floor: float | None = None,
+    teachers: int = 1,
+    count: int = 8192,
+) -> Compiled:
+    """The kernel for a part of the vocabulary, of a divergence that needs both normalisers first."""
+    logits = meta(1, count, vocabulary, dtype=dtype)
+    name, parameter = Divergence(divergence).canonical()
+    rows = Rows(
+        logits,
+        (logits,) * teachers,
+        (1.0,) * teachers,
+        None,
+        meta(count, dtype=torch.int64),
+        meta(count, dtype=torch.bool),
+        name,
+        parameter,
+        1.0,
+        teacher_floor,
+    )
+    values = meta(1 + 2 * teachers, count)
+    arguments = launchers.values_arguments(rows, rows.statistics(), values)
+    launch = launchers.values_form(rows)
+    constants = launchers.values_constants(rows, launch)
+    return _compile(_source(sweep.values_kernel, arguments, constants), target, launch, dtype)
+
+
 def compile_scale(target: str, vocabulary: int, dtype: torch.dtype) -> Compiled:
     """The kernel that multiplies a finished gradient by the upstream one."""
     launch = config.sweep(vocabulary)

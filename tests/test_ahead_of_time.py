@@ -142,6 +142,18 @@ def test_the_sweeping_form_spills_nothing(vocabulary, dtype, divergence, mode):
     assert aot.resources(compiled).spilled == 0
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("gpu", aot.TARGETS)
+def test_a_part_of_the_vocabulary_compiles(gpu, divergence):
+    """On one of them with a floor, two teachers, and a single row, which is a constant."""
+    options = {"teacher_floor": -20.0, "teachers": 2, "count": 1} if gpu == "sm_90" else {}
+    for one in ({}, *({name: value} for name, value in options.items())):
+        compiled = aot.compile_values(gpu, 151936 // 8, torch.bfloat16, divergence, **one)
+        assert assembled(compiled, gpu)
+        if gpu != "gfx942":
+            assert aot.resources(compiled).spilled == 0, one
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("mode", aot.MODES)
 def test_no_spills_with_options(options, mode):

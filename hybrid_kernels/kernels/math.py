@@ -374,20 +374,23 @@ def log_sum(maximum, total):
 
 @triton.jit
 def normalisers(sums, constants, HAS_TEACHER: tl.constexpr):
-    """The statistics of a row from its sums, all but those of its divergence."""
+    """The statistics of a row from its sums, all but those of its divergence.
+
+    A maximum drops a NaN, and a row of nothing but NaN would look like one of -inf, which a rank's
+    part of the vocabulary may be: so it takes the NaN of the sum.
+    """
     zero = tl.full((), 0.0, tl.float32)
+    student_max = sums.student_max + 0.0 * sums.student_sum
     student_lse = log_sum(sums.student_max, sums.student_sum)
     entropy = student_lse - sums.student_x / sums.student_sum * constants.inv_t
     teacher_max = zero
     teacher_lse = zero
     shift = zero
     if HAS_TEACHER:
-        teacher_max = sums.teacher_max
+        teacher_max = sums.teacher_max + 0.0 * sums.teacher_sum
         teacher_lse = log_sum(teacher_max, sums.teacher_sum)
         shift = teacher_lse - student_lse
-    return Row(
-        sums.student_max, teacher_max, student_lse, teacher_lse, shift, entropy, zero, zero, zero
-    )
+    return Row(student_max, teacher_max, student_lse, teacher_lse, shift, entropy, zero, zero, zero)
 
 
 @triton.jit
@@ -522,14 +525,16 @@ def value_and_slope(
     CHUNKS: tl.constexpr,
     HAS_FLOOR: tl.constexpr,
     DIVERGENCE: tl.constexpr,
+    SMALL: tl.constexpr = False,
 ):
     """A tile's part of the divergence and of the sum of slopes, both normalisers known.
 
-    (For Renyi's divergence of log S in the place of the latter: see `settle`.)
+    (For Renyi's divergence of log S in the place of the latter: see `settle`.) Under SMALL the
+    divergence is the sum that is right where it is small, too.
     """
-    value, other = _entry_values(zs[0], ws[0], row, constants, HAS_FLOOR, DIVERGENCE)
+    value, other = _entry_values(zs[0], ws[0], row, constants, HAS_FLOOR, DIVERGENCE, SMALL)
     for i in tl.static_range(1, CHUNKS):
-        t, s = _entry_values(zs[i], ws[i], row, constants, HAS_FLOOR, DIVERGENCE)
+        t, s = _entry_values(zs[i], ws[i], row, constants, HAS_FLOOR, DIVERGENCE, SMALL)
         value += t
         other = together(other, s, DIVERGENCE)
     if DIVERGENCE == "renyi":
@@ -539,13 +544,18 @@ def value_and_slope(
 
 
 @triton.jit
-def _entry_values(z, w, row, constants, HAS_FLOOR: tl.constexpr, DIVERGENCE: tl.constexpr):
+def _entry_values(
+    z, w, row, constants, HAS_FLOOR: tl.constexpr, DIVERGENCE: tl.constexpr, SMALL: tl.constexpr
+):  # fmt: skip
     p, q, log_ratio = point(z, w, row, constants, HAS_FLOOR)
     parameter = constants.parameter
     raw_q = q
-    if DIVERGENCE == "alpha":
+    if SMALL or DIVERGENCE == "alpha":
         raw_q = teacher_probability(w, row, constants)
-    t = terms(p, q, raw_q, log_ratio, parameter, DIVERGENCE)
+    if SMALL:
+        t = small_terms(p, q, raw_q, log_ratio, DIVERGENCE)
+    else:
+        t = terms(p, q, raw_q, log_ratio, parameter, DIVERGENCE)
     if DIVERGENCE == "renyi":
         s = student_log_probability(z, row, constants) + (parameter - 1.0) * log_ratio
     else:
@@ -564,12 +574,15 @@ def values_and_slopes(
     MEMBERS: tl.constexpr,
     HAS_FLOOR: tl.constexpr,
     DIVERGENCE: tl.constexpr,
+    SMALL: tl.constexpr = False,
 ):
     """`value_and_slope` for each member."""
     values = ()
     slopes = ()
     for i in tl.static_range(MEMBERS):
-        t, s = value_and_slope(zs, wss[i], stats[i], constants, CHUNKS, HAS_FLOOR, DIVERGENCE)
+        t, s = value_and_slope(
+            zs, wss[i], stats[i], constants, CHUNKS, HAS_FLOOR, DIVERGENCE, SMALL
+        )
         values = values + (t,)
         slopes = slopes + (s,)
     return values, slopes

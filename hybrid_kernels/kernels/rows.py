@@ -10,7 +10,7 @@ from torch import Tensor
 from hybrid_kernels.kernels import config
 from hybrid_kernels.kernels.access import GROUP, Problem, Side, Target, mark_bytes
 from hybrid_kernels.kernels.resident import PUBLISHED, SLOTS, resident_kernel
-from hybrid_kernels.kernels.sweep import scale_kernel, sweep_kernel
+from hybrid_kernels.kernels.sweep import scale_kernel, sweep_kernel, values_kernel
 from hybrid_kernels.kernels.topk import Support, mark_kernel
 from hybrid_kernels.rows import KL_FAMILY, LOWEST, Coefficients, Rows
 
@@ -40,6 +40,24 @@ def hybrid_rows(
         _resident(rows, statistics, coefficients, gradient, launch)
 
 
+def row_values(rows: Rows, statistics: Tensor, values: Tensor) -> None:
+    """What these entries add to the divergences of rows whose normalisers `statistics` has.
+
+    Fills `[1 + 2 M, N]`: log q(y), the weighted mean over the M members; and for each of them its
+    part of the divergence and of the sum of slopes (of Renyi's: of S - 1, and of log S as a
+    log-sum-exp), as they are before `math.settle`. Masked rows may hold anything.
+    """
+    if rows.total == 0:
+        return
+    launch = values_form(rows)
+    with _on_device(rows.student):
+        values_kernel[(rows.total,)](
+            *values_arguments(rows, statistics, values),
+            **values_constants(rows, launch),
+            **launch.options(),
+        )
+
+
 def form(rows: Rows, hip: bool = torch.version.hip is not None) -> config.Sweep | config.Resident:
     """How `hybrid_rows` runs a problem: the only place where that is chosen."""
     vocabulary, itemsize = rows.student.shape[-1], max(t.element_size() for t in rows.logits)
@@ -56,6 +74,11 @@ def sweep_form(rows: Rows) -> config.Sweep:
     """How the sweeping form runs a problem."""
     light = rows.one_sweep and len(rows.teachers) < 2
     return config.sweep(rows.student.shape[-1], light)
+
+
+def values_form(rows: Rows) -> config.Sweep:
+    """How `row_values` runs a problem."""
+    return config.sweep(rows.student.shape[-1], one_sweep=False)
 
 
 def held(rows: Rows) -> int:
@@ -229,6 +252,18 @@ def sweep_constants(
     # Marks are read by the byte.
     block_v = launch.block_v if rows.support is None else max(launch.block_v, GROUP)
     return {"BLOCK_V": block_v, "MEASURE": measure} | _problem_constants(rows, gradient)
+
+
+def values_arguments(rows: Rows, statistics: Tensor, values: Tensor) -> tuple:
+    """The run-time arguments of `values_kernel`."""
+    return _problem(rows, None), statistics, values
+
+
+def values_constants(rows: Rows, launch: config.Sweep) -> dict:
+    """The compile-time arguments of `values_kernel`."""
+    wanted = ("V", "PAD", "EDGES", "MEMBERS", "HAS_FLOOR", "HAS_SMALL", "DIVERGENCE")
+    known = _problem_constants(rows, None)
+    return {"BLOCK_V": launch.block_v} | {name: known[name] for name in wanted}
 
 
 def resident_constants(rows: Rows, gradient: Tensor, launch: config.Resident, stage: int) -> dict:

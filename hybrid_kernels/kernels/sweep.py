@@ -115,6 +115,7 @@ def _second_sweep(
     MEMBERS: tl.constexpr,
     HAS_FLOOR: tl.constexpr,
     DIVERGENCE: tl.constexpr,
+    SMALL: tl.constexpr = False,
 ):
     """Divergence and sum of slopes of each member, all normalisers known."""
     values = ()
@@ -125,12 +126,12 @@ def _second_sweep(
     if EDGES:
         edge_zs, edge_wss = load_edges(where, where.body >= 0, V, PAD, MEMBERS, False)
         values, slopes = values_and_slopes(
-            edge_zs, edge_wss, stats, constants, 1, MEMBERS, HAS_FLOOR, DIVERGENCE
+            edge_zs, edge_wss, stats, constants, 1, MEMBERS, HAS_FLOOR, DIVERGENCE, SMALL
         )
     for start in range(0, V, BLOCK_V):
         zs, wss = _load(where, start, BLOCK_V, PAD, EDGES, MEMBERS, False)
         more, steeper = values_and_slopes(
-            zs, wss, stats, constants, 1, MEMBERS, HAS_FLOOR, DIVERGENCE
+            zs, wss, stats, constants, 1, MEMBERS, HAS_FLOOR, DIVERGENCE, SMALL
         )
         values = each_together(values, more, MEMBERS, "")
         slopes = each_together(slopes, steeper, MEMBERS, DIVERGENCE)
@@ -323,6 +324,47 @@ def sweep_kernel(
                 _store(where, start, tl.zeros((BLOCK_V,), tl.float32), BLOCK_V, EDGES)
             if EDGES:
                 clear_edges(where, V)
+
+
+@triton.jit
+def values_kernel(
+    problem,
+    statistics_ptr,
+    values_ptr,
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PAD: tl.constexpr,
+    EDGES: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    HAS_FLOOR: tl.constexpr,
+    HAS_SMALL: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+):
+    """What the entries of one row add to its divergence, where there are more of them elsewhere:
+    the second sweep alone, with the statistics of the whole row."""
+    row = tl.program_id(0)
+    constants = Constants(problem.inv_t, problem.inv_t * LOG2E, problem.floor, problem.parameter)
+    where = locate(problem, None, row, V, EDGES, MEMBERS, False)
+    valid = True
+    if problem.valid is not None:
+        valid = tl.load(problem.valid + row) != 0
+    if valid:
+        count = tl.cast(problem.count, tl.int64)
+        stats = read_statistics(statistics_ptr, row, count, MEMBERS)
+        values, slopes = _second_sweep(
+            where, stats, constants, V, BLOCK_V, PAD, EDGES, MEMBERS, HAS_FLOOR, DIVERGENCE,
+            HAS_SMALL,
+        )  # fmt: skip
+        log_q = tl.full((), 0.0, tl.float32)
+        if problem.token_ids is not None:
+            w_token = sampled_by_all(
+                where, sampled_token(problem.token_ids, row, V), MEMBERS, False
+            )
+            log_q = teacher_log_prob(w_token, stats, problem.shares, constants, MEMBERS, HAS_FLOOR)
+        tl.store(values_ptr + row, log_q)
+        for i in tl.static_range(MEMBERS):
+            tl.store(values_ptr + row + (2 * i + 1) * count, values[i])
+            tl.store(values_ptr + row + (2 * i + 2) * count, slopes[i])
 
 
 @triton.jit
