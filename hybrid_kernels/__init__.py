@@ -1,6 +1,6 @@
 """Fused dense and sparse gradients for training language models with a teacher and a reward."""
 
-from hybrid_kernels.api import hybrid_loss, token_terms
+from hybrid_kernels.api import hybrid_loss, linear_hybrid_loss, linear_token_terms, token_terms
 from hybrid_kernels.returns import returns_to_go, sparse_advantages
 from hybrid_kernels.types import (
     Divergence,
@@ -23,6 +23,8 @@ __all__ = [
     "TopK",
     "available_divergences",
     "hybrid_loss",
+    "linear_hybrid_loss",
+    "linear_token_terms",
     "returns_to_go",
     "sparse_advantages",
     "token_terms",

@@ -23,7 +23,7 @@ from hybrid_kernels import (
     hybrid_loss,
     reference,
 )
-from hybrid_kernels.api import resolve_backend
+from hybrid_kernels.problem import resolve_backend
 from hybrid_kernels.types import Teacher
 
 # Relative L2 error of a gradient in fp32 arithmetic; a healthy one is a few 1e-7.
@@ -69,11 +69,10 @@ def _describe(device: torch.device) -> list[str]:
     print(f"device          {device.type}: {name}")
     if device.type == "cpu":
         print(f"threads         {torch.get_num_threads()}")
-    probe = torch.empty(1, device=device)
-    print(f"backend         {resolve_backend('auto', probe)} (what backend='auto' takes here)")
+    print(f"backend         {resolve_backend('auto', device)} (what backend='auto' takes here)")
     backends = ["torch"]
     try:
-        resolve_backend("triton", probe)
+        resolve_backend("triton", device)
         backends.append("triton")
         _describe_forms(device)
     except ValueError as error:

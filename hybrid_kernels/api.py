@@ -1,26 +1,20 @@
-"""The public functions: they check, flatten to rows, choose the backend and normalise.
+"""The public functions: what they mean, and how a loss is made of rows.
 
 Source of the objective and its decomposition: arXiv 2512.23097.
 """
 
-import importlib.util
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hybrid_kernels import ops, validate
+from hybrid_kernels.heads import Head
+from hybrid_kernels.linear import Options
+from hybrid_kernels.problem import Context, LinearProblem, LogitProblem, Problem
 from hybrid_kernels.rows import FIELDS
-from hybrid_kernels.types import (
-    IGNORED_TOKEN,
-    Divergence,
-    HybridLoss,
-    Teacher,
-    TokenTerms,
-    TopK,
-)
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+from hybrid_kernels.types import Divergence, HybridLoss, Teacher, TokenTerms
 
 
 def hybrid_loss(
@@ -62,7 +56,8 @@ def hybrid_loss(
             contiguous; rows may have any stride, so that `logits[:, :-1, :V]` needs no copy. (Only
             leading dimensions that need more than two row strides are refused, as a slice of the
             third of four dimensions does.)
-        teacher: `[..., V]` logits, of any of these dtypes; a `TopK`; or a `Mixture` of several.
+        teacher: `[..., V]` logits, of any of these dtypes; a `TopK`; a `LinearTeacher` (whose fp32
+            logits then exist as a whole, as the student's do); or a `Mixture` of several.
             Never differentiable. None where `dense_weight` is 0 (policy gradient alone).
         token_ids: `[...]` int64 or int32. Rows with the id -100 are masked.
         advantages: `[...]` floating, a constant; or a function of the row statistics
@@ -92,7 +87,9 @@ def hybrid_loss(
             not renormalised), so that a token the teacher forbids has a large, finite cost.
         inplace: write the gradient over `student_logits`, which then holds no logits any more.
             No effect where no gradient is wanted.
-        process_group: ranks that share the vocabulary.
+        process_group: ranks that share the vocabulary: each has a slice `[..., V_rank]` of the
+            student's and teacher's logits, in the order of the ranks, and the same rows;
+            `token_ids` and the ids of a `TopK` are global. Results equal those of the whole.
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
 
     Returns:
@@ -113,59 +110,15 @@ def hybrid_loss(
         An entry with z = -inf takes no part; w = -inf where p > 0 makes the reverse KL +inf and its
         gradient non-finite (see `teacher_floor`); NaN or +inf makes its own row NaN.
     """
-    options = (process_group, tail, teacher_floor)
-    rows = _Rows(student_logits, teacher, token_ids, mask, *options)
-    config = _config(rows, divergence, temperature, teacher_floor, tail, backend)
-    validate.choice("reduction", reduction, validate.REDUCTIONS)
-    validate.num_tokens(num_tokens, reduction, student_logits.device)
-    validate.row_weight("dense_weight", dense_weight, rows.shape, student_logits.device)
-    validate.row_weight("entropy_weight", entropy_weight, rows.shape, student_logits.device)
-    if teacher is None and not _is_zero(dense_weight):
-        raise ValueError(
-            f"teacher: None with dense_weight={dense_weight!r}; give the teacher's logits, or "
-            "dense_weight=0 for the policy gradient alone"
-        )
-    if advantages is not None and token_ids is None:
-        raise ValueError("token_ids: None, but advantages need the sampled tokens; give both")
-    student, teachers, *others = rows.tensors
-    wants_gradient = torch.is_grad_enabled() and student_logits.requires_grad
+    context = Context(
+        teacher, token_ids, mask, divergence, temperature, tail, teacher_floor, process_group,
+        backend,
+    )  # fmt: skip
+    problem = LogitProblem(student_logits, context, inplace)
     if inplace:
         validate.inplace(student_logits)
-
-    statistics = None
-    if callable(advantages):
-        with torch.no_grad():
-            statistics = ops.row_statistics(*rows.tensors, *config)
-            advantages = advantages(rows.terms(statistics))
-        validate.advantages(advantages, rows.shape, student_logits.device)
-    elif advantages is not None:
-        validate.advantages(advantages, rows.shape, student_logits.device)
-    weights = ops.Weights(
-        dense=None if _is_zero(dense_weight) else _flat_weight(dense_weight),
-        advantages=None if advantages is None else advantages.reshape(-1).float(),
-        entropy=None if _is_zero(entropy_weight) else _flat_weight(entropy_weight),
-    )
-    scale = _normaliser(reduction, num_tokens, rows)
-    if wants_gradient:
-        summed = reduction != "none"
-        loss, statistics = ops.HybridLossFunction.apply(
-            student, *others, *weights, scale, statistics, summed, inplace, config, *teachers
-        )
-    else:
-        if statistics is None:
-            statistics = ops.row_statistics(*rows.tensors, *config)
-        loss = ops.row_losses(statistics, weights, rows.valid)
-        loss = loss if reduction == "none" else (loss * scale).sum()
-    terms = rows.terms(statistics)
-    return HybridLoss(
-        loss=loss.view(rows.shape) if reduction == "none" else loss,
-        divergence=terms.divergence,
-        log_prob=terms.log_prob,
-        teacher_log_prob=terms.teacher_log_prob,
-        entropy=terms.entropy,
-        student_mass=rows.mass(statistics, FIELDS.student_mass),
-        teacher_mass=rows.mass(statistics, FIELDS.teacher_mass),
-    )
+    objective = Objective(advantages, dense_weight, entropy_weight, reduction, num_tokens)
+    return _hybrid_loss(problem, objective)
 
 
 def token_terms(
@@ -213,128 +166,260 @@ def token_terms(
         student's dtype. Second derivatives raise. The gradient of a `TopK` teacher's divergence is
         that of its value: tokens sampled outside the support correct nothing here.
     """
-    options = (process_group, tail, teacher_floor)
-    rows = _Rows(student_logits, teacher, token_ids, mask, *options)
-    config = _config(rows, divergence, temperature, teacher_floor, tail, backend)
-    if torch.is_grad_enabled() and student_logits.requires_grad:
-        for tensor in (*rows.tensors[1], rows.tensors[2]):
-            validate.can_be_saved("teacher", tensor)
-        validate.can_be_saved("token_ids", token_ids)
-    student, teachers, *others = rows.tensors
-    statistics = ops.TokenTermsFunction.apply(student, *others, config, *teachers)
-    return rows.terms(statistics, differentiable=True)
+    context = Context(
+        teacher, token_ids, mask, divergence, temperature, tail, teacher_floor, process_group,
+        backend,
+    )  # fmt: skip
+    problem = LogitProblem(student_logits, context)
+    return problem.terms(problem.differentiable(), differentiable=True)
 
 
-class _Rows:
-    """The checked inputs, flattened to rows, and the way back to the caller's shape."""
+def linear_hybrid_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor | torch.nn.Module,
+    teacher: Teacher | None,
+    token_ids: Tensor | None = None,
+    advantages: Tensor | Callable[[TokenTerms], Tensor] | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+    logits_dtype: torch.dtype = torch.float32,
+    grad_filter: float = 0.0,
+    drop_masked: bool = True,
+    mask: Tensor | None = None,
+    dense_weight: float | Tensor = 1.0,
+    entropy_weight: float | Tensor = 0.0,
+    divergence: str | Divergence = "reverse_kl",
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    num_tokens: float | Tensor | None = None,
+    tail: str = "bucket",
+    teacher_floor: float | None = None,
+    process_group: object | None = None,
+    backend: str = "auto",
+) -> HybridLoss:
+    """`hybrid_loss` from hidden states and the output layer: no `[N, V]` tensor ever exists.
 
-    def __init__(
-        self, student_logits, teacher, token_ids, mask, process_group, tail, teacher_floor
-    ) -> None:
-        validate.student(student_logits)
-        validate.no_process_group(process_group)
-        validate.choice("tail", tail, validate.TAILS)
-        validate.teacher_floor(teacher_floor)
-        self.shape = student_logits.shape[:-1]
-        device = student_logits.device
-        members = [] if teacher is None else validate.teacher(teacher, student_logits)
-        if token_ids is not None:
-            validate.token_ids(token_ids, self.shape, device)
-        if mask is not None:
-            validate.row_mask(mask, self.shape, device)
-        self.valid = _valid_rows(mask, token_ids)
-        self.has_teacher, self.has_tokens = teacher is not None, token_ids is not None
-        self.shares = [weight for weight, _ in members]
-        self.resolution, support, token_log_prob = 0.0, None, None
-        supports = [member for _, member in members if isinstance(member, TopK)]
-        logits = [student_logits, *(m for _, m in members if isinstance(m, Tensor))]
-        student, *teachers = _as_rows(logits)
-        if supports:
-            self.resolution = max(member.resolution for member in supports)
-            size = supports[0].ids.shape[-1]
-            support = supports[0].ids.reshape(-1, size).contiguous()
-            teachers = [m.log_probs.reshape(-1, size).float().contiguous() for m in supports]
-            token_log_prob = _mean_token_log_prob(supports, self.shares, teacher_floor)
-        self.has_support = support is not None
-        self.tensors = (
-            student,
-            teachers,
-            support,
-            token_log_prob,
-            None if token_ids is None else token_ids.reshape(-1).contiguous(),
-            self.valid,
-        )
-        self.count = self.shape.numel()
+    With x = student_hidden student_weight^T + student_bias the logits are
 
-    def mass(self, statistics: Tensor, index: int) -> Tensor | None:
-        """A mass on a top-K support, in the caller's shape."""
-        return statistics[index].view(self.shape).detach() if self.has_support else None
+        z = softcap tanh(logit_scale x / softcap),   or logit_scale x without a softcap
 
-    def terms(self, statistics: Tensor, differentiable: bool = False) -> TokenTerms:
-        """The fields for the user, in the caller's shape."""
+    and everything else is as in `hybrid_loss`. Rows are taken in chunks: the logits of a chunk come
+    out of a GEMM, their gradient dz replaces them, and dh = dz W and dW += dz^T h are two more:
+    four GEMMs with a `LinearTeacher`, three with a frozen weight.
 
-        def field(index: int, keeps_graph: bool) -> Tensor:
-            value = statistics[index].view(self.shape)
-            return value if keeps_graph else value.detach()
+    Args:
+        student_hidden: `[..., D]`, fp32, bf16 or fp16, as it enters the output layer (after the
+            last norm); differentiable.
+        student_weight: `[V, D]` of the same dtype; differentiable. A parameter (tied to the
+            embedding or not; slice it, `weight[:V]`, for a shorter vocabulary), a DTensor, which is
+            taken to be one of FSDP2 (gathered once; gradients averaged over its mesh), or the
+            output layer itself: a linear layer or one that PEFT has wrapped, whose LoRA adapters
+            then cost two GEMMs of their rank.
+        teacher: `LinearTeacher`, logits `[..., V]`, `TopK`, `Mixture` of these, or None.
+        token_ids: as in `hybrid_loss`.
+        advantages: as in `hybrid_loss`. A function is called once, on the statistics of all rows,
+            for which the logits have to be computed twice (six GEMMs).
+        student_bias: `[V]` or None; differentiable.
+        softcap: above 0, or None (`final_logit_softcapping` of Gemma).
+        logit_scale: factor on the logits (of Cohere; 1 / `logits_scaling` of Granite).
+        chunk_rows: rows of a chunk. By default what fits into a budget of
 
-        teacher, tokens = self.has_teacher, self.has_tokens
-        return TokenTerms(
-            divergence=field(FIELDS.divergence, differentiable) if teacher else None,
-            log_prob=field(FIELDS.log_prob, differentiable) if tokens else None,
-            teacher_log_prob=field(FIELDS.teacher_log_prob, False) if teacher and tokens else None,
-            entropy=field(FIELDS.entropy, differentiable),
-            logsumexp=field(FIELDS.logsumexp, False),
-        )
+                max(64 MiB on a CPU, 2 GiB on a GPU; (8 N V bytes) / 16)
 
+            of which a row takes V times the bytes of a logit for each side that is given by hidden
+            states, and of dz where it differs in dtype (16-bit weights on a GPU) or the logits have
+            a softcap.
+        logits_dtype: of the chunks' logits. fp32 costs memory traffic; 16 bits cost most digits of
+            the gradient where the models are close.
+        grad_filter: columns of a chunk's dz (entries of the vocabulary) whose mean |dz| over the
+            chunk's rows, in units of the loss of one token, is at most this enter no backward GEMM;
+            `dropped_norm` tells how much that was. 0 is exact. Synchronises the device with the
+            host once a chunk.
+        drop_masked: leave masked rows out before the GEMMs, which synchronises the device with the
+            host once. With False they are computed and cleared. (`torch.compile` does it alike.)
+        mask: as in `hybrid_loss`.
+        dense_weight: as in `hybrid_loss`.
+        entropy_weight: as in `hybrid_loss`.
+        divergence: as in `hybrid_loss`.
+        temperature: as in `hybrid_loss`.
+        reduction: as in `hybrid_loss`. "none" computes the logits twice where the weight or bias
+            has a gradient: six GEMMs.
+        num_tokens: as in `hybrid_loss`.
+        tail: as in `hybrid_loss`.
+        teacher_floor: as in `hybrid_loss`.
+        process_group: ranks that share the vocabulary: each has the same hidden states and a slice
+            `[V_rank, D]` of the weights, bias and teacher's weight or logits, in the order of the
+            ranks; `token_ids` and the ids of a `TopK` are global. The gradient of the hidden states
+            is summed over the ranks.
+        backend: as in `hybrid_loss`.
 
-def _config(rows, divergence, temperature, teacher_floor, tail, backend) -> tuple:
-    """The constants of a call, in the order in which every operator takes them."""
-    validate.temperature(temperature)
-    name, parameter = validate.divergence(divergence).canonical()
-    floor = None if teacher_floor is None else float(teacher_floor)
-    student, _, support, *_ = rows.tensors
-    backend = resolve_backend(backend, student)
-    if support is not None and backend == "triton":
-        validate.support_size(support.shape[-1])
-    constants = (name, parameter, float(temperature), floor, tail, rows.resolution, backend)
-    return (rows.shares, *constants)
-
-
-def resolve_backend(backend: str, tensor: Tensor) -> str:
-    """ "triton" or "torch": the only place where a backend is chosen.
+    Returns:
+        `HybridLoss`, as in `hybrid_loss`.
 
     Raises:
-        ValueError: an unknown name, or "triton" where it can't run on the tensor's device.
+        ValueError: as in `hybrid_loss`.
+
+    Notes:
+        The gradients are computed in the forward; backward multiplies them by the upstream one.
+        Memory beside them: the chunks' buffers, and an fp32 sum of dW where a 16-bit weight meets
+        several chunks. With a single chunk the buffers lie inside dW until it is written, if they
+        fit. 16-bit hidden states are multiplied with fp32 sums; dz is rounded to the weight's dtype
+        for its GEMMs (not on a CPU). Under `torch.autocast` all factors are cast as a linear layer
+        casts them. Second derivatives raise.
     """
-    validate.choice("backend", backend, validate.BACKENDS)
-    if backend == "auto":
-        return "triton" if tensor.is_cuda and HAS_TRITON else "torch"
-    if backend == "triton":
-        if not HAS_TRITON:
-            raise ValueError('backend: "triton" is not installed here; use backend="torch"')
-        from hybrid_kernels.kernels import config
-
-        if not (tensor.is_cuda or config.INTERPRETED):
-            raise ValueError(
-                f'backend: "triton" can\'t run on {tensor.device}; move the tensors to a GPU, set '
-                "TRITON_INTERPRET=1 before the first import to run the kernels on the CPU, or use "
-                'backend="torch"'
-            )
-    return backend
+    problem = _linear_problem(
+        student_hidden, student_weight, student_bias, softcap, logit_scale, chunk_rows,
+        logits_dtype, grad_filter, drop_masked,
+        Context(
+            teacher, token_ids, mask, divergence, temperature, tail, teacher_floor, process_group,
+            backend,
+        ),
+    )  # fmt: skip
+    objective = Objective(advantages, dense_weight, entropy_weight, reduction, num_tokens)
+    return _hybrid_loss(problem, objective)
 
 
-def _valid_rows(mask: Tensor | None, token_ids: Tensor | None) -> Tensor | None:
-    """Bool `[N]`, the rows that count; None where all do by construction."""
-    valid = None if mask is None else mask.reshape(-1) != 0
-    if token_ids is not None:
-        named = token_ids.reshape(-1) != IGNORED_TOKEN
-        valid = named if valid is None else valid & named
-    return valid
+def linear_token_terms(
+    student_hidden: Tensor,
+    student_weight: Tensor | torch.nn.Module,
+    teacher: Teacher | None = None,
+    token_ids: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+    logits_dtype: torch.dtype = torch.float32,
+    grad_filter: float = 0.0,
+    drop_masked: bool = True,
+    mask: Tensor | None = None,
+    divergence: str | Divergence = "reverse_kl",
+    temperature: float = 1.0,
+    tail: str = "bucket",
+    teacher_floor: float | None = None,
+    process_group: object | None = None,
+    backend: str = "auto",
+) -> TokenTerms:
+    """`token_terms` from hidden states and the output layer, differentiable with any upstream.
+
+    Args:
+        student_hidden: as in `linear_hybrid_loss`; differentiable.
+        student_weight: as in `linear_hybrid_loss`; differentiable.
+        teacher: as in `linear_hybrid_loss`, or None.
+        token_ids: as in `hybrid_loss`, or None.
+        student_bias: as in `linear_hybrid_loss`; differentiable.
+        softcap: as in `linear_hybrid_loss`.
+        logit_scale: as in `linear_hybrid_loss`.
+        chunk_rows: as in `linear_hybrid_loss`.
+        logits_dtype: as in `linear_hybrid_loss`.
+        grad_filter: as in `linear_hybrid_loss`, of the gradient in the backward.
+        drop_masked: as in `linear_hybrid_loss`.
+        mask: as in `token_terms`.
+        divergence: as in `hybrid_loss`.
+        temperature: as in `hybrid_loss`.
+        tail: as in `hybrid_loss`.
+        teacher_floor: as in `hybrid_loss`.
+        process_group: as in `linear_hybrid_loss`.
+        backend: as in `hybrid_loss`.
+
+    Returns:
+        `TokenTerms`, as in `token_terms`.
+
+    Raises:
+        ValueError: as in `hybrid_loss`.
+
+    Notes:
+        Two GEMMs (scoring, under `torch.no_grad()`, is that cheap and keeps nothing); the backward
+        computes the logits anew, four more.
+    """
+    problem = _linear_problem(
+        student_hidden, student_weight, student_bias, softcap, logit_scale, chunk_rows,
+        logits_dtype, grad_filter, drop_masked,
+        Context(
+            teacher, token_ids, mask, divergence, temperature, tail, teacher_floor, process_group,
+            backend,
+        ),
+    )  # fmt: skip
+    return problem.terms(problem.differentiable(), differentiable=True)
 
 
-def _normaliser(reduction: str, num_tokens: float | Tensor | None, rows: _Rows) -> Tensor:
+def _linear_problem(
+    hidden, weight, bias, softcap, logit_scale, chunk_rows, logits_dtype, grad_filter, drop_masked,
+    context,
+) -> LinearProblem:  # fmt: skip
+    validate.hidden("student_hidden", hidden)
+    validate.head_options("", softcap, logit_scale)
+    validate.linear_options(chunk_rows, logits_dtype, grad_filter, drop_masked)
+    head = Head.of("student_", hidden, weight, bias, softcap, logit_scale)
+    options = Options(chunk_rows or 0, logits_dtype, drop_masked)
+    return LinearProblem(hidden, head, context, options, float(grad_filter))
+
+
+class Objective(NamedTuple):
+    """What a loss is made of, as the user gave it."""
+
+    advantages: Tensor | Callable[[TokenTerms], Tensor] | None
+    dense_weight: float | Tensor
+    entropy_weight: float | Tensor
+    reduction: str
+    num_tokens: float | Tensor | None
+
+
+def _hybrid_loss(problem: Problem, objective: Objective) -> HybridLoss:
+    advantages, dense_weight, entropy_weight, reduction, num_tokens = objective
+    shape, device = problem.shape, problem.device
+    validate.choice("reduction", reduction, validate.REDUCTIONS)
+    validate.num_tokens(num_tokens, reduction, device)
+    validate.row_weight("dense_weight", dense_weight, shape, device)
+    validate.row_weight("entropy_weight", entropy_weight, shape, device)
+    if not problem.has_teacher and not _is_zero(dense_weight):
+        raise ValueError(
+            f"teacher: None with dense_weight={dense_weight!r}; give the teacher's logits, or "
+            "dense_weight=0 for the policy gradient alone"
+        )
+    if advantages is not None and not problem.has_tokens:
+        raise ValueError("token_ids: None, but advantages need the sampled tokens; give both")
+    statistics = dropped = None
+    if callable(advantages):
+        with torch.no_grad():
+            statistics = problem.measure()
+            advantages = advantages(problem.terms(statistics))
+        validate.advantages(advantages, shape, device)
+    elif advantages is not None:
+        validate.advantages(advantages, shape, device)
+    weights = ops.Weights(
+        dense=None if _is_zero(dense_weight) else _flat_weight(dense_weight),
+        advantages=None if advantages is None else advantages.reshape(-1).float(),
+        entropy=None if _is_zero(entropy_weight) else _flat_weight(entropy_weight),
+    )
+    scale = _normaliser(reduction, num_tokens, problem)
+    summed = reduction != "none"
+    if problem.wants_gradient:
+        loss, statistics, dropped = problem.differentiate(weights, scale, statistics, summed)
+    else:
+        if statistics is None:
+            statistics = problem.measure()
+        loss = ops.row_losses(statistics, weights, problem.valid)
+        loss = (loss * scale).sum() if summed else loss
+    terms = problem.terms(statistics)
+    return HybridLoss(
+        loss=loss if summed else loss.view(shape),
+        divergence=terms.divergence,
+        log_prob=terms.log_prob,
+        teacher_log_prob=terms.teacher_log_prob,
+        entropy=terms.entropy,
+        student_mass=problem.mass(statistics, FIELDS.student_mass),
+        teacher_mass=problem.mass(statistics, FIELDS.teacher_mass),
+        dropped_norm=dropped,
+    )
+
+
+def _normaliser(reduction: str, num_tokens: float | Tensor | None, problem: Problem) -> Tensor:
     """The factor of every row as a scalar fp32 tensor on the device."""
-    device = rows.tensors[0].device
+    device = problem.device
     if reduction != "mean":
         return torch.ones((), device=device)
     if isinstance(num_tokens, Tensor):
@@ -342,61 +427,9 @@ def _normaliser(reduction: str, num_tokens: float | Tensor | None, rows: _Rows) 
         return torch.where(count > 0, count.reciprocal(), 0.0)
     if num_tokens is not None:
         return torch.full((), 1.0 / num_tokens, device=device)
-    if rows.valid is None:
-        return torch.full((), 1.0 / max(rows.count, 1), device=device)
-    return rows.valid.sum().clamp(min=1).float().reciprocal()
-
-
-def _mean_token_log_prob(
-    supports: list[TopK], shares: list[float], floor: float | None
-) -> Tensor | None:
-    """log q(y) as `[N]`: the weighted mean over the members; None where one doesn't tell."""
-    total, mean = sum(shares), None
-    for share, member in zip(shares, supports, strict=True):
-        if member.token_log_prob is None:
-            return None
-        own = member.token_log_prob.reshape(-1).float()
-        own = share / total * (own if floor is None else own.clamp(min=floor))
-        mean = own if mean is None else mean + own
-    return mean
-
-
-def _as_rows(logits: list[Tensor]) -> list[Tensor]:
-    """`[..., V]` as `[O, I, V]` without a copy: leading dimensions merge where strides allow.
-
-    The first is the student's, the others are teachers'.
-    """
-    names = ["student_logits"] + ["teacher"] * (len(logits) - 1)
-    splits = [_row_split(name, t) for name, t in zip(names, logits, strict=True)]
-    # Where one side needs two row strides and another does not, the other follows.
-    split = next((own for own in splits if own[0] != 1), splits[0])
-    for tensor, own in zip(logits, splits, strict=True):
-        if own[0] not in (1, split[0]):
-            raise ValueError(
-                f"teacher: rows of strides {tuple(tensor.stride()[:-1])} don't group like the "
-                f"others', {tuple(logits[0].stride()[:-1])}; use teacher.contiguous(), which copies"
-            )
-    return [tensor.view(*split, tensor.shape[-1]) for tensor in logits]
-
-
-def _row_split(name: str, logits: Tensor) -> tuple[int, int]:
-    """The two sizes, O and I, into which the leading dimensions merge; O is 1 where I is enough."""
-    sizes, strides = logits.shape[:-1], logits.stride()[:-1]
-    merged: list[tuple[int, int]] = []
-    for size, stride in zip(sizes, strides, strict=True):
-        if size == 1:
-            continue
-        if merged and merged[-1][1] == stride * size:
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    if len(merged) > 2:
-        raise ValueError(
-            f"{name}: leading dimensions of shape {tuple(sizes)} and strides {tuple(strides)} need "
-            "more than two row strides; use .flatten(0, -2), which copies"
-        )
-    outer, inner = [1] * (2 - len(merged)) + [size for size, _ in merged]
-    return outer, inner
+    if problem.valid is None:
+        return torch.full((), 1.0 / max(problem.count, 1), device=device)
+    return problem.valid.sum().clamp(min=1).float().reciprocal()
 
 
 def _flat_weight(weight: float | Tensor) -> float | Tensor:

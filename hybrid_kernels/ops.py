@@ -26,16 +26,17 @@ from torch import Tensor
 
 from hybrid_kernels import validate
 from hybrid_kernels.rows import FIELDS, Coefficients, Rows, Support, statistics_size
+from hybrid_kernels.sharded import Sharded
 
 
-def _implementation(backend: str) -> ModuleType:
+def implementation(backend: str, group: str, student: Tensor) -> ModuleType | Sharded:
+    """What computes rows of logits: a backend, or one on each rank of a group that shares the
+    vocabulary (`group` is its name, empty where there is none)."""
     if backend == "triton":
-        from hybrid_kernels.kernels import rows
-
-        return rows
-    from hybrid_kernels import cpu
-
-    return cpu
+        from hybrid_kernels.kernels import rows as module
+    else:
+        from hybrid_kernels import cpu as module
+    return Sharded(module, group, student) if group else module
 
 
 def _rows(
@@ -57,10 +58,12 @@ def _rows(
     )
 
 
-def _check_values(rows: Rows) -> None:
+def check_values(rows: Rows, group: str) -> None:
+    """The checks that read tensors: on the CPU, and in debug mode. (Of ids among the entries of
+    several ranks only the ranks together know whether they are in range.)"""
     if rows.student.device.type != "cpu" and not validate.debug():
         return
-    vocabulary = rows.student.shape[-1]
+    vocabulary = 2**31 if group else rows.student.shape[-1]
     if rows.token_ids is not None:
         validate.token_ids_in_range(rows.token_ids, rows.valid, vocabulary)
     if rows.support is not None:
@@ -86,15 +89,16 @@ def row_statistics(
     teacher_floor: float | None,
     tail: str,
     resolution: float,
+    group: str,
     backend: str,
 ) -> Tensor:
     rows = _rows(
         student, teachers, support, token_log_prob, token_ids, valid, shares, divergence, parameter,
         temperature, teacher_floor, tail, resolution,
     )  # fmt: skip
-    _check_values(rows)
+    check_values(rows, group)
     statistics = rows.statistics()
-    _implementation(backend).row_statistics(rows, statistics)
+    implementation(backend, group, student).row_statistics(rows, statistics)
     return statistics
 
 
@@ -128,6 +132,7 @@ def row_gradient(
     teacher_floor: float | None,
     tail: str,
     resolution: float,
+    group: str,
     backend: str,
 ) -> None:
     rows = _rows(
@@ -135,7 +140,8 @@ def row_gradient(
         temperature, teacher_floor, tail, resolution,
     )  # fmt: skip
     coefficients = Coefficients(divergence_coefficient, log_prob_coefficient, entropy_coefficient)
-    _implementation(backend).row_gradient(rows, statistics, coefficients, gradient)
+    own = implementation(backend, group, student)
+    own.row_gradient(rows, statistics, coefficients, gradient)
 
 
 @row_gradient.register_fake
@@ -162,16 +168,18 @@ def hybrid_rows(
     teacher_floor: float | None,
     tail: str,
     resolution: float,
+    group: str,
     backend: str,
 ) -> Tensor:
     rows = _rows(
         student, teachers, support, token_log_prob, token_ids, valid, shares, divergence, parameter,
         temperature, teacher_floor, tail, resolution,
     )  # fmt: skip
-    _check_values(rows)
+    check_values(rows, group)
     coefficients = Coefficients(divergence_coefficient, log_prob_coefficient, entropy_coefficient)
     statistics = rows.statistics()
-    _implementation(backend).hybrid_rows(rows, statistics, coefficients, gradient)
+    own = implementation(backend, group, student)
+    own.hybrid_rows(rows, statistics, coefficients, gradient)
     return statistics
 
 
@@ -183,7 +191,7 @@ def _(gradient, c_div, c_logp, c_ent, student, teachers, *args) -> Tensor:
 @torch.library.custom_op("hybrid_kernels::scale_rows", mutates_args=("gradient",))
 def scale_rows(gradient: Tensor, factor: Tensor, backend: str) -> None:
     """Multiplies each row of `gradient` by `factor` (`[N]` or one element); 1 touches nothing."""
-    _implementation(backend).scale_rows(gradient, factor)
+    implementation(backend, "", gradient).scale_rows(gradient, factor)
 
 
 @scale_rows.register_fake
@@ -206,8 +214,8 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
-def _first_order(backward):
-    """A backward whose first result can't be differentiated again without an error.
+def first_order(backward):
+    """A backward whose results can't be differentiated again without an error.
 
     Under create_graph=True it would otherwise count as a constant, and silently so.
     """
@@ -216,10 +224,13 @@ def _first_order(backward):
     def wrapped(ctx, *upstream):
         keeps_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         with torch.no_grad():
-            gradient, *others = backward(ctx, *upstream)
+            found = backward(ctx, *upstream)
         if keeps_graph:
-            gradient = _NoSecondDerivative.apply(gradient.requires_grad_())
-        return gradient, *others
+            found = tuple(
+                None if gradient is None else _NoSecondDerivative.apply(gradient.requires_grad_())
+                for gradient in found
+            )
+        return found
 
     return wrapped
 
@@ -239,7 +250,7 @@ class TokenTermsFunction(torch.autograd.Function):
         return statistics
 
     @staticmethod
-    @_first_order
+    @first_order
     def backward(ctx, upstream):  # pyright: ignore[reportIncompatibleMethodOverride]
         student, support, token_ids, valid, statistics, *teachers = ctx.saved_tensors
         gradient = _empty_gradient(student)
@@ -289,12 +300,12 @@ class HybridLossFunction(torch.autograd.Function):
         # detach() shares storage and version counter: whoever saved the logits for their own
         # backward is told by autograd that they were overwritten.
         gradient = student.detach() if inplace else _empty_gradient(student)
-        coefficients = _coefficients(weights, scale)
+        own = coefficients(weights, scale)
         problem = (student, teachers, support, token_log_prob, token_ids, valid, *config)
         if statistics is None:
-            statistics = hybrid_rows(gradient, *coefficients, *problem)
+            statistics = hybrid_rows(gradient, *own, *problem)
         else:
-            row_gradient(gradient, statistics, *coefficients, *problem)
+            row_gradient(gradient, statistics, *own, *problem)
         loss = row_losses(statistics, weights, valid)
         if summed:
             loss = (loss * scale).sum()
@@ -304,10 +315,10 @@ class HybridLossFunction(torch.autograd.Function):
         return loss, statistics
 
     @staticmethod
-    @_first_order
+    @first_order
     def backward(ctx, upstream, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         gradient, valid = ctx.saved_tensors
-        if _graph_is_kept():
+        if graph_is_kept():
             gradient = gradient.clone()
         upstream = upstream.reshape(-1)
         if valid is not None and upstream.shape == valid.shape:
@@ -350,7 +361,7 @@ def row_losses(statistics: Tensor, weights: Weights, valid: Tensor | None) -> Te
     return loss if valid is None else torch.where(valid, loss, 0.0)
 
 
-def _coefficients(weights: Weights, scale: Tensor) -> Coefficients:
+def coefficients(weights: Weights, scale: Tensor) -> Coefficients:
     """The gradient's coefficients: d(row loss)/d(term), times the normaliser of the reduction."""
     dense, advantages, entropy = weights
     return Coefficients(
@@ -364,7 +375,7 @@ def _empty_gradient(student: Tensor) -> Tensor:
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Whether backward may run again (retain_graph=True), so that its buffer must survive."""
     if torch.compiler.is_compiling():
         return False  # the compiler functionalises: the saved tensor is never written

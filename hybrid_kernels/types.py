@@ -29,6 +29,8 @@ class HybridLoss(NamedTuple):
         entropy: `[...]`, H(p) in nats.
         student_mass: the student's mass on a top-K support; None for a full teacher.
         teacher_mass: the teacher's mass on a top-K support; None for a full teacher.
+        dropped_norm: scalar, what `grad_filter` dropped of the logit gradient: its L2 norm over
+            that of all. None where nothing was to be dropped.
     """
 
     loss: Tensor
@@ -38,6 +40,7 @@ class HybridLoss(NamedTuple):
     entropy: Tensor
     student_mass: Tensor | None = None
     teacher_mass: Tensor | None = None
+    dropped_norm: Tensor | None = None
 
 
 class TokenTerms(NamedTuple):
@@ -169,18 +172,24 @@ def _log_probs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
 
 @dataclass(frozen=True)
 class LinearTeacher:
-    """A teacher given by hidden states and the weight of its output layer.
+    """A teacher given by hidden states and its output layer: with x = hidden weight^T + bias,
+
+        w = softcap tanh(logit_scale x / softcap),   or logit_scale x without a softcap
+
+    A softcap is `final_logit_softcapping` of a Gemma config, a logit scale that of Cohere's
+    (Granite divides by `logits_scaling`).
 
     Attributes:
-        hidden: `[..., D_t]`.
-        weight: `[V, D_t]`.
+        hidden: `[..., D_t]`, as it enters the output layer (after the last norm).
+        weight: `[V, D_t]`, or the output layer itself (as `student_weight` in
+            `linear_hybrid_loss`).
         bias: `[V]` or None.
-        softcap: logits become `softcap * tanh(logits / softcap)` where given.
+        softcap: above 0, or None.
         logit_scale: factor on the logits.
     """
 
     hidden: Tensor
-    weight: Tensor
+    weight: Tensor | torch.nn.Module
     bias: Tensor | None = None
     softcap: float | None = None
     logit_scale: float = 1.0
@@ -196,7 +205,8 @@ class Mixture:
     is `W (log_prob - teacher_log_prob)`; masses on a support are weighted means alike.
 
     Attributes:
-        members: pairs of (weight > 0, teacher), all with logits or all `TopK` with the same `ids`.
+        members: pairs of (weight > 0, teacher), all full (logits, `LinearTeacher`) or all `TopK`
+            with the same `ids`.
     """
 
     members: Sequence[tuple[float, "Teacher"]]

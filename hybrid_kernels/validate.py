@@ -8,7 +8,7 @@ here reads a tensor's values on a device, so nothing synchronises; the two check
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,16 +31,27 @@ def student(logits: Tensor) -> None:
     _logits("student_logits", logits)
 
 
-def teacher(value: object, student_logits: Tensor) -> list[tuple[float, Tensor | TopK]]:
-    """A teacher that matches the student's logits, as weighted members."""
+class Place(NamedTuple):
+    """What the tensors of one call have in common: leading shape, vocabulary, device."""
+
+    rows: torch.Size
+    vocabulary: int
+    device: torch.device
+    sharded: bool = False  # whether the vocabulary is a part of a larger one
+
+
+def teacher(value: object, place: Place) -> list[tuple[float, Tensor | TopK | LinearTeacher]]:
+    """A teacher that matches the student, as weighted members."""
     members = _members(value)
     supports = []
     for _, member in members:
         if isinstance(member, TopK):
-            _top_k(member, student_logits)
+            _top_k(member, place)
             supports.append(member)
+        elif isinstance(member, LinearTeacher):
+            _linear_teacher(member, place)
         else:
-            _full_teacher(member, student_logits)
+            _full_teacher(member, place)
     if supports and len(supports) < len(members):
         raise ValueError(
             "teacher: a Mixture of TopK teachers and of full ones; give all of them in one form "
@@ -74,26 +85,97 @@ def _members(value: object) -> list[tuple[float, Any]]:
     return [(float(weight), member) for weight, member in pairs]
 
 
-def _full_teacher(value: object, student_logits: Tensor) -> None:
-    if isinstance(value, LinearTeacher):
-        raise ValueError(
-            "teacher: LinearTeacher is not yet supported; give the teacher's logits as a [..., V] "
-            "tensor"
-        )
+def _full_teacher(value: object, place: Place) -> None:
     _logits("teacher", value)
     assert isinstance(value, Tensor)
-    if value.shape[-1] != student_logits.shape[-1]:
+    if value.shape[-1] != place.vocabulary:
         raise ValueError(
             f"teacher: vocabulary of {value.shape[-1]} entries, the student has "
-            f"{student_logits.shape[-1]}; where the models pad differently, slice both to the "
+            f"{place.vocabulary}; where the models pad differently, slice both to the "
             "shared prefix (logits[..., :V] needs no copy)"
         )
-    _same_rows("teacher", value.shape[:-1], student_logits.shape[:-1])
-    _same_device("teacher", value, student_logits.device)
+    _same_rows("teacher", value.shape[:-1], place.rows)
+    _same_device("teacher", value, place.device)
     no_grad_wanted("teacher", value)
 
 
-def _top_k(value: TopK, student_logits: Tensor) -> None:
+def _linear_teacher(value: LinearTeacher, place: Place) -> None:
+    hidden("teacher: LinearTeacher.hidden", value.hidden)
+    _same_rows("teacher: LinearTeacher.hidden", value.hidden.shape[:-1], place.rows)
+    _same_device("teacher: LinearTeacher.hidden", value.hidden, place.device)
+    no_grad_wanted("teacher: LinearTeacher.hidden", value.hidden)
+    head_options("teacher: LinearTeacher.", value.softcap, value.logit_scale)
+
+
+def hidden(name: str, value: object) -> None:
+    """Hidden states `[..., D]`."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a [..., D] tensor, got {type(value).__name__}")
+    if value.dtype not in LOGIT_DTYPES:
+        raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {value.dtype}")
+    if value.ndim < 1 or value.shape[-1] < 1:
+        raise ValueError(f"{name}: expected shape [..., D], D >= 1, got {tuple(value.shape)}")
+
+
+def head_options(prefix: str, softcap: object, logit_scale: object) -> None:
+    if softcap is not None:
+        number(f"{prefix}softcap", softcap, low=0.0, open_low=True)
+    number(f"{prefix}logit_scale", logit_scale)
+
+
+def head(name: str, weight: Tensor, bias: Tensor | None, states: Tensor) -> None:
+    """The weight `[V, D]` and bias `[V]` of an output layer that fits hidden states `[..., D]`."""
+    size = states.shape[-1]
+    if weight.ndim != 2 or weight.shape[0] < 1 or weight.shape[1] != size:
+        raise ValueError(
+            f"{name}weight: expected shape [V, {size}] for hidden states [..., {size}], got "
+            f"{tuple(weight.shape)}"
+        )
+    if weight.dtype != states.dtype:
+        raise ValueError(
+            f"{name}weight: {weight.dtype}, but the hidden states are {states.dtype}; cast one of "
+            "them, or use torch.autocast"
+        )
+    _same_device(f"{name}weight", weight, states.device)
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
+        got = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
+        raise ValueError(f"{name}bias: expected shape [{weight.shape[0]}], got {got}")
+    if not bias.is_floating_point():
+        raise ValueError(f"{name}bias: expected a floating tensor, got {bias.dtype}")
+    _same_device(f"{name}bias", bias, states.device)
+
+
+def same_vocabulary(teacher_weight: Tensor, vocabulary: int) -> None:
+    if teacher_weight.shape[0] != vocabulary:
+        raise ValueError(
+            f"teacher: LinearTeacher.weight has a vocabulary of {teacher_weight.shape[0]} entries, "
+            f"the student {vocabulary}; where the models pad differently, slice both weights to "
+            "the shared prefix (weight[:V] needs no copy)"
+        )
+
+
+def linear_options(
+    chunk_rows: object, logits_dtype: object, grad_filter: object, drop_masked: object
+) -> None:
+    if chunk_rows is not None and (
+        not isinstance(chunk_rows, int) or isinstance(chunk_rows, bool) or chunk_rows < 1
+    ):
+        raise ValueError(
+            f"chunk_rows: {chunk_rows!r} is not a whole number above 0; leave it out to have it "
+            "chosen"
+        )
+    if logits_dtype not in LOGIT_DTYPES:
+        raise ValueError(
+            f"logits_dtype: expected float32, bfloat16 or float16, got {logits_dtype!r}"
+        )
+    number("grad_filter", grad_filter, low=0.0)
+    if not isinstance(drop_masked, bool):
+        raise ValueError(f"drop_masked: expected True or False, got {drop_masked!r}")
+
+
+def _top_k(value: TopK, place: Place) -> None:
     tensors = {"ids": value.ids, "log_probs": value.log_probs}
     if value.token_log_prob is not None:
         tensors["token_log_prob"] = value.token_log_prob
@@ -101,7 +183,7 @@ def _top_k(value: TopK, student_logits: Tensor) -> None:
         name = f"teacher: TopK.{name}"
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        _same_device(name, tensor, student_logits.device)
+        _same_device(name, tensor, place.device)
         no_grad_wanted(name, tensor)
         if name.endswith("ids"):
             if tensor.dtype not in (torch.int64, torch.int32):
@@ -114,12 +196,12 @@ def _top_k(value: TopK, student_logits: Tensor) -> None:
             f"teacher: TopK.ids has shape {tuple(ids.shape)} and log_probs "
             f"{tuple(log_probs.shape)}; both are [..., K], K >= 1"
         )
-    rows = student_logits.shape[:-1]
+    rows = place.rows
     _same_rows("teacher: TopK", ids.shape[:-1], rows)
     if value.token_log_prob is not None:
         _same_rows("teacher: TopK.token_log_prob", value.token_log_prob.shape, rows)
-    vocabulary = student_logits.shape[-1]
-    if ids.shape[-1] > vocabulary:
+    vocabulary = place.vocabulary
+    if ids.shape[-1] > vocabulary and not place.sharded:
         raise ValueError(
             f"teacher: a TopK support of {ids.shape[-1]} ids, of a vocabulary of {vocabulary}; "
             "check that teacher and student have the same tokenizer, and drop repeated ids"
@@ -299,12 +381,18 @@ def temperature(value: object) -> None:
     number("temperature", value, low=0.0, open_low=True)
 
 
-def no_process_group(value: object) -> None:
-    if value is not None:
+def process_group(value: object) -> str:
+    """The name of a process group, empty for None."""
+    if value is None:
+        return ""
+    if not torch.distributed.is_available() or not isinstance(
+        value, torch.distributed.ProcessGroup
+    ):
         raise ValueError(
-            "process_group: a vocabulary sharded over several ranks is not yet supported; "
-            "gather the logits and leave it out"
+            f"process_group: expected a torch.distributed.ProcessGroup, got "
+            f"{type(value).__name__}; of a DeviceMesh give mesh.get_group(name)"
         )
+    return value.group_name
 
 
 def inplace(student_logits: Tensor) -> None:

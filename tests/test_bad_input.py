@@ -11,6 +11,8 @@ from hybrid_kernels import (
     Mixture,
     TopK,
     hybrid_loss,
+    linear_hybrid_loss,
+    linear_token_terms,
     returns_to_go,
     sparse_advantages,
     token_terms,
@@ -25,6 +27,7 @@ ROWS = torch.ones(2, 3)
 MASK = torch.ones(2, 3, dtype=torch.bool)
 META = torch.device("meta")
 TOP_K = TopK.from_logits(TEACHER, 3)
+HIDDEN, WEIGHT = torch.randn(2, 3, 4), torch.randn(V, 4)
 
 # Of hybrid_loss and token_terms: changed arguments, and what the message must contain, in order.
 SHARED = {
@@ -86,8 +89,28 @@ SHARED = {
     ),
     "teacher linear": (
         {"teacher": LinearTeacher(ROWS, ROWS)},
-        "teacher: LinearTeacher is not yet",
-        "[..., V]",
+        "teacher: LinearTeacher.hidden: leading shape (2,)",
+        "(2, 3)",
+    ),
+    "teacher linear vocabulary": (
+        {"teacher": LinearTeacher(HIDDEN, WEIGHT[:-1])},
+        "teacher: LinearTeacher.weight has a vocabulary of 6",
+        "the student 7",
+        "weight[:V]",
+    ),
+    "teacher linear size": (
+        {"teacher": LinearTeacher(HIDDEN, WEIGHT[:, :-1])},
+        "teacher: LinearTeacher.weight: expected shape [V, 4]",
+        "(7, 3)",
+    ),
+    "teacher linear with a gradient": (
+        {"teacher": LinearTeacher(HIDDEN, torch.nn.Parameter(WEIGHT))},
+        "teacher: LinearTeacher.weight: requires a gradient",
+        ".detach()",
+    ),
+    "teacher linear softcap": (
+        {"teacher": LinearTeacher(HIDDEN, WEIGHT, softcap=0.0)},
+        "teacher: LinearTeacher.softcap: 0.0 is not in (0, inf)",
     ),
     "mixture of nothing": ({"teacher": Mixture([])}, "teacher: a Mixture without members"),
     "mixture of a tensor": (
@@ -182,9 +205,9 @@ SHARED = {
     ),
     "process group": (
         {"process_group": object()},
-        "process_group:",
-        "not yet supported",
-        "gather the logits",
+        "process_group: expected a torch.distributed.ProcessGroup",
+        "got object",
+        "mesh.get_group",
     ),
     "ids list": ({"token_ids": [0]}, "token_ids: expected", "got list"),
     "ids float": (
@@ -329,6 +352,84 @@ def test_the_loss(bad):
     good = {"student_logits": LOGITS, "teacher": TEACHER, "token_ids": IDS, "advantages": ROWS}
     hybrid_loss(**good)
     assert_says(message_of(hybrid_loss, **(good | change)), parts)
+
+
+# Of the linear functions.
+LINEAR = {
+    "hidden list": ({"student_hidden": [1.0]}, "student_hidden: expected", "got list"),
+    "hidden float64": (
+        {"student_hidden": HIDDEN.double()},
+        "student_hidden: expected float32",
+        "got torch.float64",
+    ),
+    "hidden scalar": ({"student_hidden": torch.tensor(1.0)}, "student_hidden", "got ()"),
+    "weight none": ({"student_weight": None}, "student_weight: expected a [V, D]", "NoneType"),
+    "weight layer without one": (
+        {"student_weight": torch.nn.ReLU()},
+        "student_weight: expected a [V, D] tensor or an output layer",
+    ),
+    "weight size": (
+        {"student_weight": WEIGHT.T},
+        "student_weight: expected shape [V, 4]",
+        "(4, 7)",
+    ),
+    "weight dtype": (
+        {"student_weight": WEIGHT.bfloat16()},
+        "student_weight: torch.bfloat16",
+        "hidden states are torch.float32",
+        "cast",
+    ),
+    "weight device": (
+        {"student_weight": WEIGHT.to(META)},
+        "student_weight: on meta, expected cpu",
+    ),
+    "bias shape": ({"student_bias": WEIGHT}, "student_bias: expected shape [7]", "(7, 4)"),
+    "bias twice": (
+        {"student_weight": torch.nn.Linear(4, V), "student_bias": WEIGHT[:, 0]},
+        "student_bias: given, but the layer has one",
+    ),
+    "softcap": ({"softcap": -1.0}, "softcap: -1.0 is not in (0, inf)"),
+    "logit scale": ({"logit_scale": "1"}, "logit_scale: expected a number, got str"),
+    "chunk rows": ({"chunk_rows": 0}, "chunk_rows: 0 is not a whole number above 0"),
+    "logits dtype": (
+        {"logits_dtype": torch.float64},
+        "logits_dtype: expected float32",
+        "got torch.float64",
+    ),
+    "filter": ({"grad_filter": -1e-3}, "grad_filter: -0.001 is not in [0, inf)"),
+    "drop masked": ({"drop_masked": 1}, "drop_masked: expected True or False, got 1"),
+    "teacher vocabulary": (
+        {"teacher": TEACHER[..., :-1]},
+        "teacher: vocabulary of 6 entries, the student has 7",
+    ),
+    "teacher rows": ({"teacher": TEACHER[0]}, "teacher: leading shape (3,), expected (2, 3)"),
+    "ids range": ({"token_ids": IDS + V}, "token_ids: 7 is outside the vocabulary [0, 7)"),
+    "ids shape": ({"token_ids": IDS[0]}, "token_ids: leading shape (3,), expected (2, 3)"),
+}
+
+
+@pytest.mark.parametrize("function", [linear_hybrid_loss, linear_token_terms])
+@pytest.mark.parametrize("bad", LINEAR)
+def test_hidden_states(bad, function):
+    change, *parts = LINEAR[bad]
+    good = {
+        "student_hidden": HIDDEN,
+        "student_weight": WEIGHT,
+        "teacher": LinearTeacher(HIDDEN, WEIGHT),
+        "token_ids": IDS,
+    }
+    function(**good)
+    assert_says(message_of(function, **(good | change)), parts)
+
+
+def test_a_partitioned_weight_says_where_it_is_whole():
+    """As DeepSpeed ZeRO-3 leaves it outside the modules that use it."""
+    weight = torch.nn.Parameter(torch.empty(0))
+    weight.ds_id, weight.ds_shape = 1, WEIGHT.shape
+    message = message_of(linear_hybrid_loss, HIDDEN, weight, TEACHER)
+    assert_says(
+        message, ("student_weight: partitioned by DeepSpeed", "register_external_parameter")
+    )
 
 
 def test_triton_is_refused_on_the_cpu(monkeypatch):

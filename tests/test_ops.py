@@ -31,7 +31,7 @@ def problem(case, divergence, backend, support=False):
     """The arguments that the operators share: rows `[O, I, V]`, and the constants."""
     name, parameter = divergence.canonical()
     rows = (case.token_ids.reshape(-1), case.valid.reshape(-1))
-    constants = (name, parameter, 0.7, None, "bucket", 2.0**-24, backend)
+    constants = (name, parameter, 0.7, None, "bucket", 2.0**-24, "", backend)
     if support:
         known = TopK.from_logits(case.teacher_logits, 5, token_ids=case.token_ids.clamp(0, 6))
         ids, log_probs = known.ids.flatten(0, -2), known.log_probs.flatten(0, -2)

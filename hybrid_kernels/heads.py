@@ -1,0 +1,173 @@
+"""Output layers: whatever stands for one, as the plain tensors of a sum of products.
+
+    logits = softcap tanh(logit_scale (sum_i hidden_i weight_i^T + bias) / softcap)
+
+One product for a weight; one more for each active LoRA adapter, with hidden_1 = s (hidden A^T) and
+weight_1 = B, so that the adapter costs a product of rank r and no `[V, D]` copy, and the frozen
+weight below it needs no gradient.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_kernels import validate
+
+
+class Head(NamedTuple):
+    """One side of a comparison, given by hidden states.
+
+    Attributes:
+        hiddens: `[N, D_i]`, contiguous.
+        weights: `[V, D_i]`, of the same dtype.
+        bias: `[V]` or None.
+        logit_scale: factor on the products.
+        softcap: 0 where there is none.
+    """
+
+    hiddens: list[Tensor]
+    weights: list[Tensor]
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weights[0].shape[0]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        hidden: Tensor,
+        weight: object,
+        bias: Tensor | None,
+        softcap: float | None,
+        logit_scale: float,
+    ) -> "Head":
+        """The checked tensors of an output layer.
+
+        Args:
+            name: how the arguments' names begin in messages.
+            hidden: `[..., D]`, checked before.
+            weight: `[V, D]`, a parameter, a DTensor, or the layer.
+            bias: `[V]` or None.
+            softcap: above 0, or None.
+            logit_scale: factor on the logits.
+        """
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(hidden.device.type):
+            # As a linear layer does.
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
+        hiddens, weights = [hidden], []
+        if isinstance(weight, nn.Module):
+            module, adapters = _unwrapped(name, weight)
+            own = getattr(module, "bias", None)
+            if own is not None and bias is not None:
+                raise ValueError(f"{name}bias: given, but the layer has one; leave it out")
+            bias = own if bias is None else bias
+            weight = getattr(module, "weight", None)
+            for down, up, scaling, dropout in adapters:
+                if up.bias is not None or down.bias is not None:
+                    raise ValueError(
+                        f"{name}weight: a LoRA adapter with biases (lora_bias=True) is not "
+                        "supported; merge the adapter"
+                    )
+                low = nn.functional.linear(dropout(hidden.to(down.weight.dtype)), down.weight)
+                hiddens.append((low * scaling).to(dtype))
+                weights.append(_whole(up.weight, dtype))
+        if not isinstance(weight, Tensor):
+            raise ValueError(
+                f"{name}weight: expected a [V, D] tensor or an output layer with such a `weight`, "
+                f"got {type(weight).__name__}"
+            )
+        _check_partition(name, weight)
+        autocast = torch.is_autocast_enabled(hidden.device.type)
+        weights.insert(0, _whole(weight, dtype if autocast or _is_dtensor(weight) else None))
+        bias = None if bias is None else _whole(bias, None)
+        validate.head(name, weights[0], bias, hidden)
+        return cls(
+            [h.contiguous() for h in hiddens], weights, bias, float(logit_scale), softcap or 0.0
+        )
+
+
+def _unwrapped(name: str, module: nn.Module) -> tuple[Any, list[tuple[Any, Any, float, Any]]]:
+    """The layer below PEFT's wrappers, and the LoRA adapters on it: (A, B, scaling, dropout).
+
+    By what they have, not by their classes: PEFT need not be installed.
+    """
+    wrapped: Any = module
+    if hasattr(wrapped, "modules_to_save"):
+        if getattr(wrapped, "disable_adapters", False) or not wrapped.active_adapters:
+            return _unwrapped(name, wrapped.original_module)
+        return _unwrapped(name, wrapped.modules_to_save[wrapped.active_adapters[0]])
+    if not hasattr(wrapped, "base_layer"):
+        return wrapped, []
+    if not hasattr(wrapped, "lora_A"):
+        raise ValueError(
+            f"{name}weight: a {type(module).__name__}, whose adapter is not LoRA; merge the "
+            "adapter, or give the weight that it makes"
+        )
+    layer, adapters = wrapped.base_layer, []
+    if wrapped.disable_adapters != wrapped.merged:
+        # (Merged adapters are in the weight; disabled ones, not merged, are nowhere.)
+        return _unwrapped(name, layer)
+    if wrapped.merged:
+        raise ValueError(
+            f"{name}weight: its adapters are merged into the weight and disabled; unmerge them"
+        )
+    for adapter in wrapped.active_adapters:
+        if adapter not in wrapped.lora_A:
+            continue
+        if adapter in getattr(wrapped, "lora_variant", {}) or getattr(wrapped, "use_dora", {}).get(
+            adapter
+        ):
+            raise ValueError(
+                f"{name}weight: the adapter {adapter!r} is a variant of LoRA (DoRA or another); "
+                "merge it, or use plain LoRA"
+            )
+        parts = wrapped.lora_A[adapter], wrapped.lora_B[adapter]
+        adapters.append((*parts, wrapped.scaling[adapter], wrapped.lora_dropout[adapter]))
+    base, more = _unwrapped(name, layer)
+    return base, more + adapters
+
+
+def _check_partition(name: str, weight: Tensor) -> None:
+    """DeepSpeed ZeRO-3 leaves parameters empty but while a module that uses them runs."""
+    if hasattr(weight, "ds_id") and weight.numel() == 0:
+        raise ValueError(
+            f"{name}weight: partitioned by DeepSpeed ZeRO-3, and not gathered here; call the loss "
+            "inside the forward of a module on which "
+            "deepspeed.zero.register_external_parameter(module, weight) was called"
+        )
+
+
+def _is_dtensor(weight: Tensor) -> bool:
+    return hasattr(weight, "full_tensor") and hasattr(weight, "placements")
+
+
+def _whole(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The whole weight on this rank, in a dtype (None: as it is)."""
+    if dtype is not None and weight.dtype != dtype:
+        weight = weight.to(dtype)  # before it is gathered: fewer bytes
+    return _Gather.apply(weight) if _is_dtensor(weight) else weight
+
+
+class _Gather(torch.autograd.Function):
+    """A DTensor as FSDP2 (`fully_shard`) has it: gathered for the forward; the gradients of the
+    ranks, which see different data, averaged and scattered in the backward, as FSDP2 does."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        ctx.mesh, ctx.placements = weight.device_mesh, weight.placements
+        return weight.full_tensor()
+
+    @staticmethod
+    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
+        from torch.distributed.tensor import DTensor, Partial
+
+        mesh = ctx.mesh
+        own = DTensor.from_local(gradient / mesh.size(), mesh, [Partial()] * mesh.ndim)
+        return own.redistribute(placements=ctx.placements)

@@ -1,0 +1,376 @@
+"""What a call is about, checked and flattened to rows, whether from logits or from hidden states.
+
+Both kinds measure statistics, differentiate a loss and give differentiable statistics; what
+`api.py` makes of these is the same for both.
+"""
+
+import importlib.util
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybrid_kernels import linear_ops, ops, validate
+from hybrid_kernels.heads import Head
+from hybrid_kernels.linear import Options, Side, write_logits
+from hybrid_kernels.rows import FIELDS
+from hybrid_kernels.types import (
+    IGNORED_TOKEN,
+    Divergence,
+    LinearTeacher,
+    Teacher,
+    TokenTerms,
+    TopK,
+)
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+class Context(NamedTuple):
+    """The arguments that mean the same in every function."""
+
+    teacher: Teacher | None
+    token_ids: Tensor | None
+    mask: Tensor | None
+    divergence: str | Divergence
+    temperature: float
+    tail: str
+    teacher_floor: float | None
+    process_group: object | None
+    backend: str
+
+
+class Problem:
+    """The part of a call that does not depend on how the student is given.
+
+    Attributes:
+        shape: the caller's leading dimensions.
+        count: N, the rows.
+        device: of all tensors.
+        valid: bool `[N]`, the rows that count; None where all do by construction.
+        members: the teachers with their weights.
+        wants_gradient: whether there is one to compute.
+    """
+
+    wants_gradient: bool
+
+    def __init__(self, place: validate.Place, context: Context) -> None:
+        self.shape, self.device, self.count = place.rows, place.device, place.rows.numel()
+        validate.choice("tail", context.tail, validate.TAILS)
+        validate.teacher_floor(context.teacher_floor)
+        validate.temperature(context.temperature)
+        teacher, token_ids, floor = context.teacher, context.token_ids, context.teacher_floor
+        members = [] if teacher is None else validate.teacher(teacher, place)
+        if token_ids is not None:
+            validate.token_ids(token_ids, self.shape, self.device)
+        if context.mask is not None:
+            validate.row_mask(context.mask, self.shape, self.device)
+        self.valid = _valid_rows(context.mask, token_ids)
+        self.has_teacher, self.has_tokens = teacher is not None, token_ids is not None
+        self.token_ids = None if token_ids is None else token_ids.reshape(-1).contiguous()
+        self.members = [member for _, member in members]
+        shares = [weight for weight, _ in members]
+        supports = [member for member in self.members if isinstance(member, TopK)]
+        resolution, self.support, self.token_log_prob = 0.0, None, None
+        if supports:
+            resolution = max(member.resolution for member in supports)
+            size = supports[0].ids.shape[-1]
+            self.support = supports[0].ids.reshape(-1, size).contiguous()
+            self.token_log_prob = _mean_token_log_prob(supports, shares, floor)
+        name, parameter = validate.divergence(context.divergence).canonical()
+        self.backend = resolve_backend(context.backend, self.device)
+        if self.support is not None and self.backend == "triton":
+            validate.support_size(self.support.shape[-1])
+        self.config = (
+            shares,
+            name,
+            parameter,
+            float(context.temperature),
+            None if floor is None else float(floor),
+            context.tail,
+            resolution,
+            validate.process_group(context.process_group),
+            self.backend,
+        )
+
+    def log_probs(self) -> list[Tensor]:
+        """Those of top-K members, `[N, K]` fp32."""
+        found = [m.log_probs for m in self.members if isinstance(m, TopK)]
+        return [one.reshape(-1, one.shape[-1]).float().contiguous() for one in found]
+
+    def measure(self) -> Tensor:
+        """The statistics of all rows, without a gradient."""
+        raise NotImplementedError
+
+    def differentiable(self) -> Tensor:
+        """Statistics, of which divergence, log p(y) and entropy are differentiable."""
+        raise NotImplementedError
+
+    def differentiate(
+        self, weights: ops.Weights, scale: Tensor, statistics: Tensor | None, summed: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The differentiable loss, the statistics, and the norm of what was dropped.
+
+        Args:
+            weights: per row.
+            scale: the normaliser, a scalar.
+            statistics: where they are known already.
+            summed: whether the loss is the sum over all rows, or one for each.
+        """
+        raise NotImplementedError
+
+    def mass(self, statistics: Tensor, index: int) -> Tensor | None:
+        """A mass on a top-K support, in the caller's shape."""
+        return None if self.support is None else statistics[index].view(self.shape).detach()
+
+    def terms(self, statistics: Tensor, differentiable: bool = False) -> TokenTerms:
+        """The fields for the user, in the caller's shape."""
+
+        def field(index: int, keeps_graph: bool) -> Tensor:
+            value = statistics[index].view(self.shape)
+            return value if keeps_graph else value.detach()
+
+        teacher, tokens = self.has_teacher, self.has_tokens
+        return TokenTerms(
+            divergence=field(FIELDS.divergence, differentiable) if teacher else None,
+            log_prob=field(FIELDS.log_prob, differentiable) if tokens else None,
+            teacher_log_prob=field(FIELDS.teacher_log_prob, False) if teacher and tokens else None,
+            entropy=field(FIELDS.entropy, differentiable),
+            logsumexp=field(FIELDS.logsumexp, False),
+        )
+
+
+class LogitProblem(Problem):
+    """A student given by logits `[..., V]`."""
+
+    def __init__(self, student_logits: Tensor, context: Context, inplace: bool = False) -> None:
+        validate.student(student_logits)
+        sharded = context.process_group is not None
+        rows, size = student_logits.shape[:-1], student_logits.shape[-1]
+        super().__init__(validate.Place(rows, size, student_logits.device, sharded), context)
+        self.wants_gradient = torch.is_grad_enabled() and student_logits.requires_grad
+        self.inplace = inplace
+        logits = [_teacher_logits(m, size) for m in self.members if not isinstance(m, TopK)]
+        self.student, *teachers = _as_rows([student_logits, *logits])
+        self.teachers = self.log_probs() if self.support is not None else teachers
+        self.others = (self.support, self.token_log_prob, self.token_ids, self.valid)
+
+    def measure(self) -> Tensor:
+        return ops.row_statistics(self.student, self.teachers, *self.others, *self.config)
+
+    def differentiable(self) -> Tensor:
+        if self.wants_gradient:
+            for tensor in (*self.teachers, self.support):
+                validate.can_be_saved("teacher", tensor)
+            validate.can_be_saved("token_ids", self.token_ids)
+        return ops.TokenTermsFunction.apply(self.student, *self.others, self.config, *self.teachers)
+
+    def differentiate(self, weights, scale, statistics, summed):
+        loss, statistics = ops.HybridLossFunction.apply(
+            self.student,
+            *self.others,
+            *weights,
+            scale,
+            statistics,
+            summed,
+            self.inplace,
+            self.config,
+            *self.teachers,
+        )
+        return loss, statistics, None
+
+
+class LinearProblem(Problem):
+    """A student given by hidden states `[..., D]` and an output layer."""
+
+    def __init__(
+        self, student_hidden: Tensor, head: Head, context: Context, options: Options, eps: float
+    ) -> None:
+        rows, sharded = student_hidden.shape[:-1], context.process_group is not None
+        place = validate.Place(rows, head.vocabulary, student_hidden.device, sharded)
+        super().__init__(place, context)
+        self.eps = eps
+        wanted = [*head.hiddens, *head.weights, *([] if head.bias is None else [head.bias])]
+        self.wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in wanted)
+        # With a gradient of the hidden states alone, an upstream one for each row can wait.
+        self.only_hidden = not any(t.requires_grad for t in wanted[len(head.hiddens) :])
+        logits = [m for m in self.members if isinstance(m, Tensor)]
+        teachers = iter(_as_rows(logits) if logits else self.log_probs())
+        tensors: list[Tensor] = []
+        weights: list[Tensor | None] = []
+        biases: list[Tensor | None] = []
+        scales, caps = [head.logit_scale], [head.softcap]
+        for member in self.members:
+            own = None
+            if isinstance(member, LinearTeacher):
+                own = _teacher_head(member, head.vocabulary)
+                scales.append(own.logit_scale)
+                caps.append(own.softcap)
+            else:
+                scales.append(1.0)
+                caps.append(0.0)
+            tensors.append(next(teachers) if own is None else own.hiddens[0])
+            weights.append(None if own is None else own.weights[0])
+            biases.append(None if own is None else own.bias)
+        self.tensors = (
+            *head.hiddens,
+            *head.weights,
+            head.bias,
+            *tensors,
+            *weights,
+            *biases,
+            self.support,
+            self.token_log_prob,
+            self.token_ids,
+            self.valid,
+        )
+        self.layout = linear_ops.Layout(len(head.weights), len(self.members))
+        self.config = (scales, caps, *options, *self.config)
+
+    def measure(self) -> Tensor:
+        return linear_ops.linear_statistics(*self.layout.arguments(self.tensors), *self.config)
+
+    def differentiable(self, known: Tensor | None = None) -> Tensor:
+        if self.wants_gradient:
+            for tensor in self.tensors:
+                validate.can_be_saved("teacher, token_ids or mask", tensor)
+        bound = torch.full((), self.eps, device=self.device) if self.eps else None
+        return linear_ops.LinearTermsFunction.apply(
+            self.layout, bound, known, self.config, *self.tensors
+        )
+
+    def differentiate(self, weights, scale, statistics, summed):
+        if not (summed or self.only_hidden):
+            # The weight's gradient is a sum over rows, whose upstream gradients are not known yet.
+            statistics = self.differentiable(statistics)
+            return ops.row_losses(statistics, weights, self.valid), statistics, None
+        bound = scale * self.eps if self.eps else None
+        loss, statistics, dropped = linear_ops.LinearLossFunction.apply(
+            self.layout,
+            *weights,
+            scale,
+            bound,
+            statistics,
+            summed,
+            self.config,
+            *self.tensors,
+        )
+        return loss, statistics, dropped if self.eps else None
+
+
+def _teacher_head(teacher: LinearTeacher, vocabulary: int) -> Head:
+    """The tensors of a teacher's output layer."""
+    name = "teacher: LinearTeacher."
+    weight = teacher.weight
+    for own, tensor in (("weight", weight), ("bias", teacher.bias)):
+        if isinstance(tensor, Tensor):
+            validate.no_grad_wanted(name + own, tensor)
+    with torch.no_grad():
+        head = Head.of(
+            name, teacher.hidden, weight, teacher.bias, teacher.softcap, teacher.logit_scale
+        )
+    validate.same_vocabulary(head.weights[0], vocabulary)
+    if len(head.weights) > 1:
+        raise ValueError(
+            f"{name}weight: has a LoRA adapter; switch it off (model.disable_adapter()), merge it, "
+            "or give the teacher's logits"
+        )
+    return head
+
+
+def _teacher_logits(member: Tensor | LinearTeacher, vocabulary: int) -> Tensor:
+    """A full teacher's logits; beside a student's whole logits its own may exist too."""
+    if isinstance(member, Tensor):
+        return member
+    head = _teacher_head(member, vocabulary)
+    with torch.no_grad():
+        side = Side(*head)
+        out = torch.empty(
+            (len(head.hiddens[0]), vocabulary), dtype=torch.float32, device=member.hidden.device
+        )
+        write_logits(side, slice(None), out)
+    return out.view(*member.hidden.shape[:-1], vocabulary)
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """ "triton" or "torch": the only place where a backend is chosen.
+
+    Raises:
+        ValueError: an unknown name, or "triton" where it can't run on the device.
+    """
+    validate.choice("backend", backend, validate.BACKENDS)
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and HAS_TRITON else "torch"
+    if backend == "triton":
+        if not HAS_TRITON:
+            raise ValueError('backend: "triton" is not installed here; use backend="torch"')
+        from hybrid_kernels.kernels import config
+
+        if not (device.type == "cuda" or config.INTERPRETED):
+            raise ValueError(
+                f'backend: "triton" can\'t run on {device}; move the tensors to a GPU, set '
+                "TRITON_INTERPRET=1 before the first import to run the kernels on the CPU, or use "
+                'backend="torch"'
+            )
+    return backend
+
+
+def _valid_rows(mask: Tensor | None, token_ids: Tensor | None) -> Tensor | None:
+    """Bool `[N]`, the rows that count; None where all do by construction."""
+    valid = None if mask is None else mask.reshape(-1) != 0
+    if token_ids is not None:
+        named = token_ids.reshape(-1) != IGNORED_TOKEN
+        valid = named if valid is None else valid & named
+    return valid
+
+
+def _mean_token_log_prob(
+    supports: list[TopK], shares: list[float], floor: float | None
+) -> Tensor | None:
+    """log q(y) as `[N]`: the weighted mean over the members; None where one doesn't tell."""
+    total, mean = sum(shares), None
+    for share, member in zip(shares, supports, strict=True):
+        if member.token_log_prob is None:
+            return None
+        own = member.token_log_prob.reshape(-1).float()
+        own = share / total * (own if floor is None else own.clamp(min=floor))
+        mean = own if mean is None else mean + own
+    return mean
+
+
+def _as_rows(logits: list[Tensor]) -> list[Tensor]:
+    """`[..., V]` as `[O, I, V]` without a copy: leading dimensions merge where strides allow.
+
+    The first is the student's, the others are teachers'.
+    """
+    names = ["student_logits"] + ["teacher"] * (len(logits) - 1)
+    splits = [_row_split(name, t) for name, t in zip(names, logits, strict=True)]
+    # Where one side needs two row strides and another does not, the other follows.
+    split = next((own for own in splits if own[0] != 1), splits[0])
+    for tensor, own in zip(logits, splits, strict=True):
+        if own[0] not in (1, split[0]):
+            raise ValueError(
+                f"teacher: rows of strides {tuple(tensor.stride()[:-1])} don't group like the "
+                f"others', {tuple(logits[0].stride()[:-1])}; use teacher.contiguous(), which copies"
+            )
+    return [tensor.view(*split, tensor.shape[-1]) for tensor in logits]
+
+
+def _row_split(name: str, logits: Tensor) -> tuple[int, int]:
+    """The two sizes, O and I, into which the leading dimensions merge; O is 1 where I is enough."""
+    sizes, strides = logits.shape[:-1], logits.stride()[:-1]
+    merged: list[tuple[int, int]] = []
+    for size, stride in zip(sizes, strides, strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == stride * size:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    if len(merged) > 2:
+        raise ValueError(
+            f"{name}: leading dimensions of shape {tuple(sizes)} and strides {tuple(strides)} need "
+            "more than two row strides; use .flatten(0, -2), which copies"
+        )
+    outer, inner = [1] * (2 - len(merged)) + [size for size, _ in merged]
+    return outer, inner

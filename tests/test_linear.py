@@ -1,0 +1,563 @@
+"""From hidden states: the same numbers as the logits' own GEMM and `hybrid_loss`, in float64."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cases import DIVERGENCES, divergence_id
+from hybrid_kernels import (
+    LinearTeacher,
+    Mixture,
+    TopK,
+    hybrid_loss,
+    linear_hybrid_loss,
+    linear_token_terms,
+    reference,
+    token_terms,
+)
+from tolerance import assert_close
+
+TEACHERS = ("linear", "logits", "two-strides", "top-k", "mixture", "mixed")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Head:
+    """What makes logits of hidden states: `function` says how, in any dtype."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+    def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        logits = hidden.to(dtype) @ self.weight.to(dtype).T
+        logits = logits if self.bias is None else logits + self.bias.to(dtype)
+        logits = self.logit_scale * logits
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+
+@dataclass
+class Case:
+    """A student and a teacher by hidden states `[..., D]`; garbage on masked rows."""
+
+    hidden: Tensor
+    head: Head
+    teacher_hidden: Tensor
+    teacher_head: Head
+    token_ids: Tensor
+    advantages: Tensor
+    upstream: Tensor
+    mask: Tensor | None
+    teacher: str
+
+    @property
+    def valid(self) -> Tensor:
+        named = self.token_ids != -100
+        return named if self.mask is None else named & self.mask.bool()
+
+    def given(self, dtype: torch.dtype | None):
+        """The teacher: logits in a dtype for the reference, or (None) as our functions take it."""
+        own = self.teacher_head
+        logits = own.logits(self.teacher_hidden, dtype or torch.float32)
+        flipped = own.logits(self.teacher_hidden.flip(-1), dtype or torch.float32)
+        if dtype is None and self.teacher in ("linear", "mixture", "mixed"):
+            full = LinearTeacher(
+                self.teacher_hidden, own.weight, own.bias, own.softcap, own.logit_scale
+            )
+        else:
+            full = logits
+        if self.teacher == "mixture":
+            if isinstance(full, LinearTeacher):
+                flipped = replace(full, hidden=full.hidden.flip(-1))
+            return Mixture([(0.8, full), (0.5, flipped)])
+        if self.teacher == "mixed":
+            return Mixture([(0.8, logits.flip(-1)), (0.5, full)])
+        if self.teacher == "two-strides" and dtype is None:
+            return torch.cat([logits, logits[:, :1]], 1)[:, :-1]
+        if self.teacher == "top-k":
+            tokens = self.token_ids.clamp(0, logits.shape[-1] - 1)
+            # (Of the same ids in every dtype.)
+            ids = own.logits(self.teacher_hidden, torch.float64).topk(min(5, logits.shape[-1]))
+            known = TopK.from_logits(logits.float(), ids=ids.indices, token_ids=tokens)
+            return known
+        return full
+
+    def leaves(self, dtype: torch.dtype | None) -> list[Tensor]:
+        tensors = [self.hidden, *self.head.tensors]
+        return [t.detach().to(dtype or t.dtype, copy=True).requires_grad_() for t in tensors]
+
+    def reference(self, dtype: torch.dtype, method: str = "hybrid_loss", **options):
+        """The fields, and the gradients of hidden states, weight and bias."""
+        hidden, weight, *bias = leaves = self.leaves(dtype)
+        head = replace(self.head, weight=weight, bias=bias[0] if bias else None)
+        # (A GEMM spreads the garbage of masked rows over the weight's gradient.)
+        logits = head.logits(torch.where(self.valid[..., None], hidden, 0.0), dtype)
+        given = self.given(dtype)
+        return self._run(getattr(reference, method), leaves, (logits, given), options)
+
+    def ours(self, method: str = "hybrid_loss", **options):
+        leaves = self.leaves(None)
+        hidden, weight, *bias = leaves
+        function = {"hybrid_loss": linear_hybrid_loss, "token_terms": linear_token_terms}[method]
+        options |= {"softcap": self.head.softcap, "logit_scale": self.head.logit_scale}
+        options |= {"student_bias": bias[0] if bias else None}
+        return self._run(function, leaves, (hidden, weight, self.given(None)), options)
+
+    def _run(self, function, leaves, arguments, options):
+        if "token_terms" in function.__name__:
+            terms = function(*arguments, self.token_ids, mask=self.mask, **options)
+            upstreams = [self.upstream, 1 - self.upstream, 0.5 * self.upstream]
+            fields = [terms.divergence, terms.log_prob, terms.entropy]
+            pairs = zip(fields, upstreams, strict=True)
+            torch.autograd.backward(*zip(*((f, u.to(f)) for f, u in pairs), strict=True))
+            return terms, [leaf.grad for leaf in leaves]
+        advantages = options.pop("advantages", self.advantages)
+        found = function(*arguments, self.token_ids, advantages, mask=self.mask, **options)
+        per_row = options.get("reduction") == "none"
+        upstream = self.upstream if per_row else torch.tensor(-1.7)
+        found.loss.backward(upstream.to(found.loss))
+        return found, [leaf.grad for leaf in leaves]
+
+
+def make(
+    vocabulary: int = 131,
+    size: int = 24,
+    rows: tuple[int, ...] = (2, 5),
+    *,
+    dtype: torch.dtype = torch.float32,
+    teacher: str = "linear",
+    bias: bool = False,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    masked: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def head(width: int, scale: float, cap: float | None) -> Head:
+        weight = (normal(vocabulary, width) * 2 / width**0.5).to(dtype).to(device)
+        own = normal(vocabulary).to(dtype).to(device) if bias else None
+        return Head(weight, own, cap, scale)
+
+    hidden, theirs = normal(*rows, size).to(dtype), normal(*rows, size + 3).to(dtype)
+    token_ids = torch.randint(0, vocabulary, rows, generator=generator)
+    advantages, upstream = normal(*rows), normal(*rows)
+    mask = None
+    if masked:
+        flat = torch.arange(token_ids.numel()).view(rows)
+        mask = flat % 4 != 1
+        token_ids = token_ids.masked_fill(flat % 5 == 2, -100).masked_fill(~mask, 10**9)
+        out = ~mask | (token_ids == -100)
+        for tensor in (hidden, theirs, advantages, upstream):
+            tensor[out] = torch.nan
+        mask = mask.to(device)
+    # (The other side's own options, so that a mix-up of the two would show.)
+    return Case(
+        hidden.to(device),
+        head(size, logit_scale, softcap),
+        theirs.to(device),
+        head(size + 3, 1.3 * logit_scale, None if softcap is None else 1.5 * softcap),
+        token_ids.to(device),
+        advantages.to(device),
+        upstream.to(device),
+        mask,
+        teacher,
+    )
+
+
+def assert_matches(case: Case, backend: str, method: str = "hybrid_loss", **options):
+    """Fields and gradients against float64, with what the same in fp32 loses allowed for."""
+    linear = {"backend", "chunk_rows", "drop_masked", "logits_dtype", "grad_filter"}
+    specified = {key: value for key, value in options.items() if key not in linear}
+    truth, truths = case.reference(torch.float64, method, **dict(specified))
+    eager, eagers = case.reference(torch.float32, method, **dict(specified))
+    got, gradients = case.ours(method, backend=backend, **options)
+    fields = got._asdict()
+    assert (fields.pop("dropped_norm", None) is not None) == ("grad_filter" in options)
+    for field, value in fields.items():
+        expected = getattr(truth, field)
+        assert (value is None) == (expected is None), field
+        if value is not None:
+            assert value.dtype == torch.float32, field
+            assert_close(value, expected, getattr(eager, field), field, scale=6.0)
+    # On a GPU dz enters the GEMMs in the weight's dtype; the interpreter truncates.
+    rough = case.hidden.dtype != torch.float32 and backend == "triton"
+    roundings = 8 if rough else 2
+    for name, own, true, plain in zip(
+        ("hidden", "weight", "bias"), gradients, truths, eagers, strict=False
+    ):
+        assert own.dtype == case.hidden.dtype, name
+        scale = float(true.abs().max()) if true.numel() else 0.0
+        assert_close(own, true, plain, f"gradient of {name}", scale=scale, roundings=roundings)
+    return got, gradients
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("chunk_rows", [None, 1, 3, 100])
+def test_every_teacher_and_chunk(teacher, chunk_rows, backend, device):
+    case = make(teacher=teacher, masked=True, device=device)
+    assert_matches(case, backend, chunk_rows=chunk_rows, entropy_weight=0.2, temperature=0.7)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
+def test_every_divergence(divergence, backend, device):
+    case = make(device=device)
+    assert_matches(case, backend, chunk_rows=4, divergence=divergence, entropy_weight=0.2)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("logit_scale", [1.0, 0.4])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bias_softcap_and_scale(dtype, bias, logit_scale, softcap, backend, device):
+    case = make(
+        dtype=DTYPES[dtype],
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        masked=True,
+        device=device,
+    )
+    assert_matches(case, backend, chunk_rows=3)
+
+
+@pytest.mark.parametrize("method", ["hybrid_loss", "token_terms"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "none"},
+        {"reduction": "sum", "teacher_floor": -4.0},
+        {"num_tokens": 23},
+        {"drop_masked": False},
+        {"advantages": lambda terms: terms.entropy * terms.log_prob},
+        {"dense_weight": 0.0},
+    ],
+    ids=["none", "sum", "num_tokens", "kept", "function", "sparse"],
+)
+@pytest.mark.parametrize("teacher", ["linear", "top-k"])
+def test_options(teacher, options, method, backend, device):
+    case = make(teacher=teacher, masked=True, bias=True, softcap=3.0, device=device)
+    if method == "token_terms":
+        options = {k: v for k, v in options.items() if k in ("teacher_floor", "drop_masked")}
+    assert_matches(case, backend, method, chunk_rows=3, **options)
+
+
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize("vocabulary", [1, 7, 128])
+@pytest.mark.parametrize("rows", [(), (0,), (2, 0), (7,), (3, 2)], ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_shapes(rows, vocabulary, size, dtype, backend, device):
+    case = make(vocabulary, size, rows, dtype=DTYPES[dtype], bias=True, device=device)
+    for method in ("hybrid_loss", "token_terms"):
+        assert_matches(case, backend, method, chunk_rows=4)
+
+
+@pytest.mark.parametrize("drop_masked", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_all_rows_masked(reduction, drop_masked, backend, device):
+    case = make(teacher="mixed", bias=True, device=device)
+    case = replace(case, mask=torch.zeros_like(case.token_ids))
+    case.hidden.fill_(torch.nan)
+    got, gradients = case.ours(reduction=reduction, drop_masked=drop_masked, backend=backend)
+    assert not got.loss.any()
+    assert not got.divergence.any()
+    for gradient in gradients:
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_equals_the_gemm_and_hybrid_loss(backend, device):
+    """In fp32 they are the same numbers, but for the order of a GEMM's sums."""
+    case = make(teacher="logits", device=device)
+    hidden, weight = case.leaves(None)
+    logits = hidden @ weight.T
+    whole = hybrid_loss(logits, case.given(None), case.token_ids, case.advantages, backend=backend)
+    whole.loss.backward()
+    got, gradients = case.ours(chunk_rows=4, backend=backend)
+    torch.testing.assert_close(got.loss, whole.loss.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(got.divergence, whole.divergence, rtol=1e-5, atol=1e-6)
+    for own, leaf in zip(gradients, (hidden, weight), strict=True):
+        torch.testing.assert_close(own, leaf.grad * -1.7, rtol=1e-5, atol=1e-6)
+
+
+def test_a_linear_teacher_of_logits(backend, device):
+    """`hybrid_loss` and `token_terms` take one too."""
+    case = make(device=device, bias=True, softcap=3.0)
+    given, plain = case.given(None), case.given(torch.float32)
+    logits = case.head.logits(case.hidden, torch.float32)
+    for function in (hybrid_loss, token_terms):
+        got = function(logits, given, case.token_ids, backend=backend)
+        expected = function(logits, plain, case.token_ids, backend=backend)
+        torch.testing.assert_close(got.divergence, expected.divergence)
+
+
+@pytest.mark.parametrize("backward", ["loss", "terms"])
+def test_no_gemm_for_a_frozen_weight(backward, backend, device, monkeypatch):
+    """What is frozen gets no gradient, and no GEMM either: counted in multiplications."""
+    from hybrid_kernels import linear
+
+    case = make(bias=True, device=device)
+    case = replace(case, teacher_hidden=case.hidden.flip(0), teacher_head=case.head)
+    products = []
+    original = linear._gemm
+
+    def counted(out, a, b, scale, accumulate):
+        products.append(a.shape[0] * a.shape[1] * b.shape[1] / (case.head.weight.numel() * 10))
+        original(out, a, b, scale, accumulate)
+
+    monkeypatch.setattr(linear, "_gemm", counted)
+    hidden, weight, bias = case.leaves(None)
+    counts = {}
+    for frozen in (False, True):
+        products.clear()
+        hidden.grad = None
+        head = (weight.detach(), bias.detach()) if frozen else (weight, bias)
+        options = {"student_bias": head[1], "backend": backend}
+        if backward == "loss":
+            linear_hybrid_loss(hidden, head[0], case.given(None), **options).loss.backward()
+        else:
+            terms = linear_token_terms(hidden, head[0], case.given(None), **options)
+            terms.divergence.sum().backward()
+        counts[frozen] = round(sum(products), 6)
+        assert hidden.grad.any()
+    first = {"loss": 4, "terms": 6}[backward]
+    assert counts == {False: first, True: first - 1}
+    # A frozen weight's loss per row needs no second computation of the logits.
+    products.clear()
+    loss = linear_hybrid_loss(
+        hidden, weight.detach(), case.given(None), reduction="none", backend=backend
+    ).loss
+    loss.sum().backward()
+    assert round(sum(products), 6) == 3
+    products.clear()
+    with torch.no_grad():
+        linear_token_terms(hidden, weight, case.given(None), backend=backend)
+    assert round(sum(products), 6) == 2
+
+
+@pytest.mark.parametrize("chunk_rows", [2, None])
+def test_frozen_hidden_states(chunk_rows, backend, device):
+    case = make(masked=True, device=device)
+    _, weight = case.leaves(None)
+    linear_hybrid_loss(
+        case.hidden, weight, case.given(None), case.token_ids, mask=case.mask, backend=backend,
+        chunk_rows=chunk_rows,
+    ).loss.backward()  # fmt: skip
+    _, (_, expected) = replace(case, advantages=0 * case.upstream.nan_to_num()).ours(
+        backend=backend, chunk_rows=chunk_rows
+    )
+    torch.testing.assert_close(weight.grad * -1.7, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_per_row_with_a_frozen_weight(backend, device):
+    case = make(masked=True, teacher="mixed", device=device)
+    truth, truths = case.reference(torch.float64, reduction="none")
+    eager, eagers = case.reference(torch.float32, reduction="none")
+    hidden, weight = case.leaves(None)
+    got = linear_hybrid_loss(
+        hidden, weight.detach(), case.given(None), case.token_ids, case.advantages, mask=case.mask,
+        reduction="none", backend=backend,
+    )  # fmt: skip
+    got.loss.backward(case.upstream)
+    assert_close(got.loss, truth.loss, eager.loss, "loss", scale=6.0)
+    assert_close(hidden.grad, truths[0], eagers[0], "gradient", scale=float(truths[0].abs().max()))
+
+
+def test_tied_embeddings_accumulate_into_the_one_parameter(backend, device):
+    case = make(device=device)
+    weight = nn.Parameter(case.head.weight.clone())
+    tokens = torch.randint(0, len(weight), case.hidden.shape[:-1], device=device)
+
+    def loss(function):
+        hidden = nn.functional.embedding(tokens, weight)
+        return function(hidden)
+
+    def composed(hidden):
+        return hybrid_loss(hidden @ weight.T, case.given(torch.float32), backend=backend).loss
+
+    def fused(hidden):
+        return linear_hybrid_loss(hidden, weight, case.given(None), backend=backend).loss
+
+    gradients = [torch.autograd.grad(loss(function), weight)[0] for function in (composed, fused)]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
+
+
+def test_backward_twice_and_accumulation(backend, device):
+    case = make(masked=True, device=device)
+    hidden, weight = case.leaves(None)
+    loss = linear_hybrid_loss(
+        hidden, weight, case.given(None), case.token_ids, mask=case.mask, backend=backend
+    ).loss
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(2.5 * loss, (hidden, weight))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(2.5 * a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_second_derivatives_raise(backend, device):
+    case = make(device=device)
+    hidden, weight = case.leaves(None)
+    losses = [
+        linear_hybrid_loss(hidden, weight, case.given(None), backend=backend).loss,
+        linear_token_terms(hidden, weight, case.given(None), backend=backend).entropy.sum(),
+    ]
+    for loss in losses:
+        for gradient in torch.autograd.grad(loss, (hidden, weight), create_graph=True):
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                gradient.sum().backward(retain_graph=True)
+
+
+def test_inputs_are_not_written(backend, device):
+    case = make(masked=True, teacher="mixed", bias=True, softcap=2.0, device=device)
+    given = case.given(None)
+    logits = given.members[0][1]
+    tensors = [case.hidden, *case.head.tensors, case.teacher_hidden, *case.teacher_head.tensors]
+    tensors += [case.token_ids, case.advantages, case.mask, logits]
+    before = [t.clone() for t in tensors]
+    hidden, weight, bias = (t.requires_grad_() for t in (case.hidden, *case.head.tensors))
+    linear_hybrid_loss(
+        hidden, weight, given, case.token_ids, case.advantages, mask=case.mask, student_bias=bias,
+        softcap=2.0, backend=backend,
+    ).loss.backward()  # fmt: skip
+    for tensor, copy in zip(tensors, before, strict=True):
+        assert torch.equal(tensor.detach().nan_to_num(), copy.nan_to_num())
+
+
+def test_deterministic(backend, device):
+    case = make(300, 16, (9,), device=device)
+    runs = [case.ours(chunk_rows=4, backend=backend) for _ in range(2)]
+    for a, b in zip(runs[0][1], runs[1][1], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_16_bit_logits(dtype, backend, device):
+    """`logits_dtype` is what the logits are rounded to, before everything else."""
+    case = make(dtype=torch.float32, device=device)
+    hidden, weight = case.leaves(None)
+    rounded = [
+        case.head.logits(case.hidden, torch.float32).to(DTYPES[dtype]),
+        case.given(torch.float32).to(DTYPES[dtype]),
+    ]
+    expected = hybrid_loss(*rounded, backend=backend)
+    got = linear_hybrid_loss(
+        hidden, weight, case.given(None), logits_dtype=DTYPES[dtype], backend=backend
+    )
+    torch.testing.assert_close(got.divergence, expected.divergence, rtol=1e-3, atol=1e-3)
+    if dtype != "fp32":
+        exact = linear_hybrid_loss(hidden, weight, case.given(None), backend=backend).divergence
+        assert not torch.allclose(got.divergence, exact, rtol=1e-5, atol=1e-5)
+
+
+class TestFilter:
+    """Gradient filtering: which columns of dz enter the backward GEMMs."""
+
+    def problem(self, device):
+        case = make(400, 24, (12,), logit_scale=3.0, bias=True, device=device)
+        return case, torch.float64
+
+    @pytest.mark.parametrize("eps", [1e-6, 1e-4, 1e-2])
+    @pytest.mark.parametrize("reduction", ["mean", "sum"])
+    def test_drops_what_it_says(self, eps, reduction, backend, device):
+        case, _ = self.problem(device)
+        exact, (_, _, db) = case.ours(chunk_rows=12, reduction=reduction, backend=backend)
+        got, (fh, fw, fb) = case.ours(
+            chunk_rows=12, reduction=reduction, grad_filter=eps, backend=backend
+        )
+        assert exact.dropped_norm is None
+        torch.testing.assert_close(got.loss, exact.loss)
+        torch.testing.assert_close(fb, db)  # which costs no GEMM
+        # The logit gradient, from the specification.
+        hidden, weight, bias = case.leaves(torch.float64)
+        logits = replace(case.head, weight=weight, bias=bias).logits(hidden, torch.float64)
+        logits.retain_grad()
+        reference.hybrid_loss(
+            logits, case.given(torch.float64), case.token_ids, case.advantages, reduction=reduction
+        ).loss.backward()
+        dz = logits.grad
+        per_token = dz * (12 if reduction == "mean" else 1)
+        dropped = per_token.abs().mean(0) <= eps
+        assert 0 < dropped.sum() < len(dropped) or eps == 1e-6
+        share = torch.where(dropped, dz, 0.0).norm() / dz.norm()
+        torch.testing.assert_close(got.dropped_norm.double(), share, rtol=1e-3, atol=1e-9)
+        keep = torch.where(dropped, 0.0, -1.7 * 3.0 * dz)
+        torch.testing.assert_close(
+            fh.double(), keep @ weight.detach(), rtol=1e-4, atol=3e-6 * float(keep.norm())
+        )
+        torch.testing.assert_close(
+            fw.double(), keep.T @ hidden.detach(), rtol=1e-4, atol=3e-6 * float(keep.norm())
+        )
+        assert not fw[dropped].any()
+
+    @pytest.mark.parametrize("chunk_rows", [5, 12])
+    def test_everything_and_nothing(self, chunk_rows, backend, device):
+        case, _ = self.problem(device)
+        _, exact = case.ours(chunk_rows=chunk_rows, backend=backend)
+        got, gradients = case.ours(chunk_rows=chunk_rows, grad_filter=1e9, backend=backend)
+        assert float(got.dropped_norm) == 1.0
+        assert not gradients[0].any()
+        assert not gradients[1].any()
+        got, gradients = case.ours(chunk_rows=chunk_rows, grad_filter=1e-30, backend=backend)
+        assert float(got.dropped_norm) < 1e-20
+        for own, plain in zip(gradients, exact, strict=True):
+            torch.testing.assert_close(own, plain)
+
+    def test_of_token_terms(self, backend, device):
+        case, _ = self.problem(device)
+        _, exact = case.ours("token_terms", chunk_rows=5, backend=backend)
+        _, gradients = case.ours("token_terms", chunk_rows=5, grad_filter=1e-3, backend=backend)
+        assert not torch.equal(gradients[1], exact[1])
+        assert (gradients[1] - exact[1]).norm() < 0.02 * exact[1].norm()
+
+
+class TestChunks:
+    """How large a chunk is, and where its buffers lie."""
+
+    def test_size(self):
+        from hybrid_kernels.linear import chunk_size
+
+        cpu, gpu = torch.device("cpu"), torch.device("cuda")
+        # 64 MiB of two fp32 logits of V = 151,936 a row are 55 rows; 256 rows in equal chunks.
+        assert chunk_size(256, 8 * 151_936, 151_936, cpu) == 52
+        assert chunk_size(10, 8 * 151_936, 151_936, cpu) == 10
+        assert chunk_size(0, 8, 1, cpu) == 1
+        assert chunk_size(3, 2**40, 2**37, cpu) == 1
+        # A sixteenth of all logits is more than that for 2,048 rows: 128 of them.
+        assert chunk_size(2048, 8 * 151_936, 151_936, cpu) == 128
+        assert chunk_size(8192, 10 * 151_936, 151_936, gpu) <= 1408
+        for rows in (1, 5, 1000, 8192, 70_000):
+            size = chunk_size(rows, 10 * 151_936, 151_936, gpu)
+            assert size * 10 * 151_936 <= max(2 << 30, rows * 151_936 // 2)
+
+    @pytest.mark.parametrize("softcap", [None, 2.0])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("size", [24, 64, 400])
+    def test_buffers_inside_the_weights_gradient(self, size, dtype, softcap, backend, device):
+        """With a single chunk; whether they fit depends on D."""
+        case = make(203, size, (9,), dtype=DTYPES[dtype], softcap=softcap, device=device)
+        assert_matches(case, backend, chunk_rows=9)
+        assert_matches(case, backend, chunk_rows=9, grad_filter=1e-30)
+
+    def test_memory_of_a_single_chunk(self, device):
+        from hybrid_kernels.linear import Gradients, Options, Problem, Side
+
+        hidden, weight = torch.randn(16, 64), torch.randn(500, 64)
+        side = Side([hidden], [weight], None, 1.0, 0.0)
+        problem = Problem(
+            side, [side], None, None, None, ([1.0], "reverse_kl", 0.0, 1.0, None), "", "torch",
+            Options(0, torch.float32, True), gradient=True,
+        )  # fmt: skip
+        gradients = Gradients(problem, [True, True, False], None)
+        memory = gradients.weights[0].untyped_storage()
+        inside = range(memory.data_ptr(), memory.data_ptr() + memory.nbytes())
+        assert all(buffer.data_ptr() in inside for buffer in problem.buffers)
