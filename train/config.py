@@ -79,6 +79,7 @@ class TrainConfig:
     top_k_teacher: int | None = None  # K: teachers tell their log-probabilities on a support only
     top_k_support: str = "student"  # whose best K: student, teacher (the first) or union
     tail: str = "bucket"  # what stands for the rest: bucket, renormalize or mask
+    fused_linear: bool = True  # losses from hidden states: logits exist in chunks only (not top-K)
 
     # Rollouts.
     num_generations: int = 8  # responses per prompt

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from hybrid_kernels import token_terms
 from train.data import Example
 from train.models import Models
 from train.rewards import Scorer
@@ -34,12 +33,8 @@ def evaluate(
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
         rollout = generate(models.student, batch, sampler, greedy=True)
-        terms = token_terms(
-            models.student_logits(rollout),
-            models.full_teacher(rollout),
-            mask=rollout.mask,
-            temperature=models.temperature,
-        )
+        compared = models.compare(rollout, full=True)
+        terms = compared.token_terms(mask=rollout.mask, temperature=models.temperature)
         assert terms.divergence is not None
         tokens += int(rollout.mask.sum())
         kl += float(terms.divergence.sum())

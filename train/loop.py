@@ -1,8 +1,9 @@
 """The training loop: prompts, a group of responses each, rewards, one hybrid gradient, a step.
 
-Minimises E[KL(student || teacher) - reward_weight * reward] (arXiv 2512.23097) through
-`hybrid_loss`: the KL at each visited token exactly, what a token does to later tokens and to the
-reward by Monte Carlo. Written through `accelerate`; one process for now.
+Minimises E[KL(student || teacher) - reward_weight * reward] (arXiv 2512.23097): the KL at each
+visited token exactly, what a token does to later tokens and to the reward by Monte Carlo, with
+`linear_hybrid_loss` on the models' last hidden states. Written through `accelerate`; one process
+for now.
 """
 
 import math
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import get_scheduler
 from transformers.utils import logging
 
-from hybrid_kernels import HybridLoss, TokenTerms, hybrid_loss, sparse_advantages
+from hybrid_kernels import HybridLoss, TokenTerms, sparse_advantages
 from train import checkpoint, report
 from train.config import TrainConfig, UserError, parse_divergence
 from train.data import Example, PromptStream, read_examples
@@ -140,7 +141,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     def run_evaluation(step: int) -> None:
         if held_out:
             batch_size = config.per_device_eval_batch_size
-            result, rows = evaluate(models, held_out, sampler, rewards, metrics, batch_size)
+            with accelerator.autocast():
+                result, rows = evaluate(models, held_out, sampler, rewards, metrics, batch_size)
             log.evaluation(step, result, rows)
 
     with log:
@@ -161,10 +163,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
             evaluates = step == config.max_steps or (
                 config.eval_steps and step % config.eval_steps == 0
             )
-            norms = gradient_norms(config, models, batches[0], weights) if evaluates else {}
+            with accelerator.autocast():
+                norms = gradient_norms(config, models, batches[0], weights) if evaluates else {}
             statistics = StepStatistics(config, models.total_weight)
             for batch in batches:
-                result = micro_batch_loss(config, models, batch, weights, num_tokens)
+                with accelerator.autocast():
+                    result = micro_batch_loss(config, models, batch, weights, num_tokens)
                 accelerator.backward(result.loss)
                 statistics.add(batch, result)
             row = {"step": step, **statistics.means()}
@@ -233,16 +237,13 @@ def micro_batch_loss(
 ) -> HybridLoss:
     """The share of one micro-batch in the step's loss, both terms, differentiable.
 
-    The advantages need the fresh log-probabilities; `hybrid_loss` hands them to a function between
-    its two sweeps, so one forward of the student is enough.
+    The advantages need the fresh log-probabilities; the loss hands them to a function between its
+    two sweeps, so one forward of the student is enough.
 
     Args:
         num_tokens: trained tokens of the whole optimizer step.
     """
-    student_logits = models.student_logits(batch.rollout)
-    return hybrid_loss(
-        student_logits,
-        models.teacher(batch.rollout, student_logits),
+    return models.compare(batch.rollout).hybrid_loss(
         batch.rollout.tokens,
         advantage_function(config, batch, weights, models.total_weight),
         mask=batch.mask,
@@ -301,8 +302,7 @@ def gradient_norms(
     tokens. Costs one forward and two backwards,
     and leaves `.grad` alone.
     """
-    student = models.student_logits(batch.rollout)
-    teacher = models.teacher(batch.rollout, student)
+    compared = models.compare(batch.rollout)
     parameters = [weight for weight in models.student.parameters() if weight.requires_grad]
     parts = {
         "grad_norm_dense": (None, weights.dense_weight),
@@ -313,9 +313,7 @@ def gradient_norms(
     }
     norms = {}
     for name, (advantages, dense_weight) in parts.items():
-        part = hybrid_loss(
-            student,
-            teacher,
+        part = compared.hybrid_loss(
             batch.rollout.tokens,
             advantages,
             mask=batch.mask,

@@ -14,10 +14,46 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hybrid_kernels import Mixture, TopK
+from hybrid_kernels import (
+    HybridLoss,
+    LinearTeacher,
+    Mixture,
+    TokenTerms,
+    TopK,
+    hybrid_loss,
+    linear_hybrid_loss,
+    linear_token_terms,
+    token_terms,
+)
 from train.config import TrainConfig, UserError
 from train.data import Example
-from train.rollout import Rollout, completion_logits, vocabulary_of
+from train.heads import OutputLayer, output_layer
+from train.rollout import Rollout, completion_hidden, completion_logits, vocabulary_of
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both sides on one rollout, from hidden states or from logits, for any number of losses.
+
+    Attributes:
+        student: the leading arguments of a loss.
+        teacher: as the losses take it.
+        options: what the student's output layer adds to them.
+        linear: whether the arguments are those of the linear functions.
+    """
+
+    student: tuple[Tensor, ...]
+    teacher: Any
+    options: dict[str, Any]
+    linear: bool
+
+    def hybrid_loss(self, *arguments: Any, **options: Any) -> HybridLoss:
+        function: Any = linear_hybrid_loss if self.linear else hybrid_loss
+        return function(*self.student, self.teacher, *arguments, **self.options, **options)
+
+    def token_terms(self, *arguments: Any, **options: Any) -> TokenTerms:
+        function: Any = linear_token_terms if self.linear else token_terms
+        return function(*self.student, self.teacher, *arguments, **self.options, **options)
 
 
 @dataclass
@@ -34,6 +70,8 @@ class Models:
         teacher_temperature: T of the teachers' distributions.
         top_k: how many entries of a side a teacher's support has; None for full teachers.
         top_k_support: whose they are: "student", "teacher" or "union".
+        heads: the output layers of the student and of each teacher, where losses are computed from
+            hidden states; empty where from logits.
     """
 
     student: PreTrainedModel
@@ -45,6 +83,39 @@ class Models:
     teacher_temperature: float
     top_k: int | None = None
     top_k_support: str = "student"
+    heads: tuple[OutputLayer, ...] = ()
+
+    def compare(self, rollout: Rollout, full: bool = False) -> Comparison:
+        """Both sides on a rollout; `full` for teachers on the whole vocabulary, whatever they tell
+        the loss. The student's is differentiable."""
+        if not self.heads or not (full or self.top_k is None):
+            logits = self.student_logits(rollout)
+            teacher = self.full_teacher(rollout) if full else self.teacher(rollout, logits)
+            return Comparison((logits,), teacher, {}, linear=False)
+        own, *theirs = self.heads
+        weight, bias = own.tensors(self.vocab_size)
+        options = {"student_bias": bias, "softcap": own.softcap, "logit_scale": own.logit_scale}
+        teachers = [
+            self._linear_teacher(model, head, rollout)
+            for model, head in zip(self.teachers, theirs, strict=True)
+        ]
+        hidden = completion_hidden(self.student, rollout)
+        return Comparison((hidden, weight), self._weighted(teachers), options, linear=True)
+
+    @torch.no_grad()
+    def _linear_teacher(
+        self, model: PreTrainedModel, head: OutputLayer, rollout: Rollout
+    ) -> LinearTeacher:
+        # (With this factor on the logits as `teacher_logits` has it.)
+        factor = self.temperature / self.teacher_temperature
+        weight, bias = head.tensors(self.vocab_size)
+        return LinearTeacher(
+            completion_hidden(model, rollout),
+            weight,
+            bias,
+            None if head.softcap is None else head.softcap * factor,
+            head.logit_scale * factor,
+        )
 
     def student_logits(self, rollout: Rollout) -> Tensor:
         """`[B, T, vocab_size]`, differentiable, not yet divided by the temperature."""
@@ -126,8 +197,18 @@ def load_models(config: TrainConfig, student_path: str | Path) -> Models:
         teacher = _load("teacher", AutoModelForCausalLM, entry.model, dtype=precision)
         _check_same_tokens(tokenizer, entry.model)
         teachers.append(teacher.eval().requires_grad_(False))
+    student = student.eval()
+    found = [output_layer(model) for model in (student, *teachers)] if config.fused_linear else []
+    heads = tuple(head for head in found if head is not None)
+    if len(heads) < len(found):
+        warnings.warn(
+            "fused_linear: a model's output layer is not a product, scale and softcap; losses are "
+            "computed from whole logits",
+            stacklevel=2,
+        )
+        heads = ()
     return Models(
-        student=student.eval(),
+        student=student,
         teachers=teachers,
         weights=[entry.weight for entry in config.teachers],
         tokenizer=tokenizer,
@@ -136,6 +217,7 @@ def load_models(config: TrainConfig, student_path: str | Path) -> Models:
         teacher_temperature=config.teacher_temperature or config.temperature,
         top_k=config.top_k_teacher,
         top_k_support=config.top_k_support,
+        heads=heads,
     )
 
 

@@ -222,21 +222,52 @@ def completion_logits(model: PreTrainedModel, rollout: Rollout, vocab_size: int)
     Never a copy of the model's logits. Models that can are asked for these positions alone, which
     spares the prompt's share of the output layer.
     """
-    length = rollout.tokens.shape[1]
+    positions = _positions(rollout)
+    keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    kept = torch.arange(positions.start, positions.stop, device=rollout.input_ids.device)
+    logits = _forward(model, rollout, **({"logits_to_keep": kept} if keeps else {})).logits
+    return (logits if keeps else logits[:, positions])[..., :vocab_size]
+
+
+def completion_hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
+    """`[B, T, D]`: what the output layer makes the rows of `completion_logits` of.
+
+    The whole model is called, because wrappers (mixed precision, sharding) hook into that; its own
+    output layer works on one position only.
+    """
+    with captured_hidden(model) as states:
+        keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        _forward(model, rollout, **({"logits_to_keep": 1} if keeps else {}))
+    return states[0][:, _positions(rollout)]
+
+
+@contextmanager
+def captured_hidden(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """A list to which each forward of the model adds its last hidden states `[B, S, D]`."""
+    states: list[Tensor] = []
+    handle = model.base_model.register_forward_hook(
+        lambda module, inputs, output: states.append(output.last_hidden_state)
+    )
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
+def _positions(rollout: Rollout) -> slice:
     # Logits at position i predict token i + 1: from the prompt's last token to the response's last
     # but one.
+    length = rollout.tokens.shape[1]
     first = rollout.input_ids.shape[1] - length - 1
-    accepted = inspect.signature(type(model).forward).parameters
-    extra = {}
-    if "position_ids" in accepted:
+    return slice(first, first + length)
+
+
+def _forward(model: PreTrainedModel, rollout: Rollout, **extra: Any) -> Any:
+    if "position_ids" in inspect.signature(type(model).forward).parameters:
         extra["position_ids"] = position_ids(rollout.attention_mask)
-    if "logits_to_keep" in accepted:
-        extra["logits_to_keep"] = torch.arange(first, first + length, device=model.device)
-        first = 0
-    output = model(
+    return model(
         input_ids=rollout.input_ids,
         attention_mask=rollout.attention_mask,
         use_cache=False,
         **extra,
     )
-    return output.logits[:, first : first + length, :vocab_size]

@@ -124,7 +124,8 @@ def test_the_same_teacher_twice_is_one_of_their_weight(tmp_path, weight):
     else:
         micro_batch_loss(run, models, batch, weights, count).loss.backward()
         expected = gradient(models)
-    twice = replace(models, teachers=models.teachers * 2, weights=[weight, weight])
+    heads = (*models.heads, models.heads[1])
+    twice = replace(models, teachers=models.teachers * 2, weights=[weight, weight], heads=heads)
     result = micro_batch_loss(run, twice, batch, weights, count)
     result.loss.backward()
     torch.testing.assert_close(gradient(models), expected, atol=2e-6, rtol=1e-5)
@@ -234,24 +235,22 @@ def test_objective_is_reported_at_the_final_reward_weight(tmp_path):
     assert statistics.means()["objective"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("mended", [False, True])
-def test_a_teacher_that_forbids_a_token(tmp_path, mended, monkeypatch):
+def test_a_teacher_that_forbids_a_token(tmp_path, mended, fused, monkeypatch):
     original = loop.load_models
 
     def load(run, path):
         models = original(run, path)
-        logits = type(models).teacher_logits
-
-        def forbidding(self, teacher, rollout):
-            result = logits(self, teacher, rollout)
-            result[..., 5] = -math.inf
-            return result
-
-        monkeypatch.setattr(type(models), "teacher_logits", forbidding)
+        bias = torch.zeros(models.vocab_size)
+        bias[5] = -math.inf
+        layer = models.teachers[0].get_output_embeddings()
+        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
         return models
 
     monkeypatch.setattr(loop, "load_models", load)
     changes = {"teacher_floor": -30.0, "cost_clip": 5.0} if mended else {}
+    changes["fused_linear"] = fused
     run = config(tmp_path, per_device_train_batch_size=32, **changes)
     if mended:
         summary = train(run)

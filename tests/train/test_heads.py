@@ -1,0 +1,96 @@
+"""Losses from hidden states are those from the models' own logits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import END, WORDS, config, make_model
+from test_loop import gradient, prepared
+from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
+
+from train.heads import output_layer
+from train.loop import Weights, gradient_norms, micro_batch_loss
+from train.models import load_models
+
+SIZES = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": END,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0)
+    ),
+    "cohere2": lambda: Cohere2ForCausalLM(Cohere2Config(**SIZES, logit_scale=0.3)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
+    "llama": lambda: make_model("llama", 0),
+    "gpt2": lambda: make_model("gpt2", 0),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_output_layer_of_a_family(family):
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    found = output_layer(model)
+    assert found is not None
+    plain = (found.softcap, found.logit_scale)
+    expected = {"gemma2": (2.0, 1.0), "cohere2": (None, 0.3), "granite": (None, 0.25)}
+    assert plain == expected.get(family, (None, 1.0))
+    ids = torch.randint(3, len(WORDS), (2, 6))
+    hidden = model.base_model(ids).last_hidden_state
+    torch.testing.assert_close(found.logits(hidden), model(ids).logits, rtol=1e-5, atol=1e-5)
+    # An output layer that does something else is not taken for one.
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output.square())
+    model.config.logit_scale = 1.7
+    assert output_layer(model) is None
+
+
+@pytest.mark.parametrize("vocab_size", [None, 17])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_fused_losses_equal_those_from_logits(tmp_path, family, vocab_size):
+    changes = {"temperature": 0.7, "teacher_temperature": 2.0, "vocab_size": vocab_size}
+    run, models, batch = prepared(tmp_path, family=family, **changes)
+    assert len(models.heads) == 2
+    weights, count = Weights(2.0, 0.9, 0.7), int(batch.mask.sum())
+    results, gradients, norms = [], [], []
+    for heads in (models.heads, ()):
+        own = replace(models, heads=heads)
+        assert own.compare(batch.rollout).linear == bool(heads)
+        result = micro_batch_loss(run, own, batch, weights, count)
+        result.loss.backward()
+        results.append(result)
+        gradients.append(gradient(own))
+        norms.append(gradient_norms(run, own, batch, weights))
+    for fused, plain in zip(results[0], results[1], strict=True):
+        assert (fused is None) == (plain is None)
+        if plain is not None:
+            torch.testing.assert_close(fused, plain, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=2e-6)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_it_can_be_switched_off_and_says_where_it_can_not_be_used(tmp_path, monkeypatch):
+    run = config(tmp_path, fused_linear=False)
+    assert load_models(run, run.student).heads == ()
+    monkeypatch.setattr("train.models.output_layer", lambda model: None)
+    run = config(tmp_path)
+    with pytest.warns(UserWarning, match="fused_linear: a model's output layer"):
+        assert load_models(run, run.student).heads == ()
