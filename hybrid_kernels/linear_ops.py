@@ -51,6 +51,7 @@ def _problem(
 
 
 @torch.library.custom_op("hybrid_kernels::linear_statistics", mutates_args=())
+@ops.without_autocast
 def linear_statistics(
     hiddens: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -99,6 +100,7 @@ def _fake_statistics(hiddens: Sequence[Tensor], teachers: Sequence[Tensor]) -> T
 
 
 @torch.library.custom_op("hybrid_kernels::linear_gradient", mutates_args=())
+@ops.without_autocast
 def linear_gradient(
     statistics: Tensor | None,
     divergence_coefficient: Tensor | None,

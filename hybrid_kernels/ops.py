@@ -17,7 +17,7 @@ Shapes and names are those of `rows.py`.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -74,7 +74,21 @@ def check_values(rows: Rows, group: str) -> None:
             validate.support_values(ids, log_probs, rows.valid, vocabulary, resolution)
 
 
+def without_autocast(operator: Callable) -> Callable:
+    """An operator whose own arithmetic torch.autocast, which reaches into it, leaves alone."""
+
+    @functools.wraps(operator)
+    def wrapped(*args, **options):
+        tensors = (t for a in args for t in (a if isinstance(a, list | tuple) else (a,)))
+        first = next(t for t in tensors if isinstance(t, Tensor))
+        with torch.autocast(first.device.type, enabled=False):
+            return operator(*args, **options)
+
+    return wrapped
+
+
 @torch.library.custom_op("hybrid_kernels::row_statistics", mutates_args=())
+@without_autocast
 def row_statistics(
     student: Tensor,
     teachers: Sequence[Tensor],
@@ -113,6 +127,7 @@ def _fake_statistics(student: Tensor, teachers: Sequence[Tensor]) -> Tensor:
 
 
 @torch.library.custom_op("hybrid_kernels::row_gradient", mutates_args=("gradient",))
+@without_autocast
 def row_gradient(
     gradient: Tensor,
     statistics: Tensor,
@@ -150,6 +165,7 @@ def _(gradient, *args) -> None:
 
 
 @torch.library.custom_op("hybrid_kernels::hybrid_rows", mutates_args=("gradient",))
+@without_autocast
 def hybrid_rows(
     gradient: Tensor,
     divergence_coefficient: Tensor | None,

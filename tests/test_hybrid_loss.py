@@ -5,7 +5,7 @@ import torch
 
 import cases
 from cases import DIVERGENCES, divergence_id
-from hybrid_kernels import Divergence, HybridLoss, hybrid_loss, reference
+from hybrid_kernels import Divergence, HybridLoss, hybrid_loss, reference, token_terms
 from tolerance import assert_close, assert_matches_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -303,3 +303,14 @@ def test_inputs_are_not_written(backend, device):
     case.hybrid_loss(backend=backend, reduction="none")
     for tensor, copy in zip(tensors, before, strict=True):
         assert torch.equal(tensor.nan_to_num(), copy.nan_to_num())
+
+
+@pytest.mark.parametrize("function", [hybrid_loss, token_terms])
+def test_autocast_changes_nothing(function, backend, device):
+    """What it rounds elsewhere are factors of GEMMs; here they would be probabilities."""
+    case = cases.make(1000, device=device)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast(device, torch.bfloat16, enabled=enabled):
+            results.append(function(case.logits, case.teacher_logits, backend=backend).divergence)
+    assert torch.equal(*results)

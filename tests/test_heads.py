@@ -1,0 +1,258 @@
+"""What may stand for an output layer: PEFT's wrappers, DTensors, mixed precision."""
+
+import datetime
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from hybrid_kernels import LinearTeacher, hybrid_loss, linear_hybrid_loss
+
+D, V = 16, 61
+
+
+def inputs(rows=6):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, rows // 2, D, generator=generator)
+    teacher = LinearTeacher(hidden.flip(0), torch.randn(V, D, generator=generator))
+    ids = torch.randint(0, V, (2, rows // 2), generator=generator)
+    advantages = torch.randn(2, rows // 2, generator=generator)
+    return hidden, teacher, ids, advantages
+
+
+def lora_head(bias=False, **options):
+    """A model with an output layer that PEFT has wrapped; opinions in both LoRA factors."""
+    peft = pytest.importorskip("peft", reason="needs PEFT")
+    torch.manual_seed(1)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm_head = nn.Linear(D, V, bias=bias)
+            self.other = nn.Linear(D, D)
+
+        def forward(self, hidden):
+            return self.lm_head(hidden)
+
+    kinds = options.pop("modules_to_save", None)
+    targets = None if kinds else ["lm_head"]
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": targets, "modules_to_save": kinds}
+    if kinds:
+        settings["target_modules"] = ["other"]
+    model = peft.get_peft_model(Model(), peft.LoraConfig(**settings, **options))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model, model.base_model.model.lm_head
+
+
+def outcomes(model, head, **options):
+    """Loss and gradients of everything trainable, from the model's own logits and fused."""
+    hidden, teacher, ids, advantages = inputs()
+    found = []
+    for fused in (False, True):
+        leaf = hidden.clone().requires_grad_()
+        model.zero_grad(set_to_none=True)
+        if fused:
+            loss = linear_hybrid_loss(leaf, head, teacher, ids, advantages, **options).loss
+        else:
+            loss = hybrid_loss(head(leaf), teacher, ids, advantages).loss
+        loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), {"hidden": leaf.grad, **gradients}))
+    return found
+
+
+def assert_same(found):
+    (loss, gradients), (own_loss, own) = found
+    torch.testing.assert_close(own_loss, loss, rtol=1e-6, atol=1e-7)
+    assert gradients.keys() == own.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(own[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+    return own
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_lora(bias, chunk_rows):
+    model, head = lora_head(bias)
+    own = assert_same(outcomes(model, head, chunk_rows=chunk_rows))
+    names = [name for name in own if "lora_" in name]
+    assert len(names) == 2
+    assert not any("base_layer" in name for name in own)
+
+
+def test_two_adapters_at_once():
+    peft = pytest.importorskip("peft", reason="needs PEFT")
+    model, head = lora_head()
+    model.add_adapter("other", peft.LoraConfig(r=2, lora_alpha=8, target_modules=["lm_head"]))
+    model.base_model.set_adapter(["default", "other"])
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+    own = assert_same(outcomes(model, head))
+    assert len([name for name in own if "lora_" in name]) == 4
+
+
+def test_disabled_and_merged_adapters():
+    model, head = lora_head()
+    with model.disable_adapter():
+        own = assert_same(outcomes(model, head))
+        assert not any("lora_" in name for name in own)
+    model.merge_adapter()
+    assert_same(outcomes(model, head))
+    model.unmerge_adapter()
+    assert len(assert_same(outcomes(model, head))) == 3
+
+
+def test_a_head_to_save():
+    model, head = lora_head(modules_to_save=["lm_head"])
+    own = assert_same(outcomes(model, head))
+    assert len(own) == 2
+    assert any("modules_to_save" in name for name in own)
+
+
+def test_what_is_not_lora_is_refused():
+    model, head = lora_head(use_dora=True)
+    hidden, teacher, _, _ = inputs()
+    with pytest.raises(ValueError, match=r"student_weight: the adapter 'default' is a variant"):
+        linear_hybrid_loss(hidden, head, teacher)
+    model, head = lora_head()
+    with pytest.raises(ValueError, match=r"LinearTeacher.weight: has a LoRA adapter"):
+        linear_hybrid_loss(hidden, torch.randn(V, D), LinearTeacher(hidden, head))
+    with model.disable_adapter():
+        linear_hybrid_loss(hidden, torch.randn(V, D), LinearTeacher(hidden, head))
+
+
+def test_autocast_casts_as_a_linear_layer_does():
+    """fp32 parameters, 16-bit factors, gradients in the parameters' dtype."""
+    hidden, teacher, ids, advantages = inputs()
+    weight = nn.Parameter(torch.randn(V, D))
+    leaf = hidden.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear_hybrid_loss(leaf, weight, teacher, ids, advantages)
+    got.loss.backward()
+    rounded, theirs = weight.detach().bfloat16().float(), teacher.hidden.bfloat16().float()
+    logits = leaf.detach().bfloat16().float() @ rounded.T
+    expected = hybrid_loss(logits, theirs @ teacher.weight.bfloat16().float().T, ids, advantages)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-5)
+    assert weight.grad.dtype == leaf.grad.dtype == torch.float32
+    assert not torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+# -- FSDP2 ------------------------------------------------------------------------------------
+
+STEPS, RANKS = 4, 2
+
+
+def demo_model(tied):
+    """The architecture that the demo trains, by its own function."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def train_steps(model, batches):
+    """SGD on the hybrid loss of hidden states."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    losses, states = [], []
+    model.model.register_forward_hook(lambda *args: states.append(args[2][0]))
+    for ids, hidden, weight, advantages in batches:
+        model(input_ids=ids, logits_to_keep=1)
+        teacher = LinearTeacher(hidden, weight)
+        # (Ranks average their gradients, so that the tokens of one rank are what to divide by.)
+        loss = linear_hybrid_loss(states.pop(), model.lm_head.weight, teacher, ids, advantages).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def batches():
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(V, D, generator=generator)
+    for _ in range(STEPS):
+        ids = torch.randint(0, V, (4, 5), generator=generator)
+        hidden = torch.randn(4, 5, D, generator=generator)
+        yield ids, hidden, weight, torch.randn(4, 5, generator=generator)
+
+
+def fsdp_worker(rank, folder, tied, units):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    model = demo_model(tied)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    # What is a unit of its own is sharded again when the loss needs it; what is not belongs to the
+    # root, whose parameters stay whole until the backward.
+    for name in units:
+        fully_shard(model.get_submodule(name), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    kinds = []
+    original = linear_hybrid_loss
+
+    def noticing(hidden, weight, *args, **options):
+        kinds.append(isinstance(weight, DTensor))
+        return original(hidden, weight, *args, **options)
+
+    globals()["linear_hybrid_loss"] = noticing
+    own = slice(2 * rank, 2 * rank + 2)
+    parts = ((ids[own], hidden[own], w, a[own]) for ids, hidden, w, a in batches())
+    losses = train_steps(model, parts)
+    dist.all_reduce(losses)
+    whole = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    assert all(parameter.placements[0].is_shard() for parameter in model.parameters())
+    if rank == 0:
+        torch.save((losses / RANKS, whole, kinds), Path(folder) / "result.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("tied", "units", "is_sharded"),
+    [
+        (False, [], False),
+        (False, ["lm_head"], True),
+        (True, [], False),
+    ],
+    ids=["root", "head", "tied"],
+)
+def test_fsdp2_trains_as_one_process_does(tied, units, is_sharded, tmp_path):
+    """Two ranks with half of each batch and sharded weights, against one process with all of it."""
+    pytest.importorskip("transformers", reason="needs transformers")
+    model = demo_model(tied)
+    losses = train_steps(model, batches())
+    torch.multiprocessing.spawn(fsdp_worker, (str(tmp_path), tied, units), nprocs=RANKS)
+    got, whole, kinds = torch.load(tmp_path / "result.pt")
+    assert kinds == [is_sharded] * STEPS
+    torch.testing.assert_close(got, losses, rtol=1e-5, atol=1e-6)
+    start = demo_model(tied)
+    for (name, parameter), before in zip(model.named_parameters(), start.parameters(), strict=True):
+        torch.testing.assert_close(whole[name], parameter.detach(), rtol=1e-5, atol=1e-6, msg=name)
+        # (Biases of keys have no gradient: attention does not see them.)
+        assert not torch.equal(parameter, before) or name.endswith("k_proj.bias")
