@@ -220,8 +220,8 @@ def linear_hybrid_loss(
             then cost two GEMMs of their rank.
         teacher: `LinearTeacher`, logits `[..., V]`, `TopK`, `Mixture` of these, or None.
         token_ids: as in `hybrid_loss`.
-        advantages: as in `hybrid_loss`. A function is called once, on the statistics of all rows,
-            for which the logits have to be computed twice (six GEMMs).
+        advantages: as in `hybrid_loss`. A function is called once, on the statistics of all rows;
+            the logits are then computed twice (six GEMMs), unless one chunk holds them all.
         student_bias: `[V]` or None; differentiable.
         softcap: above 0, or None (`final_logit_softcapping` of Gemma).
         logit_scale: factor on the logits (of Cohere; 1 / `logits_scaling` of Granite).
@@ -231,7 +231,7 @@ def linear_hybrid_loss(
 
             of which a row takes V times the bytes of a logit for each side that is given by hidden
             states, and of dz where it differs in dtype (16-bit weights on a GPU) or the logits have
-            a softcap.
+            a softcap; and all rows at once where they fit into the memory of the weight's gradient.
         logits_dtype: of the chunks' logits. fp32 costs memory traffic; 16 bits cost most digits of
             the gradient where the models are close.
         grad_filter: columns of a chunk's dz (entries of the vocabulary) whose mean |dz| over the
@@ -265,18 +265,19 @@ def linear_hybrid_loss(
     Notes:
         The gradients are computed in the forward; backward multiplies them by the upstream one.
         Memory beside them: the chunks' buffers, and an fp32 sum of dW where a 16-bit weight meets
-        several chunks. With a single chunk the buffers lie inside dW until it is written, if they
-        fit. 16-bit hidden states are multiplied with fp32 sums; dz is rounded to the weight's dtype
-        for its GEMMs (not on a CPU). Under `torch.autocast` all factors are cast as a linear layer
-        casts them. Second derivatives raise.
+        several chunks. Of a single chunk the buffers lie inside dW until it is written, if they
+        fit; what is left beside it is a copy of the part N / D of dz. 16-bit hidden states are
+        multiplied with fp32 sums; dz is rounded to the weight's dtype for its GEMMs (not on a CPU).
+        Under `torch.autocast` all factors are cast as a linear layer casts them. Second derivatives
+        raise.
     """
+    context = Context(
+        teacher, token_ids, mask, divergence, temperature, tail, teacher_floor, process_group,
+        backend,
+    )  # fmt: skip
     problem = _linear_problem(
         student_hidden, student_weight, student_bias, softcap, logit_scale, chunk_rows,
-        logits_dtype, grad_filter, drop_masked,
-        Context(
-            teacher, token_ids, mask, divergence, temperature, tail, teacher_floor, process_group,
-            backend,
-        ),
+        logits_dtype, grad_filter, drop_masked, context,
     )  # fmt: skip
     objective = Objective(advantages, dense_weight, entropy_weight, reduction, num_tokens)
     return _hybrid_loss(problem, objective)
@@ -335,13 +336,13 @@ def linear_token_terms(
         Two GEMMs (scoring, under `torch.no_grad()`, is that cheap and keeps nothing); the backward
         computes the logits anew, four more.
     """
+    context = Context(
+        teacher, token_ids, mask, divergence, temperature, tail, teacher_floor, process_group,
+        backend,
+    )  # fmt: skip
     problem = _linear_problem(
         student_hidden, student_weight, student_bias, softcap, logit_scale, chunk_rows,
-        logits_dtype, grad_filter, drop_masked,
-        Context(
-            teacher, token_ids, mask, divergence, temperature, tail, teacher_floor, process_group,
-            backend,
-        ),
+        logits_dtype, grad_filter, drop_masked, context,
     )  # fmt: skip
     return problem.terms(problem.differentiable(), differentiable=True)
 
@@ -383,9 +384,10 @@ def _hybrid_loss(problem: Problem, objective: Objective) -> HybridLoss:
     if advantages is not None and not problem.has_tokens:
         raise ValueError("token_ids: None, but advantages need the sampled tokens; give both")
     statistics = dropped = None
+    summed = reduction != "none"
     if callable(advantages):
         with torch.no_grad():
-            statistics = problem.measure()
+            statistics = problem.measure(keep=problem.wants_gradient and summed)
             advantages = advantages(problem.terms(statistics))
         validate.advantages(advantages, shape, device)
     elif advantages is not None:
@@ -396,7 +398,6 @@ def _hybrid_loss(problem: Problem, objective: Objective) -> HybridLoss:
         entropy=None if _is_zero(entropy_weight) else _flat_weight(entropy_weight),
     )
     scale = _normaliser(reduction, num_tokens, problem)
-    summed = reduction != "none"
     if problem.wants_gradient:
         loss, statistics, dropped = problem.differentiate(weights, scale, statistics, summed)
     else:

@@ -151,7 +151,19 @@ class Problem:
         options: Options,
         *,
         gradient: bool,
+        room: int = 0,
+        kept: Sequence[Tensor] = (),
     ) -> None:
+        """
+        Args (those that say nothing by their names):
+            student: its tensors.
+            teachers: logits, log-probabilities on a support, or a side's tensors.
+            constants: shares, divergence, parameter, temperature and floor, as in `rows.Rows`.
+            group: name of the ranks that share the vocabulary; empty where there are none.
+            gradient: whether buffers are for gradients, too.
+            room: bytes of memory, beside the budget, that all buffers of a single chunk may take.
+            kept: buffers with the logits of all rows, where these are known.
+        """
         self.student, self.teachers, self.support = student, teachers, support
         self.token_ids, self.valid, self.constants = token_ids, valid, constants
         first = student.weights[0]
@@ -187,9 +199,13 @@ class Problem:
         self.size = options.chunk_rows or chunk_size(
             self.count, self.row_bytes, self.vocabulary, self.device
         )
-        self.size = min(self.size, max(self.count, 1))
+        if not options.chunk_rows and self._fits(self.count, room):
+            self.size = self.count
+        if kept:
+            self.size = self.count
+        self.size = max(1, min(self.size, self.count))
         self.group, self.backend = group, backend
-        self.buffers: list[Tensor] = []
+        self.kept, self.buffers = kept, []
 
     def allocate(self, inside: Tensor | None = None) -> int:
         """Makes the buffers; `inside` the memory of a tensor, from its end, where that has room.
@@ -201,9 +217,12 @@ class Problem:
         if self.apart:
             dtypes.append(self.gradient_dtype)
         shape = (self.size, self.width)
-        if inside is None or self.row_bytes * self.size > inside.numel() * inside.element_size():
+        free = -1
+        if self.kept:
+            more = dtypes[len(self.kept) :]
+            self.buffers = [*self.kept, *(self.kept[0].new_empty(shape, dtype=d) for d in more)]
+        elif inside is None or not self._fits(self.size, inside.numel() * inside.element_size()):
             self.buffers = [torch.empty(shape, dtype=d, device=self.device) for d in dtypes]
-            free = -1
         else:
             memory = inside.view(-1).view(torch.uint8)
             # The one that ends up with the gradient goes last.
@@ -222,6 +241,10 @@ class Problem:
         )
         return free
 
+    def _fits(self, rows: int, room: int) -> bool:
+        """Whether buffers for some rows, each at a 16-byte boundary, fit into so many bytes."""
+        return self.row_bytes * rows + 16 * (self.linear + 1) <= room
+
     def chunks(self) -> Iterator["Chunk"]:
         if not self.buffers:
             self.allocate()
@@ -239,12 +262,14 @@ class Chunk:
         self.buffers = [buffer[:count, : problem.vocabulary] for buffer in problem.buffers]
         self.logits = self.buffers[0]
         self.gradient = self.buffers[-1] if problem.apart else self.logits
-        write_logits(problem.student, selection, self.logits)
+        if not problem.kept:
+            write_logits(problem.student, selection, self.logits)
         teachers, linear = [], iter(self.buffers[1:])
         for teacher in problem.teachers:
             if isinstance(teacher, Side):
                 own = next(linear)
-                write_logits(teacher, selection, own)
+                if not problem.kept:
+                    write_logits(teacher, selection, own)
                 teachers.append(own[None])
             elif teacher.ndim == 3:
                 teachers.append(_logit_rows(teacher, selection))

@@ -25,8 +25,8 @@ from hybrid_kernels.rows import FIELDS, Coefficients, Support, statistics_size
 def _problem(
     hiddens, weights, bias, teachers, teacher_weights, teacher_biases, support, token_log_prob,
     token_ids, valid, logit_scales, softcaps, chunk_rows, logits_dtype, drop_masked, shares,
-    divergence, parameter, temperature, teacher_floor, tail, resolution, group, backend, *,
-    gradient,
+    divergence, parameter, temperature, teacher_floor, tail, resolution, group, backend,
+    **options,
 ) -> Problem:  # fmt: skip
     """The arguments that both operators share."""
     sides: list[Tensor | Side] = []
@@ -46,8 +46,49 @@ def _problem(
         group,
         backend,
         Options(chunk_rows, logits_dtype, drop_masked),
-        gradient=gradient,
+        **options,
     )
+
+
+@ops.without_autocast
+def keep_logits(*arguments) -> tuple[Tensor, list[Tensor]]:
+    """As `linear_statistics`, and the buffers with the logits where one chunk holds all rows: a
+    gradient that depends on the statistics then needs no second computation."""
+    problem = _problem(*arguments, gradient=False)
+    for chunk in problem.chunks():
+        chunk.measure()
+    single = 0 < problem.count <= problem.size
+    return problem.statistics, problem.buffers if single else []
+
+
+@ops.without_autocast
+def gradients_of_kept(
+    kept: list[Tensor],
+    statistics: Tensor,
+    coefficients: Coefficients,
+    bound: Tensor | None,
+    wanted: Sequence[bool],
+    *arguments,
+) -> list[Tensor]:
+    """As `linear_gradient`, from logits that `keep_logits` has kept, which are written over."""
+    problem = _problem(*arguments, gradient=True, kept=kept)
+    return _differentiate(problem, statistics, coefficients, bound, wanted)
+
+
+def _differentiate(
+    problem: Problem,
+    statistics: Tensor | None,
+    coefficients: Coefficients,
+    bound: Tensor | None,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    gradients = Gradients(problem, wanted, bound)
+    for chunk in problem.chunks():
+        gradients.add(chunk, chunk.differentiate(coefficients, statistics))
+    dropped, found = gradients.finish()
+    # (An operator's result may not be one of its arguments.)
+    own = problem.statistics if statistics is None else statistics.new_empty(0)
+    return [own, dropped, *found]
 
 
 @torch.library.custom_op("hybrid_kernels::linear_statistics", mutates_args=())
@@ -135,20 +176,17 @@ def linear_gradient(
 ) -> list[Tensor]:
     """Statistics (those given, where they are), what the filter dropped, and the gradients that are
     `wanted`, of hiddens, weights and bias."""
+    # The gradient of the weight is free memory until it is written.
+    first = weights[0]
+    room = first.numel() * first.element_size() if wanted[len(hiddens)] else 0
     problem = _problem(
         hiddens, weights, bias, teachers, teacher_weights, teacher_biases, support, token_log_prob,
         token_ids, valid, logit_scales, softcaps, chunk_rows, logits_dtype, drop_masked, shares,
         divergence, parameter, temperature, teacher_floor, tail, resolution, group, backend,
-        gradient=True,
+        gradient=True, room=room,
     )  # fmt: skip
     coefficients = Coefficients(divergence_coefficient, log_prob_coefficient, entropy_coefficient)
-    gradients = Gradients(problem, wanted, bound)
-    for chunk in problem.chunks():
-        gradients.add(chunk, chunk.differentiate(coefficients, statistics))
-    dropped, found = gradients.finish()
-    # (An operator's result may not be one of its arguments.)
-    found_statistics = problem.statistics if statistics is None else statistics.new_empty(0)
-    return [found_statistics, dropped, *found]
+    return _differentiate(problem, statistics, coefficients, bound, wanted)
 
 
 @linear_gradient.register_fake
@@ -233,23 +271,26 @@ class LinearTermsFunction(torch.autograd.Function):
 class LinearLossFunction(torch.autograd.Function):
     """The loss and its gradients in one forward; backward scales them by the upstream one.
 
-    As `ops.HybridLossFunction`. A loss per row has a gradient for the hidden states alone.
+    As `ops.HybridLossFunction`. A loss per row has a gradient for the hidden states alone. `kept`
+    are buffers of `keep_logits`.
     """
 
     @staticmethod
     def forward(
-        ctx, layout, dense, advantages, entropy, scale, bound, statistics, summed, config, *tensors
-    ):
+        ctx, layout, dense, advantages, entropy, scale, bound, statistics, kept, summed, config,
+        *tensors,
+    ):  # fmt: skip
         weights = ops.Weights(dense, advantages, entropy)
-        wanted = layout.wanted(ctx.needs_input_grad[9:])
-        found, dropped, *gradients = linear_gradient(
-            statistics,
-            *ops.coefficients(weights, scale),
-            bound,
-            wanted,
-            *layout.arguments(tensors),
-            *config,
-        )
+        wanted = layout.wanted(ctx.needs_input_grad[10:])
+        coefficients, problem = ops.coefficients(weights, scale), layout.arguments(tensors)
+        if kept:
+            found, dropped, *gradients = gradients_of_kept(
+                kept, statistics, coefficients, bound, wanted, *problem, *config
+            )
+        else:
+            found, dropped, *gradients = linear_gradient(
+                statistics, *coefficients, bound, wanted, *problem, *config
+            )
         statistics = found if statistics is None else statistics
         valid = tensors[-1]
         loss = ops.row_losses(statistics, weights, valid)
@@ -273,4 +314,4 @@ class LinearLossFunction(torch.autograd.Function):
             rows = gradient.view(1, -1, gradient.shape[-1])
             ops.scale_rows(rows, upstream.contiguous(), ctx.backend)
         found = ctx.layout.spread(ctx.wanted, gradients, ctx.count)
-        return *(None,) * 9, *found
+        return *(None,) * 10, *found

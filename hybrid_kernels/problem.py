@@ -98,8 +98,8 @@ class Problem:
         found = [m.log_probs for m in self.members if isinstance(m, TopK)]
         return [one.reshape(-1, one.shape[-1]).float().contiguous() for one in found]
 
-    def measure(self) -> Tensor:
-        """The statistics of all rows, without a gradient."""
+    def measure(self, keep: bool = False) -> Tensor:
+        """The statistics of all rows, without a gradient; `keep` what else a summed loss needs."""
         raise NotImplementedError
 
     def differentiable(self) -> Tensor:
@@ -155,7 +155,7 @@ class LogitProblem(Problem):
         self.teachers = self.log_probs() if self.support is not None else teachers
         self.others = (self.support, self.token_log_prob, self.token_ids, self.valid)
 
-    def measure(self) -> Tensor:
+    def measure(self, keep: bool = False) -> Tensor:
         return ops.row_statistics(self.student, self.teachers, *self.others, *self.config)
 
     def differentiable(self) -> Tensor:
@@ -190,6 +190,7 @@ class LinearProblem(Problem):
         place = validate.Place(rows, head.vocabulary, student_hidden.device, sharded)
         super().__init__(place, context)
         self.eps = eps
+        self.kept: list[Tensor] = []
         wanted = [*head.hiddens, *head.weights, *([] if head.bias is None else [head.bias])]
         self.wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in wanted)
         # With a gradient of the hidden states alone, an upstream one for each row can wait.
@@ -227,8 +228,12 @@ class LinearProblem(Problem):
         self.layout = linear_ops.Layout(len(head.weights), len(self.members))
         self.config = (scales, caps, *options, *self.config)
 
-    def measure(self) -> Tensor:
-        return linear_ops.linear_statistics(*self.layout.arguments(self.tensors), *self.config)
+    def measure(self, keep: bool = False) -> Tensor:
+        problem = (*self.layout.arguments(self.tensors), *self.config)
+        if not keep or torch.compiler.is_compiling():
+            return linear_ops.linear_statistics(*problem)
+        statistics, self.kept = linear_ops.keep_logits(*problem)
+        return statistics
 
     def differentiable(self, known: Tensor | None = None) -> Tensor:
         if self.wants_gradient:
@@ -251,6 +256,7 @@ class LinearProblem(Problem):
             scale,
             bound,
             statistics,
+            self.kept,
             summed,
             self.config,
             *self.tensors,

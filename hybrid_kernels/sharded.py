@@ -51,6 +51,7 @@ _COPIED = 32 << 20
 # has logits there.)
 _LOG_TAIL = STUDENT_FIELDS + MEMBER.teacher_lse
 
+
 class Sharded:
     """The launchers of a backend, over the ranks of a group: each call is one of all ranks.
 
@@ -392,8 +393,8 @@ class _Side:
     """
 
     def __init__(self, top: Tensor, lse: Tensor, rows: Rows) -> None:
-        # (Triton's maxima begin at a finite number.)
-        self.empty = top < LOWEST
+        # (Triton's maxima begin at a finite number, or are that of what fills up a tile.)
+        self.empty = top <= LOWEST
         top = torch.where(self.empty, -torch.inf, top.double())
         self.top = top.amax(0)
         self.above = torch.where(self.empty, 0.0, (top - self.top) / rows.temperature)

@@ -345,6 +345,33 @@ def test_no_gemm_for_a_frozen_weight(backward, backend, device, monkeypatch):
     assert round(sum(products), 6) == 2
 
 
+def test_advantages_of_the_statistics_compute_logits_once_where_one_chunk_holds_them(
+    backend, device, monkeypatch
+):
+    from hybrid_kernels import linear
+
+    case = make(masked=True, softcap=3.0, device=device)
+    products = []
+    original = linear._gemm
+
+    def counted(out, a, b, scale, accumulate):
+        products.append(a.shape[0] * a.shape[1] * b.shape[1])
+        original(out, a, b, scale, accumulate)
+
+    monkeypatch.setattr(linear, "_gemm", counted)
+    outcomes, costs = [], []
+    for chunk_rows in (None, 4):
+        products.clear()
+        advantages = {"advantages": lambda terms: terms.entropy * terms.log_prob}
+        outcomes.append(case.ours(backend=backend, chunk_rows=chunk_rows, **advantages)[1])
+        costs.append(sum(products))
+    count = int(case.valid.sum()) * case.head.weight.shape[0]
+    size, theirs = case.head.weight.shape[1], case.teacher_head.weight.shape[1]
+    assert costs == [count * (3 * size + theirs), count * (4 * size + 2 * theirs)]
+    for one, several in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, several, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("chunk_rows", [2, None])
 def test_frozen_hidden_states(chunk_rows, backend, device):
     case = make(masked=True, device=device)
@@ -561,3 +588,61 @@ class TestChunks:
         memory = gradients.weights[0].untyped_storage()
         inside = range(memory.data_ptr(), memory.data_ptr() + memory.nbytes())
         assert all(buffer.data_ptr() in inside for buffer in problem.buffers)
+
+
+class TestOperators:
+    """As PyTorch sees them."""
+
+    def arguments(self, case, backend, chunk_rows):
+        own, theirs = case.head, case.teacher_head
+        hidden, other = case.hidden.flatten(0, -2), case.teacher_hidden.flatten(0, -2)
+        logits = theirs.logits(other, torch.float32)[None]
+        rows = (case.token_ids.flatten(), case.valid.flatten())
+        sides = ([hidden], [own.weight], own.bias, [other, logits], [theirs.weight, None])
+        scales = ([1.0, 1.3, 1.0], [0.0, 2.0, 0.0], chunk_rows, torch.float32, True)
+        constants = ([1.0, 0.5], "reverse_kl", 0.0, 0.7, None, "bucket", 0.0, "", backend)
+        return (*sides, [theirs.bias, None], None, None, *rows, *scales, *constants)
+
+    @pytest.mark.parametrize("chunk_rows", [0, 3])
+    def test_opcheck(self, chunk_rows, backend, device):
+        from hybrid_kernels import linear_ops
+
+        case = make(bias=True, masked=True, device=device)
+        arguments = self.arguments(case, backend, chunk_rows)
+        torch.library.opcheck(linear_ops.linear_statistics, arguments)
+        one, rows = torch.ones(1, device=device), torch.ones(10, device=device)
+        for statistics in (None, linear_ops.linear_statistics(*arguments)):
+            for wanted in ([True] * 3, [True, False, False], [False, True, False]):
+                leading = (statistics, rows, one, None, None, wanted)
+                torch.library.opcheck(linear_ops.linear_gradient, (*leading, *arguments))
+
+    @pytest.mark.parametrize("kind", ["mean", "none", "function", "terms", "filter"])
+    def test_compiles_without_a_break(self, kind, native, backend, device):
+        case = make(masked=True, device=device)
+
+        def compute(hidden, weight, teacher_hidden, teacher_weight):
+            teacher = LinearTeacher(teacher_hidden, teacher_weight)
+            options = {"mask": case.mask, "backend": backend}
+            if kind == "terms":
+                terms = linear_token_terms(hidden, weight, teacher, case.token_ids, **options)
+                return (terms.divergence + terms.log_prob.square()).sum()
+            advantages = case.upstream.nan_to_num()
+            if kind == "function":
+                advantages = lambda terms: terms.entropy * case.upstream.nan_to_num()  # noqa: E731
+            options |= {"none": {"reduction": "none"}, "filter": {"grad_filter": 1e-6}}.get(
+                kind, {}
+            )
+            loss = linear_hybrid_loss(
+                hidden, weight, teacher, case.token_ids, advantages, **options
+            ).loss
+            return (1.5 * loss).sum()
+
+        torch._dynamo.reset()
+        outcomes = []
+        for function in (compute, torch.compile(compute, fullgraph=True, backend="aot_eager")):
+            leaves = [t.clone().requires_grad_() for t in (case.hidden, case.head.weight)]
+            loss = function(*leaves, case.teacher_hidden, case.teacher_head.weight)
+            loss.backward()
+            outcomes.append((loss.detach(), *(leaf.grad for leaf in leaves)))
+        torch._dynamo.reset()
+        torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-5, atol=1e-7)

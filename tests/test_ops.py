@@ -231,3 +231,17 @@ def test_compiled_with_other_teachers(kind, native, backend, device, fresh_compi
         return result.loss + (terms.divergence * advantages).sum()
 
     assert_compiles(case, compute, (case.teacher, case.token_ids, case.advantages))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocabulary", [128, 203])
+def test_a_gradient_in_fewer_bits_than_the_logits(vocabulary, dtype, backend, device):
+    """As backward GEMMs of 16-bit weights want it, from fp32 logits."""
+    case = cases.make(vocabulary, (2, 3), masked=True, device=device)
+    arguments = problem(case, Divergence("reverse_kl"), backend)
+    coefficients = (torch.ones(6, device=device), torch.ones(1, device=device), None)
+    whole = torch.full_like(case.logits, torch.nan)
+    ops.hybrid_rows(whole, *coefficients, *arguments)
+    gradient = torch.full_like(case.logits, torch.nan, dtype=dtype)
+    ops.hybrid_rows(gradient, *coefficients, *arguments)
+    torch.testing.assert_close(gradient.float(), whole, rtol=1e-2, atol=1e-6)
