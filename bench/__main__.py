@@ -1,7 +1,8 @@
 """`python -m bench COMMAND`
 
 quick            a small benchmark, under two minutes on two cores
-run              the suite for this machine (or --suite), into bench/results/<device>
+run              the suite for this machine (or --suite), into bench/results/<device>;
+                 from hidden states: --suite=linear-cpu or linear-gpu
 report [FOLDER]  tables and plots of the results in a folder
 aot              what the compiler makes of the shipped kernels, for GPUs that are not here
 topk             what top-K losses do to the gradient: tables and a plot, exactly
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 from bench import report, summary
+from bench.suites import SUITES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -52,10 +54,11 @@ def main() -> None:
     )
     parser.add_argument("command", choices=("quick", "run", "report", "aot", "topk", "gpu"))
     parser.add_argument("folder", nargs="?", type=Path, help="default: bench/results/<device>")
-    parser.add_argument("--suite", choices=("quick", "cpu", "gpu"))
+    parser.add_argument("--suite", choices=tuple(SUITES))
     parser.add_argument("--deadline", help="run: seconds after which no case is begun")
     arguments = parser.parse_args()
-    folder = (arguments.folder or device_folder()).resolve()  # pytest runs in the root
+    default = device_folder() / ("linear" if "linear" in (arguments.suite or "") else "")
+    folder = (arguments.folder or default).resolve()  # pytest runs in the root
     if arguments.command == "quick":
         with tempfile.TemporaryDirectory() as temporary:
             measure("quick", Path(temporary), "-p", "no:cacheprovider")

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from bench.linear import LINEAR_PROVIDERS
 from bench.providers import PROVIDERS
 from bench.suites import SUITES
 
@@ -40,13 +41,15 @@ def in_time(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
-    return "cuda" if request.config.getoption("--suite") == "gpu" else "cpu"
+    return "cuda" if "gpu" in request.config.getoption("--suite") else "cpu"
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.pop("node", None)
-    gpu = config.getoption("--suite") == "gpu"
-    missing = {name: peer.missing() for name, peer in PROVIDERS.items()}
+    suite = config.getoption("--suite")
+    gpu = "gpu" in suite
+    peers = LINEAR_PROVIDERS if "linear" in suite else PROVIDERS
+    missing = {name: peer.missing() for name, peer in peers.items()}
     machine_info["hybrid_kernels"] = {
         "device": torch.cuda.get_device_name() if gpu else _cpu(),
         "driver": _driver() if gpu else None,

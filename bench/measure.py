@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench.linear import TERMS, LinearProblem, linear_oracle
 from bench.providers import Problem, Run, oracle
 
 ORACLE_ROWS = 2
@@ -45,6 +46,14 @@ def gradient_error(problem: Problem, run: Run) -> float:
     valid = torch.ones(len(problem.student)) if problem.mask is None else problem.mask.cpu()
     rows = valid.nonzero()[:ORACLE_ROWS, 0].to(problem.student.device)
     truth = oracle(problem, rows)
+    gradient = run()[rows].cpu().double()
+    return float((gradient - truth).norm() / truth.norm())
+
+
+def linear_gradient_error(problem: LinearProblem, run: Run, op: str) -> float:
+    """As `gradient_error`, of the hidden states."""
+    rows = torch.arange(min(ORACLE_ROWS, len(problem.hidden)), device=problem.hidden.device)
+    truth = linear_oracle(problem, rows, sparse=op == TERMS)
     gradient = run()[rows].cpu().double()
     return float((gradient - truth).norm() / truth.norm())
 

@@ -66,7 +66,7 @@ class Provider(NamedTuple):
     """How to run a peer, what it needs and what it can do.
 
     Attributes:
-        make: `Problem` -> function that computes the gradient.
+        make: `Problem` (or `linear.LinearProblem`) -> function that computes the gradient.
         needs: the package that must be installed; None for torch alone.
         gpu_only: whether it has no CPU version.
         divergences: those that it has.
@@ -75,7 +75,7 @@ class Provider(NamedTuple):
         is_gradient: whether its gradient is that of the dense term, which the oracle checks.
     """
 
-    make: Callable[[Problem], Run]
+    make: Callable[[Any], Run]
     needs: str | None = None
     gpu_only: bool = False
     divergences: tuple[str, ...] = hybrid_kernels.available_divergences()

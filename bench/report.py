@@ -10,7 +10,7 @@ from bench.summary import Row
 # The largest relative error of a gradient that counts as the right one: rounding of the entries to
 # their dtype, and what fp32 arithmetic may lose.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
-CASE = ("n", "v", "dtype", "divergence", "inputs")
+CASE = ("n", "v", "d", "dtype", "divergence", "inputs")
 
 
 def is_right(row: Row) -> bool:
@@ -29,7 +29,8 @@ def render(folder: Path) -> str:
     for case in dict.fromkeys(tuple(row[key] for key in CASE) for row in right):
         lines += table([row for row in right if tuple(row[key] for key in CASE) == case])
     lines += ["", *_left_out(rows, stamp)]
-    _plot(folder, right)
+    if any(row["op"] == "hybrid_loss" for row in right):
+        _plot(folder, right)
     text = "\n".join(lines).rstrip() + "\n"
     (folder / "report.md").write_text(text)
     return text
@@ -38,18 +39,24 @@ def render(folder: Path) -> str:
 def table(rows: list[Row]) -> list[str]:
     """One case: the same problem for every provider, relative to torch eager where it ran."""
     first = rows[0]
-    title = f"N={first['n']:,}, V={first['v']:,}, {first['dtype']}, {first['divergence']}"
+    sizes = f"N={first['n']:,}, V={first['v']:,}"
+    sizes += f", D={first['d']:,}" if first["d"] else ""
+    title = f"{sizes}, {first['dtype']}, {first['divergence']}"
+    floor_title = "GEMMs alone / median" if first["d"] else "of the floor"
+    memory = "peak MiB beyond gradients" if first["d"] else "peak MiB"
     eager = next((row for row in rows if row["provider"] == "torch eager"), None)
     lines = [
         "",
         title + (f", {first['inputs']}" if first["inputs"] else ""),
         "",
-        "| | median ms | p20-p80 | of eager | of the floor | peak MiB | of eager | grad error |",
+        f"| | median ms | p20-p80 | of eager | {floor_title} | {memory} | of eager | grad error |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         relative = [
-            "" if eager is None or row["op"] == "copy" else f"{row[key] / eager[key]:.2f}"
+            ""
+            if eager is None or row["op"] in ("copy", "gemms")
+            else f"{row[key] / eager[key]:.2f}"
             for key in ("median_ms", "peak_mib")
         ]
         floor = "" if row["floor_fraction"] is None else f"{row['floor_fraction']:.0%}"

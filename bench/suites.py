@@ -8,6 +8,7 @@ from hybrid_kernels import available_divergences
 
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
 OURS = "hybrid_kernels"
+LINEAR = "hybrid_kernels, dense + sparse"
 HYBRID = "hybrid_kernels, dense + sparse + entropy"
 TWO_LAUNCHES = (
     "hybrid_kernels, callable advantages",
@@ -23,7 +24,8 @@ PEERS = ("speculators 0.9.0", "Liger 0.8.5")
 
 
 class Case(NamedTuple):
-    """One row of the results. `inputs` names logits other than the usual random ones."""
+    """One row of the results. `inputs` names logits other than the usual random ones; `size` is D
+    where the problem is given by hidden states."""
 
     provider: str
     rows: int
@@ -31,10 +33,12 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     divergence: str = "reverse_kl"
     inputs: str = ""
+    size: int = 0
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         parts = (self.provider, self.rows, self.vocabulary, dtype, self.divergence, self.inputs)
+        parts += (f"D{self.size}" if self.size else "",)
         return "-".join(str(part) for part in parts if part)
 
 
@@ -118,4 +122,44 @@ def gpu() -> list[Case]:
     return cases
 
 
-SUITES = {"quick": quick, "cpu": cpu, "gpu": gpu}
+def linear_cpu() -> list[Case]:
+    """From hidden states, the sizes of the targets; TRL is what a user would take instead."""
+    main = ("four GEMMs alone", LINEAR, "TRL 1.16, divergence + log-prob", "torch eager")
+    others = (
+        "hybrid_kernels, dense",
+        "TRL 1.16, divergence",
+        "hybrid_kernels, callable advantages",
+        "hybrid_kernels, frozen weight",
+        "hybrid_kernels, scoring",
+    )
+    sized: dict[str, Any] = {"rows": 256, "vocabulary": 151936, "size": 1024}
+    cases = [Case(name, dtype=torch.float32, **sized) for name in (*main, *others)]
+    cases += [Case(name, dtype=torch.bfloat16, **sized) for name in main]
+    large = {**sized, "rows": 2048}
+    return cases + [Case(name, dtype=torch.float32, **large) for name in main[:2]]
+
+
+def linear_gpu() -> list[Case]:
+    """From hidden states, N=8192 and D=4096."""
+    from bench.linear import LINEAR_PROVIDERS
+
+    sized: dict[str, Any] = {"rows": 8192, "size": 4096}
+    first = ("four GEMMs alone", LINEAR, "TRL 1.16, divergence + log-prob")
+    cases = [Case(name, vocabulary=v, **sized) for v in (151936, 128256) for name in first]
+    cases += [
+        Case(name, vocabulary=151936, divergence=provider.divergences[-1], **sized)
+        if "reverse_kl" not in provider.divergences
+        else Case(name, vocabulary=151936, **sized)
+        for name, provider in LINEAR_PROVIDERS.items()
+        if name not in first
+    ]
+    return cases
+
+
+SUITES = {
+    "quick": quick,
+    "cpu": cpu,
+    "gpu": gpu,
+    "linear-cpu": linear_cpu,
+    "linear-gpu": linear_gpu,
+}

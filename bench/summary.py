@@ -15,7 +15,7 @@ def summarise(raw: dict) -> list[Row]:
 
     `floor_fraction` is the time that the fewest bytes would take at the bandwidth of a copy of the
     same logits (the best of this run, of the same dtype and size or else the nearest size), over
-    the median time.
+    the median time; from hidden states it is the time of the four GEMMs alone over the median time.
     """
     stamp = raw["machine_info"]["hybrid_kernels"]
     commit = os.environ.get("HYBRID_KERNELS_COMMIT") or raw["commit_info"]["id"]
@@ -28,12 +28,19 @@ def summarise(raw: dict) -> list[Row]:
         rows.append({**info, "samples": len(times), "commit": commit, "device": stamp["device"]})
     copies = [row for row in rows if row["op"] == "copy"]
     for row in rows:
+        row["floor_fraction"] = None
+        if row["d"]:
+            key = ("n", "v", "d", "dtype")
+            alike = (o for o in rows if o["op"] == "gemms" and all(o[k] == row[k] for k in key))
+            bare = next(alike, None)
+            if bare is not None:
+                row["floor_fraction"] = round(bare["median_ms"] / row["median_ms"], 4)
+            continue
         same = [copy for copy in copies if copy["dtype"] == row["dtype"]] or copies
         size = row["n"] * row["v"]
         nearest = min(
             same, key=lambda c: (abs(c["n"] * c["v"] - size), c["median_ms"]), default=None
         )
-        row["floor_fraction"] = None
         if nearest is not None:
             floor_ms = row["floor_bytes"] / nearest["floor_bytes"] * nearest["median_ms"]
             row["floor_fraction"] = round(floor_ms / row["median_ms"], 4)

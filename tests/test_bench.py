@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bench import providers, report, summary
-from bench.measure import gradient_error
+from bench.linear import LINEAR_PROVIDERS, LinearProblem
+from bench.measure import gradient_error, linear_gradient_error
 from bench.providers import PROVIDERS, Problem
 from bench.suites import INPUTS, SUITES
 
@@ -98,7 +99,8 @@ def test_the_suites_ask_for_what_there_is(suite):
     cases = SUITES[suite]()
     assert len({str(case) for case in cases}) == len(cases)
     for case in cases:
-        assert case.divergence in PROVIDERS[case.provider].divergences
+        providers = LINEAR_PROVIDERS if case.size else PROVIDERS
+        assert case.divergence in providers[case.provider].divergences
         assert case.inputs in INPUTS
 
 
@@ -117,6 +119,41 @@ def test_every_provider_computes_the_same_gradient(divergence, inputs):
             assert gradient_error(problem, provider.make(problem)) < 1e-3
             measured += 1
     assert measured
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_every_provider_from_hidden_states_computes_the_same_gradient(divergence):
+    problem = LinearProblem.random(8, 301, 24, torch.float32, divergence)
+    measured = 0
+    for provider in LINEAR_PROVIDERS.values():
+        if provider.missing() or divergence not in provider.divergences:
+            continue
+        run = provider.make(problem)
+        if provider.is_gradient:
+            rounded = "16_bit" in provider.make.__name__
+            error = linear_gradient_error(problem, run, provider.op)
+            assert error < (0.2 if rounded else 1e-4)
+            measured += 1
+        else:
+            assert run().isfinite().all()
+    assert measured > 5
+
+
+def test_the_gemms_alone_are_the_floor_of_hidden_states():
+    def linear(provider, ms, size):
+        found = entry("hybrid_kernels", [ms])
+        own = {"provider": provider, "op": LINEAR_PROVIDERS[provider].op, "d": size}
+        return {**found, "extra_info": {**found["extra_info"], **own}}
+
+    rows = summary.summarise(
+        raw(
+            linear("four GEMMs alone", 2.0, 16),
+            linear("hybrid_kernels, dense + sparse", 2.5, 16),
+            linear("hybrid_kernels, dense + sparse", 2.5, 32),
+        )
+    )
+    assert [row["floor_fraction"] for row in rows] == [1.0, 0.8, None]
+    assert report.table(rows[:2])[1] == "N=4, V=100, D=16, float32, reverse_kl"
 
 
 def test_a_package_is_registered_without_its_init(tmp_path, monkeypatch):
