@@ -6,6 +6,8 @@ run              the suite for this machine (or --suite), into bench/results/<de
 report [FOLDER]  tables and plots of the results in a folder
 aot              what the compiler makes of the shipped kernels, for GPUs that are not here
 topk             what top-K losses do to the gradient: tables and a plot, exactly
+precision        what the precision of the logits does to the gradient: a table
+filter           what gradient filtering drops and saves, on a model trained here (10 minutes)
 gpu              everything that a GPU is wanted for: tests, memory checker, benchmark
 """
 
@@ -23,6 +25,9 @@ from bench.suites import SUITES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+
+
+COMMANDS = ("quick", "run", "report", "aot", "topk", "precision", "filter", "gpu")
 
 
 def measure(suite: str, folder: Path, *options: str) -> None:
@@ -52,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("command", choices=("quick", "run", "report", "aot", "topk", "gpu"))
+    parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("folder", nargs="?", type=Path, help="default: bench/results/<device>")
     parser.add_argument("--suite", choices=tuple(SUITES))
     parser.add_argument("--deadline", help="run: seconds after which no case is begun")
@@ -76,6 +81,14 @@ def main() -> None:
         from bench import topk_bias
 
         topk_bias.main(arguments.folder or RESULTS)
+    elif arguments.command == "precision":
+        from bench import precision
+
+        precision.main(arguments.folder or RESULTS)
+    elif arguments.command == "filter":
+        from bench import filter
+
+        filter.main(arguments.folder or RESULTS)
     else:
         from bench import gpu
 

@@ -41,12 +41,12 @@ def in_time(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
-    return "cuda" if "gpu" in request.config.getoption("--suite") else "cpu"
+    return "cuda" if "gpu" in str(request.config.getoption("--suite")) else "cpu"
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.pop("node", None)
-    suite = config.getoption("--suite")
+    suite = str(config.getoption("--suite"))
     gpu = "gpu" in suite
     peers = LINEAR_PROVIDERS if "linear" in suite else PROVIDERS
     missing = {name: peer.missing() for name, peer in peers.items()}

@@ -119,6 +119,11 @@ def ours_16_bit(problem: LinearProblem) -> Run:
     return _ours(problem, sparse=True, logits_dtype=torch.bfloat16)
 
 
+def ours_16_bit_dense(problem: LinearProblem) -> Run:
+    """The dense term alone with logits rounded to bf16."""
+    return _ours(problem, sparse=False, logits_dtype=torch.bfloat16)
+
+
 def ours_callable(problem: LinearProblem) -> Run:
     """`linear_hybrid_loss` with advantages that depend on the fresh statistics: six GEMMs."""
     own = problem.advantages
@@ -143,20 +148,27 @@ def ours_scoring(problem: LinearProblem) -> Run:
     return torch.no_grad()(run)
 
 
-def _dense_and_sparse(problem: LinearProblem, weight: Tensor) -> Tensor:
+def _dense_and_sparse(problem: LinearProblem, sparse: bool) -> Tensor:
     """What a user writes from whole logits."""
-    logits = (problem.hidden @ weight.T).float()
+    logits = (problem.hidden @ problem.weight.T).float()
     with torch.no_grad():
         assert isinstance(problem.teacher.weight, Tensor)
         theirs = (problem.teacher.hidden @ problem.teacher.weight.T).float()
     dense = _composition(logits, theirs, problem.divergence)
+    if not sparse:
+        return dense
     log_prob = logits.log_softmax(-1).gather(-1, problem.token_ids[:, None])[:, 0]
     return dense - (problem.advantages * log_prob).mean()
 
 
 def eager(problem: LinearProblem) -> Run:
     """The composition in eager torch, from whole logits."""
-    return lambda: _backward(problem, _dense_and_sparse(problem, problem.weight))
+    return lambda: _backward(problem, _dense_and_sparse(problem, sparse=True))
+
+
+def eager_dense(problem: LinearProblem) -> Run:
+    """The dense term alone."""
+    return lambda: _backward(problem, _dense_and_sparse(problem, sparse=False))
 
 
 def _trl_kernels() -> tuple:
@@ -218,7 +230,7 @@ def orda(problem: LinearProblem) -> Run:
     module = importlib.import_module("orda_kernel")
     names = {"reverse_kl": "reverse", "forward_kl": "forward"}
     teacher = module.SeparateTeacher(problem.teacher.hidden, problem.teacher.weight)
-    options = {"student_ce_weight": 0.0, "kl_weight": 1.0}
+    options: dict[str, Any] = {"student_ce_weight": 0.0, "kl_weight": 1.0}
     options["kl_divergence"] = names[problem.divergence]
     return lambda: _backward(
         problem,
@@ -248,12 +260,14 @@ LINEAR_PROVIDERS: dict[str, Provider] = {
     "hybrid_kernels, callable advantages": Provider(ours_callable, **_SPECIAL),
     "hybrid_kernels, frozen weight": Provider(ours_frozen, op=TERMS),
     "hybrid_kernels, bf16 logits": Provider(ours_16_bit, op=TERMS),
+    "hybrid_kernels, dense, bf16 logits": Provider(ours_16_bit_dense, **_ALONE),
     "hybrid_kernels, scoring": Provider(ours_scoring, op="no gradient", is_gradient=False),
     **{
         f"hybrid_kernels, chunks of {rows}": Provider(ours_in_chunks(rows), op=TERMS)
         for rows in (512, 1024, 2048, 4096)
     },
     "torch eager": Provider(eager, op=TERMS, divergences=_KL_AND_JSD),
+    "torch eager, dense": Provider(eager_dense, divergences=_KL_AND_JSD, **_ALONE),
     "TRL 1.16, divergence + log-prob": Provider(trl, "trl", op=TERMS, divergences=_KL_AND_JSD),
     "TRL 1.16, divergence": Provider(trl_divergence, "trl", divergences=_KL_AND_JSD, **_ALONE),
     **{

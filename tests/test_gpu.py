@@ -6,7 +6,16 @@ import pytest
 import torch
 
 import cases
-from hybrid_kernels import Divergence, Mixture, TopK, hybrid_loss, token_terms
+from hybrid_kernels import (
+    Divergence,
+    LinearTeacher,
+    Mixture,
+    TopK,
+    hybrid_loss,
+    linear_hybrid_loss,
+    linear_token_terms,
+    token_terms,
+)
 from hybrid_kernels.kernels import config
 from hybrid_kernels.kernels import rows as launchers
 from tolerance import assert_matches_reference
@@ -246,3 +255,89 @@ def test_a_whole_batch_in_half_precision():
     case = cases.make(151_936, (2, 64), layout="sliced", dtype=torch.bfloat16, device="cuda")
     for divergence in cases.DIVERGENCES:
         assert_matches_reference(case, "triton", divergence=divergence)
+
+
+# -- from hidden states ------------------------------------------------------------------------
+
+
+def linear(rows, vocabulary, width, dtype):
+    options = {"device": "cuda", "generator": torch.Generator("cuda").manual_seed(0)}
+    hidden, theirs = torch.randn(2, rows, width, **options).to(dtype).unbind()
+    weight = (2 / width**0.5) * torch.randn(vocabulary, width, **options)
+    other = weight + 0.2 / width**0.5 * torch.randn(weight.shape, **options)
+    leaves = (hidden.clone().requires_grad_(), weight.to(dtype).requires_grad_())
+    return (*leaves, LinearTeacher(theirs.clone(), other.to(dtype)))
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 200, 512])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("vocabulary", [50_257, 151_936])
+def test_linear_equals_fp32_logits(vocabulary, dtype, chunk_rows):
+    """16-bit factors, fp32 sums: against the same in fp32, with dz rounded once."""
+    hidden, weight, teacher = linear(700, vocabulary, 512, dtype)
+    ids = torch.randint(0, vocabulary, (700,), device="cuda")
+    advantages = torch.randn(700, device="cuda")
+    got = linear_hybrid_loss(
+        hidden, weight, teacher, ids, advantages, chunk_rows=chunk_rows, reduction="sum"
+    )
+    got.loss.backward()
+    leaves = [t.detach().float().requires_grad_() for t in (hidden, weight)]
+    theirs = teacher.hidden.float() @ teacher.weight.float().T
+    expected = hybrid_loss(leaves[0] @ leaves[1].T, theirs, ids, advantages, reduction="sum")
+    expected.loss.backward()
+    torch.testing.assert_close(got.divergence, expected.divergence, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.log_prob, expected.log_prob, rtol=1e-4, atol=1e-4)
+    allowed = {torch.bfloat16: 6e-3, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
+    for own, plain in zip((hidden, weight), leaves, strict=True):
+        assert (own.grad - plain.grad).norm() < allowed * plain.grad.norm()
+
+
+def test_linear_memory():
+    """The budget of 2 GiB, the fp32 sum of dW, and the gradients."""
+    hidden, weight, teacher = linear(8192, 151_936, 1024, torch.bfloat16)
+
+    def forward():
+        return linear_hybrid_loss(hidden, weight, teacher).loss
+
+    forward()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    forward()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    sums = 4 * weight.numel()
+    gradients = 2 * (weight.numel() + hidden.numel())
+    assert peak < 1.05 * (2 << 30) + sums + gradients
+
+
+def test_linear_waits_for_nothing_that_it_need_not():
+    hidden, weight, teacher = linear(256, 32_000, 256, torch.bfloat16)
+    mask = torch.arange(256, device="cuda") % 3 > 0
+    count, upstream = mask.sum(), torch.full((), 1.7, device="cuda")
+    own = linear_hybrid_loss(hidden, weight, teacher, mask=mask, num_tokens=count).loss
+    own.backward(upstream)
+    expected, hidden.grad = hidden.grad.clone(), None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_hybrid_loss(
+            hidden, weight, teacher, mask=mask, num_tokens=count, drop_masked=False
+        ).loss.backward(upstream)
+        terms = linear_token_terms(hidden.detach(), weight, teacher)
+        terms.divergence.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(hidden.grad, expected, rtol=1e-2, atol=1e-5)
+
+
+def test_linear_rows_do_not_depend_on_the_chunk():
+    hidden, weight, teacher = linear(1000, 50_257, 256, torch.bfloat16)
+    gradients = []
+    for chunk_rows in (1000, 256, 96):
+        hidden.grad = None
+        linear_hybrid_loss(
+            hidden, weight, teacher, chunk_rows=chunk_rows, reduction="sum"
+        ).loss.backward()
+        gradients.append(hidden.grad)
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() < 4e-3 * gradients[0].norm()

@@ -191,15 +191,17 @@ def assert_matches(case: Case, backend: str, method: str = "hybrid_loss", **opti
         if value is not None:
             assert value.dtype == torch.float32, field
             assert_close(value, expected, getattr(eager, field), field, scale=6.0)
-    # On a GPU dz enters the GEMMs in the weight's dtype; the interpreter truncates.
-    rough = case.hidden.dtype != torch.float32 and backend == "triton"
-    roundings = 8 if rough else 2
+    # On a GPU dz enters the GEMMs in the weight's dtype.
+    rough = case.hidden.dtype != torch.float32 and case.hidden.is_cuda
     for name, own, true, plain in zip(
         ("hidden", "weight", "bias"), gradients, truths, eagers, strict=False
     ):
         assert own.dtype == case.hidden.dtype, name
+        if rough:
+            assert (own - true).norm() <= 1e-2 * true.norm(), name
+            continue
         scale = float(true.abs().max()) if true.numel() else 0.0
-        assert_close(own, true, plain, f"gradient of {name}", scale=scale, roundings=roundings)
+        assert_close(own, true, plain, f"gradient of {name}", scale=scale, roundings=2)
     return got, gradients
 
 

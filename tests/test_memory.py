@@ -6,7 +6,14 @@ import torch
 import cases
 from bench.measure import peak_bytes
 from cases import DIVERGENCES, divergence_id
-from hybrid_kernels import hybrid_loss, token_terms
+from hybrid_kernels import (
+    LinearTeacher,
+    hybrid_loss,
+    linear_hybrid_loss,
+    linear_token_terms,
+    token_terms,
+)
+from hybrid_kernels.linear import BUDGET, chunk_size
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -80,3 +87,55 @@ def test_half_precision_is_widened_in_blocks(backend, device):
     logits = case.student.requires_grad_()
     loss(case, logits, backend)
     assert peak_bytes(lambda: loss(case, logits, backend), device) < 1.5 * size(case)
+
+
+# -- from hidden states ------------------------------------------------------------------------
+
+
+def linear_problem(rows, vocabulary, width, device):
+    options = {"device": device, "generator": torch.Generator(device).manual_seed(0)}
+    hidden, theirs = torch.randn(2, rows, width, **options).unbind()
+    weight, other = torch.randn(2, vocabulary, width, **options).unbind()
+    leaves = (hidden.clone().requires_grad_(), weight.clone().requires_grad_())
+    return (*leaves, LinearTeacher(theirs.clone(), other.clone()))
+
+
+def test_chunks_stay_in_the_budget(backend, device, monkeypatch):
+    """Beside the gradients: two logits for each entry of a chunk, and little else."""
+    hidden, weight, teacher = linear_problem(400, 20_000, 32, device)
+    for kind in BUDGET:
+        monkeypatch.setitem(BUDGET, kind, 8 << 20)  # of 64 MB of logits
+    allowed = 8 << 20
+    assert chunk_size(400, 8 * 20_000, 20_000, hidden.device) == 50
+
+    def forward():
+        linear_hybrid_loss(hidden, weight, teacher, backend=backend)
+
+    forward()
+    gradients = (hidden.numel() + weight.numel()) * 4
+    assert 0.8 * allowed < peak_bytes(forward, device) - gradients < 1.4 * allowed
+
+
+def test_a_single_chunk_lies_inside_the_gradient_of_the_weight(backend, device):
+    """All that is left is the part N / D of dz, twice what it is here, and the row kernels' own."""
+    hidden, weight, teacher = linear_problem(64, 20_000, 512, device)
+
+    def forward():
+        linear_hybrid_loss(hidden, weight, teacher, backend=backend)
+
+    forward()
+    gradients, logits = (hidden.numel() + weight.numel()) * 4, 64 * 20_000 * 4
+    assert peak_bytes(forward, device) - gradients < (64 / 512) * logits + (4 << 20)
+
+
+def test_scoring_needs_two_chunks_of_logits(backend, device, monkeypatch):
+    hidden, weight, teacher = linear_problem(400, 20_000, 32, device)
+    for kind in BUDGET:
+        monkeypatch.setitem(BUDGET, kind, 8 << 20)
+
+    @torch.no_grad()
+    def score():
+        linear_token_terms(hidden, weight, teacher, backend=backend)
+
+    score()
+    assert peak_bytes(score, device) < 1.4 * (8 << 20)
