@@ -291,7 +291,8 @@ class _Block:
         if self.ids is not None:
             log_prob = self._over_t(self.x.gather(1, self.ids)) - lse
             if self.dropped is not None:
-                log_prob.masked_fill_(self.dropped.gather(1, self.ids), -torch.inf)
+                # (NaN in a row of nothing else.)
+                log_prob = torch.where(self.dropped.gather(1, self.ids), -torch.inf - lse, log_prob)
             columns[FIELDS.log_prob] = log_prob
         if self.supports is not None:
             self._gather_support(self.supports)

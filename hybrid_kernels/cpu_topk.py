@@ -200,7 +200,7 @@ def compare(
     log_tail = tail_sum.log() - lse
     part = torch.cat([log_p > -torch.inf, log_tail.exp() >= SMALLEST_TAIL], -1)
     own = torch.cat([log_p, log_tail], -1)
-    student_mass = log_p.exp().sum(-1, keepdim=True)
+    student_mass = log_p.exp().sum(-1, keepdim=True) + 0.0 * lse  # NaN where the row is
     if tail == "renormalize":
         own[:, -1] = -torch.inf
         own -= log_p.logsumexp(-1, keepdim=True)

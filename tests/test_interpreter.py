@@ -19,6 +19,7 @@ PARTS = {
     "forms": ["test_forms.py"],
     "edges": ["test_edges.py", "test_precision.py"],
     "teachers": ["test_teachers.py"],
+    "sharded": ["test_sharded.py"],
     "others": [],
 }
 
