@@ -253,7 +253,8 @@ def linear_hybrid_loss(
         process_group: ranks that share the vocabulary: each has the same hidden states and a slice
             `[V_rank, D]` of the weights, bias and teacher's weight or logits, in the order of the
             ranks; `token_ids` and the ids of a `TopK` are global. The gradient of the hidden states
-            is summed over the ranks.
+            is summed over the ranks. Unless `chunk_rows` is given, they agree on it, which
+            synchronises the device with the host once.
         backend: as in `hybrid_loss`.
 
     Returns:

@@ -199,8 +199,14 @@ class Problem:
         self.size = options.chunk_rows or chunk_size(
             self.count, self.row_bytes, self.vocabulary, self.device
         )
-        if not options.chunk_rows and self._fits(self.count, room):
-            self.size = self.count
+        if not options.chunk_rows:
+            if self._fits(self.count, room):
+                self.size = self.count
+            if group:
+                # Parts of the vocabulary need not be equal, and chunks meet in collectives.
+                smallest = torch.tensor(self.size, device=self.device)
+                _all_reduce(smallest, group, "MIN")
+                self.size = int(smallest)
         if kept:
             self.size = self.count
         self.size = max(1, min(self.size, self.count))
@@ -472,8 +478,9 @@ class Gradients:
         return share, found
 
 
-def _all_reduce(tensor: Tensor, group: str) -> None:
-    from torch.distributed import all_reduce, distributed_c10d
+def _all_reduce(tensor: Tensor, group: str, kind: str = "SUM") -> None:
+    from torch.distributed import ReduceOp, all_reduce, distributed_c10d
 
     resolve = distributed_c10d._resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
-    all_reduce(tensor, group=resolve(group))  # pyright: ignore[reportArgumentType]
+    operation = getattr(ReduceOp, kind)
+    all_reduce(tensor, operation, group=resolve(group))  # pyright: ignore[reportArgumentType]
