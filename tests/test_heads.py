@@ -1,7 +1,5 @@
 """What may stand for an output layer: PEFT's wrappers, DTensors, mixed precision."""
 
-import datetime
-import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hybrid_kernels import LinearTeacher, hybrid_loss, linear_hybrid_loss
+from ranks import join
 
 D, V = 16, 61
 
@@ -196,15 +195,7 @@ def fsdp_worker(rank, folder, tied, units):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=RANKS,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    join(rank, RANKS, folder)
     model = demo_model(tied)
     mesh = init_device_mesh("cpu", (RANKS,))
     for layer in model.model.layers:
