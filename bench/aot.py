@@ -117,13 +117,14 @@ def compile_rows(
     teachers: int = 1,
     support: int = 0,
     tail: str = "bucket",
+    gradient_dtype: torch.dtype | None = None,
 ) -> Compiled:
     """A row kernel as a call with these inputs would launch it.
 
     Args:
         target: a key of `TARGETS`.
         vocabulary: V; the rows are contiguous.
-        dtype: of both logits and of the gradient.
+        dtype: of both logits, and of the gradient but for `gradient_dtype`.
         divergence: a name from `available_divergences()`.
         mode: a key of `MODES`.
         teacher_floor: as in `hybrid_loss`.
@@ -136,9 +137,10 @@ def compile_rows(
         support: K of top-K teachers; 0 where they are full.
         tail: what stands for the rest of a support.
         tuning: of the row-resident form.
+        gradient_dtype: as the linear op asks for, with 16-bit weights: fewer bits than the logits.
     """
-
     logits = meta(1, count, vocabulary, dtype=dtype)
+    target_logits = meta(1, count, vocabulary, dtype=gradient_dtype or dtype)
     members = teachers if distil else 0
     name, parameter = Divergence(divergence).canonical()
     ids = meta(count, support, dtype=torch.int64)
@@ -165,24 +167,25 @@ def compile_rows(
         launch = config.resident(vocabulary, dtype.itemsize, count, device, tuning, sides)
         assert launch is not None
         arguments = (
-            *launchers.row_arguments(rows, seen, statistics, coefficients, logits),
+            *launchers.row_arguments(rows, seen, statistics, coefficients, target_logits),
             meta(1),
             meta(1, dtype=torch.int32),
             launch.groups,
         )
-        constants = launchers.resident_constants(rows, logits, launch, -1)
+        constants = launchers.resident_constants(rows, target_logits, launch, -1)
         kernel = resident.resident_kernel
     else:
         measure, write = flags
         launch = launchers.sweep_form(rows)
-        gradient = logits if write else None
+        gradient = target_logits if write else None
         arguments = launchers.row_arguments(
             rows, seen, statistics, coefficients if write else None, gradient
         )
         constants = launchers.sweep_constants(rows, gradient, launch, measure=measure)
         kernel = sweep.sweep_kernel
     constants["HAS_SMALL"] &= small
-    return _compile(_source(kernel, arguments, constants), target, launch, dtype)
+    written = gradient_dtype or dtype
+    return _compile(_source(kernel, arguments, constants), target, launch, written)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -212,7 +215,7 @@ def compile_values(
     teachers: int = 1,
     count: int = 8192,
 ) -> Compiled:
-    """The kernel for a part of the vocabulary, of a divergence that needs both normalisers first."""
+    """The kernel for a part of the vocabulary, where both normalisers are needed first."""
     logits = meta(1, count, vocabulary, dtype=dtype)
     name, parameter = Divergence(divergence).canonical()
     rows = Rows(

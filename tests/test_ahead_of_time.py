@@ -182,6 +182,21 @@ def test_sweeping_tiles_move_in_128_bits(dtype, mode, vocabulary):
     assert ("STG.E.128" in names) == (mode == "gradient")
 
 
+@pytest.mark.parametrize("vocabulary", [50257, 151936])
+def test_a_gradient_in_fewer_bits_than_the_logits(vocabulary):
+    """As the linear op's chunks have it: 4 + 4 bytes of an entry read, 2 written."""
+    vocabulary = -(-vocabulary // 16) * 16  # rows begin at 16-byte boundaries
+    case = ("sm_90", vocabulary, torch.float32, "reverse_kl", "resident")
+    shipped = aot.compile_rows(*case, gradient_dtype=torch.bfloat16)
+    assert aot.resources(shipped).spilled == 0
+    main = aot.compile_rows(*case, gradient_dtype=torch.bfloat16, mask=False, small=False)
+    launch = main.launch
+    room = launch.chunks * launch.chunk_v / launch.slice_v
+    cost = aot.cost(main, aot.EXPONENTIALS["reverse_kl"])
+    assert cost.loaded == pytest.approx(8 * room)
+    assert cost.stored == pytest.approx(2 * room)
+
+
 def test_the_count_sees_what_is_read_twice_and_in_small_pieces():
     """The sweeping form reads everything twice; a stride of odd length has no wide accesses."""
     twice = aot.compile_rows("sm_90", 4096, torch.bfloat16, "reverse_kl", "sweeping", mask=False)
