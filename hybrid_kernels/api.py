@@ -88,8 +88,10 @@ def hybrid_loss(
         inplace: write the gradient over `student_logits`, which then holds no logits any more.
             No effect where no gradient is wanted.
         process_group: ranks that share the vocabulary: each has a slice `[..., V_rank]` of the
-            student's and teacher's logits, in the order of the ranks, and the same rows;
-            `token_ids` and the ids of a `TopK` are global. Results equal those of the whole.
+            student's and teacher's logits, in the order of the ranks and of any sizes; everything
+            else is the same on all ranks, whose calls come in the same order, and ids of tokens and
+            of a `TopK` are global. Each rank gets the results of the whole, the loss too (which is
+            not to be summed over the ranks), and the gradient of its own logits.
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
 
     Returns:
@@ -250,10 +252,9 @@ def linear_hybrid_loss(
         num_tokens: as in `hybrid_loss`.
         tail: as in `hybrid_loss`.
         teacher_floor: as in `hybrid_loss`.
-        process_group: ranks that share the vocabulary: each has the same hidden states and a slice
-            `[V_rank, D]` of the weights, bias and teacher's weight or logits, in the order of the
-            ranks; `token_ids` and the ids of a `TopK` are global. The gradient of the hidden states
-            is summed over the ranks. Unless `chunk_rows` is given, they agree on it, which
+        process_group: ranks that share the vocabulary, as in `hybrid_loss`: each has a slice
+            `[V_rank, D]` of the weight, bias and teacher's weight (or logits), and the same hidden
+            states, whose gradient is summed over the ranks here. Unless `chunk_rows` is given, they agree on it, which
             synchronises the device with the host once.
         backend: as in `hybrid_loss`.
 

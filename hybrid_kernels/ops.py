@@ -59,19 +59,21 @@ def _rows(
 
 
 def check_values(rows: Rows, group: str) -> None:
-    """The checks that read tensors: on the CPU, and in debug mode. (Of ids among the entries of
-    several ranks only the ranks together know whether they are in range.)"""
+    """The checks that read tensors: on the CPU, and in debug mode. (Whether ids are in range, only
+    the ranks that share the vocabulary know together: `sharded.py`.)"""
     if rows.student.device.type != "cpu" and not validate.debug():
         return
-    vocabulary = 2**31 if group else rows.student.shape[-1]
+    support, vocabulary = rows.support, rows.student.shape[-1]
+    if support is not None and support.token_log_prob is not None:
+        validate.token_log_probs(support.token_log_prob, rows.valid)
+    if group:
+        return
     if rows.token_ids is not None:
         validate.token_ids_in_range(rows.token_ids, rows.valid, vocabulary)
-    if rows.support is not None:
-        if rows.support.token_log_prob is not None:
-            validate.token_log_probs(rows.support.token_log_prob, rows.valid)
+    if support is not None:
         for log_probs in rows.teachers:
-            ids, resolution = rows.support.ids, rows.support.resolution
-            validate.support_values(ids, log_probs, rows.valid, vocabulary, resolution)
+            resolution = support.resolution
+            validate.support_values(support.ids, log_probs, rows.valid, vocabulary, resolution)
 
 
 def without_autocast(operator: Callable) -> Callable:
