@@ -55,7 +55,8 @@ def _bench_linear(benchmark, case: Case, device: str) -> None:
     left = [problem.hidden.grad, problem.weight.grad]
     peak -= sum(gradient.nbytes for gradient in left if gradient is not None)
     benchmark.extra_info.update(_info(case, provider, 0, error, peak))
-    _measure(benchmark, run, device, LINEAR_ROUNDS[device], warmups=1)
+    rounds = LINEAR_ROUNDS[device] if case.rows < 1000 or device == "cuda" else 3
+    _measure(benchmark, run, device, rounds, warmups=1)
 
 
 def _info(case: Case, provider, floor_bytes: int, error: float | None, peak: int) -> dict:

@@ -134,7 +134,6 @@ def linear_cpu() -> list[Case]:
     )
     sized: dict[str, Any] = {"rows": 256, "vocabulary": 151936, "size": 1024}
     cases = [Case(name, dtype=torch.float32, **sized) for name in (*main, *others)]
-    cases += [Case(name, dtype=torch.bfloat16, **sized) for name in main]
     large = {**sized, "rows": 2048}
     return cases + [Case(name, dtype=torch.float32, **large) for name in main[:2]]
 

@@ -254,8 +254,8 @@ def linear_hybrid_loss(
         teacher_floor: as in `hybrid_loss`.
         process_group: ranks that share the vocabulary, as in `hybrid_loss`: each has a slice
             `[V_rank, D]` of the weight, bias and teacher's weight (or logits), and the same hidden
-            states, whose gradient is summed over the ranks here. Unless `chunk_rows` is given, they agree on it, which
-            synchronises the device with the host once.
+            states, whose gradient is summed over the ranks here. Unless `chunk_rows` is given, they
+            agree on it, which synchronises the device with the host once.
         backend: as in `hybrid_loss`.
 
     Returns:
