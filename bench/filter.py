@@ -100,7 +100,7 @@ def problem(student: Any, teacher: Any, tokens: Tensor) -> LinearProblem:
 
 def measure(own: LinearProblem, chunk_rows: int) -> list[dict[str, Any]]:
     """Time, columns kept, what was dropped, and the error of both gradients, for each bound."""
-    exact: list[Tensor] | None = None
+    exact: list[Tensor] = []
     times: dict[float, list[float]] = {eps: [] for eps in EPSILONS}
     rows: dict[float, dict[str, Any]] = {}
     for attempt in range(ROUNDS + 1):  # in turns, so that all see the same machine
@@ -118,8 +118,7 @@ def measure(own: LinearProblem, chunk_rows: int) -> list[dict[str, Any]]:
             assert gradients[0] is not None
             assert gradients[1] is not None
             found = [gradient.clone() for gradient in gradients if gradient is not None]
-            if exact is None:
-                exact = found
+            exact += [] if exact else found
             errors = [float((f - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True)]
             rows[eps] = {
                 "eps": eps,

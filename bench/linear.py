@@ -251,7 +251,7 @@ def fla(problem: LinearProblem) -> Run:
 _KL = ("reverse_kl", "forward_kl")
 _KL_AND_JSD = ("reverse_kl", "forward_kl", "jsd")
 _ALONE: dict[str, Any] = {"op": "dense"}
-_SPECIAL: dict[str, Any] = {"is_gradient": False}
+_SPECIAL: dict[str, Any] = {"op": TERMS, "is_gradient": False}
 
 LINEAR_PROVIDERS: dict[str, Provider] = {
     "four GEMMs alone": Provider(gemms, op="gemms", is_gradient=False),

@@ -7,6 +7,7 @@ weight_1 = B, so that the adapter costs a product of rank r and no `[V, D]` copy
 weight below it needs no gradient.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,8 @@ class Head(NamedTuple):
         softcap: 0 where there is none.
     """
 
-    hiddens: list[Tensor]
-    weights: list[Tensor]
+    hiddens: Sequence[Tensor]
+    weights: Sequence[Tensor]
     bias: Tensor | None
     logit_scale: float
     softcap: float

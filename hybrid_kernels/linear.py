@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels import ops
+from hybrid_kernels.heads import Head
 from hybrid_kernels.rows import Coefficients, Rows, Support, statistics_size
 
 # Bytes that the buffers of a chunk may take in any case.
@@ -32,16 +33,6 @@ SHARE = 1 / 16
 # Rows of a weight that are multiplied at once on the CPU. The GEMM's own copy of them then stays in
 # cache, and 16-bit weights become fp32 piece by piece.
 BLOCK_V = 2048
-
-
-class Side(NamedTuple):
-    """One side's tensors for all rows, as in `heads.Head`."""
-
-    hiddens: Sequence[Tensor]
-    weights: Sequence[Tensor]
-    bias: Tensor | None
-    scale: float
-    softcap: float
 
 
 class Options(NamedTuple):
@@ -113,9 +104,9 @@ def _blocks(weight: Tensor, always: bool) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def write_logits(side: Side, selection: slice | Tensor, out: Tensor) -> None:
+def write_logits(side: Head, selection: slice | Tensor, out: Tensor) -> None:
     """The logits of some rows into `out`, `[C, V]`."""
-    scale = side.scale / side.softcap if side.softcap else side.scale
+    scale = side.logit_scale / side.softcap if side.softcap else side.logit_scale
     for i, (hidden, weight) in enumerate(zip(side.hiddens, side.weights, strict=True)):
         own = hidden[selection]
         for part in _blocks(weight, always=True):
@@ -126,7 +117,7 @@ def write_logits(side: Side, selection: slice | Tensor, out: Tensor) -> None:
         out.tanh_().mul_(side.softcap)
 
 
-def _through_softcap(side: Side, logits: Tensor, gradient: Tensor) -> None:
+def _through_softcap(side: Head, logits: Tensor, gradient: Tensor) -> None:
     """dz times 1 - (z / softcap)^2; the logits are lost."""
     if side.softcap:
         gradient.mul_(logits.div_(side.softcap).square_().neg_().add_(1))
@@ -140,8 +131,8 @@ class Problem:
 
     def __init__(
         self,
-        student: Side,
-        teachers: Sequence[Tensor | Side],
+        student: Head,
+        teachers: Sequence[Tensor | Head],
         support: Support | None,
         token_ids: Tensor | None,
         valid: Tensor | None,
@@ -192,7 +183,7 @@ class Problem:
         self.apart = bool(student.softcap) or self.gradient_dtype != self.logits_dtype
         self.apart = self.apart and gradient
         self.width = -(-self.vocabulary // 16) * 16  # rows begin at 16-byte boundaries
-        self.linear = 1 + sum(isinstance(teacher, Side) for teacher in teachers)
+        self.linear = 1 + sum(isinstance(teacher, Head) for teacher in teachers)
         sizes = [self.logits_dtype.itemsize] * self.linear
         sizes += [self.gradient_dtype.itemsize] * self.apart
         self.row_bytes = self.width * sum(sizes)
@@ -272,7 +263,7 @@ class Chunk:
             write_logits(problem.student, selection, self.logits)
         teachers, linear = [], iter(self.buffers[1:])
         for teacher in problem.teachers:
-            if isinstance(teacher, Side):
+            if isinstance(teacher, Head):
                 own = next(linear)
                 if not problem.kept:
                     write_logits(teacher, selection, own)
@@ -380,7 +371,9 @@ class Gradients:
         """The GEMMs of a chunk: dh = scale dz W, dW += scale dz^T h, db += scale sum dz."""
         kept = self._filtered(gradient) if self.bound is not None else None
         if self.bias is not None:
-            self.bias.add_(gradient.sum(0, dtype=torch.float32), alpha=self.problem.student.scale)
+            self.bias.add_(
+                gradient.sum(0, dtype=torch.float32), alpha=self.problem.student.logit_scale
+            )
         if kept is not None:
             gradient = gradient.index_select(1, kept)
         pairs = range(len(self.hiddens))
@@ -394,7 +387,7 @@ class Gradients:
         self.first = False
 
     def _add_hidden(self, i: int, chunk: Chunk, gradient: Tensor, kept: Tensor | None) -> None:
-        target, scale = self.hiddens[i], self.problem.student.scale
+        target, scale = self.hiddens[i], self.problem.student.logit_scale
         assert target is not None
         weight = self.problem.student.weights[i]
         weight = weight if kept is None else weight.index_select(0, kept)
@@ -411,7 +404,7 @@ class Gradients:
             target[chunk.selection] = own.to(target.dtype)
 
     def _add_weight(self, i: int, chunk: Chunk, gradient: Tensor, kept: Tensor | None) -> None:
-        target, scale = self.weights[i], self.problem.student.scale
+        target, scale = self.weights[i], self.problem.student.logit_scale
         assert target is not None
         hidden = self.problem.student.hiddens[i][chunk.selection]
         if kept is not None:
@@ -431,7 +424,7 @@ class Gradients:
     def _add_over_itself(self, target: Tensor, gradient: Tensor, hidden: Tensor) -> None:
         """dW where dz lies at the end of the same memory: up to there first, the rest from a copy
         of its columns."""
-        scale = self.problem.student.scale
+        scale = self.problem.student.logit_scale
         safe = self.free // (target.shape[1] * target.element_size())
         parts = _blocks(target[:safe], always=False)
         for part in parts:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels import ops
-from hybrid_kernels.linear import Gradients, Options, Problem, Side
+from hybrid_kernels.heads import Head
+from hybrid_kernels.linear import Gradients, Options, Problem
 from hybrid_kernels.rows import FIELDS, Coefficients, Support, statistics_size
 
 
@@ -29,15 +30,15 @@ def _problem(
     **options,
 ) -> Problem:  # fmt: skip
     """The arguments that both operators share."""
-    sides: list[Tensor | Side] = []
+    sides: list[Tensor | Head] = []
     for i, (teacher, weight) in enumerate(zip(teachers, teacher_weights, strict=True)):
         if weight is None:
             sides.append(teacher)
         else:
             own = (teacher_biases[i], logit_scales[i + 1], softcaps[i + 1])
-            sides.append(Side([teacher], [weight], *own))
+            sides.append(Head([teacher], [weight], *own))
     return Problem(
-        Side(hiddens, weights, bias, logit_scales[0], softcaps[0]),
+        Head(hiddens, weights, bias, logit_scales[0], softcaps[0]),
         sides,
         None if support is None else Support(support, token_log_prob, tail, resolution),
         token_ids,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hybrid_kernels import linear_ops, ops, validate
 from hybrid_kernels.heads import Head
-from hybrid_kernels.linear import Options, Side, write_logits
+from hybrid_kernels.linear import Options, write_logits
 from hybrid_kernels.rows import FIELDS
 from hybrid_kernels.types import (
     IGNORED_TOKEN,
@@ -290,11 +290,10 @@ def _teacher_logits(member: Tensor | LinearTeacher, vocabulary: int) -> Tensor:
         return member
     head = _teacher_head(member, vocabulary)
     with torch.no_grad(), torch.autocast(member.hidden.device.type, enabled=False):
-        side = Side(*head)
         out = torch.empty(
             (len(head.hiddens[0]), vocabulary), dtype=torch.float32, device=member.hidden.device
         )
-        write_logits(side, slice(None), out)
+        write_logits(head, slice(None), out)
     return out.view(*member.hidden.shape[:-1], vocabulary)
 
 

@@ -43,8 +43,8 @@ ALLOWED = {
     "sharded": {"rows", "validate", "cpu_forms", "cpu_topk"},
     "ops": {"types", "rows", "validate", "cpu", "sharded", "kernels.rows"},
     "heads": {"validate"},
-    "linear": {"rows", "ops"},
-    "linear_ops": {"rows", "ops", "linear"},
+    "linear": {"rows", "ops", "heads"},
+    "linear_ops": {"rows", "ops", "heads", "linear"},
     "problem": {
         "types",
         "rows",

@@ -578,10 +578,11 @@ class TestChunks:
         assert_matches(case, backend, chunk_rows=9, grad_filter=1e-30)
 
     def test_memory_of_a_single_chunk(self, device):
-        from hybrid_kernels.linear import Gradients, Options, Problem, Side
+        from hybrid_kernels.heads import Head
+        from hybrid_kernels.linear import Gradients, Options, Problem
 
         hidden, weight = torch.randn(16, 64), torch.randn(500, 64)
-        side = Side([hidden], [weight], None, 1.0, 0.0)
+        side = Head([hidden], [weight], None, 1.0, 0.0)
         problem = Problem(
             side, [side], None, None, None, ([1.0], "reverse_kl", 0.0, 1.0, None), "", "torch",
             Options(0, torch.float32, True), gradient=True,
