@@ -7,7 +7,7 @@ report [FOLDER]  tables and plots of the results in a folder
 aot              what the compiler makes of the shipped kernels, for GPUs that are not here
 topk             what top-K losses do to the gradient: tables and a plot, exactly
 precision        what the precision of the logits does to the gradient: a table
-filter           what gradient filtering drops and saves, on a model trained here (5 minutes)
+filter           what gradient filtering drops and saves, on a model trained here (10 minutes)
 gpu              everything that a GPU is wanted for: tests, memory checker, benchmark
 """
 

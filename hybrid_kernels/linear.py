@@ -33,6 +33,8 @@ SHARE = 1 / 16
 # Rows of a weight that are multiplied at once on the CPU. The GEMM's own copy of them then stays in
 # cache, and 16-bit weights become fp32 piece by piece.
 BLOCK_V = 2048
+# Entries of dz that are summed up at once there.
+BLOCK_ELEMENTS = 160 * 1024
 
 
 class Options(NamedTuple):
@@ -437,8 +439,7 @@ class Gradients:
     def _filtered(self, gradient: Tensor) -> Tensor | None:
         """The columns of a chunk's dz that are kept; None for all."""
         assert self.bound is not None
-        sums = torch.linalg.vector_norm(gradient, 1, dim=0, dtype=torch.float32)
-        squares = torch.linalg.vector_norm(gradient, 2, dim=0, dtype=torch.float32).square_()
+        sums, squares = _column_sums(gradient)
         keep = ~(sums <= self.bound * len(gradient))  # (and not a NaN)
         self.whole += squares.sum()
         self.dropped += torch.where(keep, 0.0, squares).sum()
@@ -469,6 +470,21 @@ class Gradients:
             _all_reduce(norms, group)
         share = torch.where(norms[1] > 0, norms[0] / norms[1], 0.0).sqrt()
         return share, found
+
+
+def _column_sums(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """sum |dz| and sum dz^2 of each column, fp32 `[V]`."""
+    if gradient.device.type != "cpu":
+        norms = (torch.linalg.vector_norm(gradient, n, dim=0, dtype=torch.float32) for n in (1, 2))
+        sums, roots = norms
+        return sums, roots.square_()
+    # A sum over columns as torch has it reads rows far apart; these stay in cache.
+    sums, squares = gradient.new_zeros((2, gradient.shape[1]), dtype=torch.float32).unbind()
+    for rows in gradient.split(max(4, BLOCK_ELEMENTS // max(gradient.shape[1], 1))):
+        magnitudes = rows.float().abs()
+        sums += magnitudes.sum(0)
+        squares += magnitudes.square_().sum(0)
+    return sums, squares
 
 
 def _all_reduce(tensor: Tensor, group: str, kind: str = "SUM") -> None:
