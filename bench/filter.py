@@ -19,7 +19,7 @@ from torch import Tensor
 from bench.linear import LinearProblem
 from hybrid_kernels import LinearTeacher, linear_hybrid_loss
 
-VOCABULARY, SIZE, LENGTH, BATCH, STEPS = 8192, 256, 128, 8, 1500
+VOCABULARY, SIZE, LENGTH, BATCH, STEPS = 8192, 256, 128, 8, 800
 ROWS = 1024
 EPSILONS = (0.0, 1e-6, 1e-5, 1e-4)
 ROUNDS = 7
