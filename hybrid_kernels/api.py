@@ -12,7 +12,7 @@ from torch import Tensor
 from hybrid_kernels import ops, validate
 from hybrid_kernels.heads import Head
 from hybrid_kernels.linear import Options
-from hybrid_kernels.problem import Context, LinearProblem, LogitProblem, Problem
+from hybrid_kernels.problem import Context, LinearProblem, LogitProblem, Problem, valid_rows
 from hybrid_kernels.rows import FIELDS
 from hybrid_kernels.types import Divergence, HybridLoss, Teacher, TokenTerms
 
@@ -238,10 +238,11 @@ def linear_hybrid_loss(
             the gradient where the models are close.
         grad_filter: columns of a chunk's dz (entries of the vocabulary) whose mean |dz| over the
             chunk's rows, in units of the loss of one token, is at most this enter no backward GEMM;
-            `dropped_norm` tells how much that was. 0 is exact. Synchronises the device with the
-            host once a chunk.
+            `dropped_norm` tells how much that was (None where the backward computes the gradient).
+            0 is exact. Synchronises the device with the host once a chunk.
         drop_masked: leave masked rows out before the GEMMs, which synchronises the device with the
-            host once. With False they are computed and cleared. (`torch.compile` does it alike.)
+            host once for each time that logits are computed. With False masked rows are computed
+            and cleared.
         mask: as in `hybrid_loss`.
         dense_weight: as in `hybrid_loss`.
         entropy_weight: as in `hybrid_loss`.
@@ -356,7 +357,8 @@ def _linear_problem(
     validate.hidden("student_hidden", hidden)
     validate.head_options("", softcap, logit_scale)
     validate.linear_options(chunk_rows, logits_dtype, grad_filter, drop_masked)
-    head = Head.of("student_", hidden, weight, bias, softcap, logit_scale)
+    valid = valid_rows(context, hidden.shape[:-1], hidden.device)
+    head = Head.of("student_", hidden, weight, bias, softcap, logit_scale, valid)
     options = Options(chunk_rows or 0, logits_dtype, drop_masked)
     return LinearProblem(hidden, head, context, options, float(grad_filter))
 
@@ -390,7 +392,8 @@ def _hybrid_loss(problem: Problem, objective: Objective) -> HybridLoss:
     if callable(advantages):
         with torch.no_grad():
             statistics = problem.measure(keep=problem.wants_gradient and summed)
-            advantages = advantages(problem.terms(statistics))
+            # (Copies: a function may work in place, and the gradient needs the statistics.)
+            advantages = advantages(problem.terms(statistics, own=True))
         validate.advantages(advantages, shape, device)
     elif advantages is not None:
         validate.advantages(advantages, shape, device)

@@ -46,6 +46,7 @@ class Head(NamedTuple):
         bias: Tensor | None,
         softcap: float | None,
         logit_scale: float,
+        valid: Tensor | None = None,
     ) -> "Head":
         """The checked tensors of an output layer.
 
@@ -56,6 +57,7 @@ class Head(NamedTuple):
             bias: `[V]` or None.
             softcap: above 0, or None.
             logit_scale: factor on the logits.
+            valid: bool, the rows that count. Others may hold anything, which a GEMM would spread.
         """
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
@@ -69,14 +71,18 @@ class Head(NamedTuple):
             if own is not None and bias is not None:
                 raise ValueError(f"{name}bias: given, but the layer has one; leave it out")
             bias = own if bias is None else bias
-            weight = getattr(module, "weight", None)
+            weight = module.weight
+            seen = hidden
+            if adapters and valid is not None:
+                seen = hidden.masked_fill(~valid.reshape(-1, 1), 0.0)
             for down, up, scaling, dropout in adapters:
                 if up.bias is not None or down.bias is not None:
                     raise ValueError(
                         f"{name}weight: a LoRA adapter with biases (lora_bias=True) is not "
                         "supported; merge the adapter"
                     )
-                low = nn.functional.linear(dropout(hidden.to(down.weight.dtype)), down.weight)
+                factor = _whole(down.weight, None)
+                low = nn.functional.linear(dropout(seen.to(factor.dtype)), factor)
                 hiddens.append((low * scaling).to(dtype))
                 weights.append(_whole(up.weight, dtype))
         if not isinstance(weight, Tensor):
@@ -105,6 +111,11 @@ def _unwrapped(name: str, module: nn.Module) -> tuple[Any, list[tuple[Any, Any, 
             return _unwrapped(name, wrapped.original_module)
         return _unwrapped(name, wrapped.modules_to_save[wrapped.active_adapters[0]])
     if not hasattr(wrapped, "base_layer"):
+        if type(wrapped).forward is not nn.Linear.forward:
+            raise ValueError(
+                f"{name}weight: a {type(module).__name__}, of which only a linear layer's forward "
+                "is known here; give the [V, D] weight that it multiplies with"
+            )
         return wrapped, []
     if not hasattr(wrapped, "lora_A"):
         raise ValueError(

@@ -68,12 +68,13 @@ def gradients_of_kept(
     statistics: Tensor,
     coefficients: Coefficients,
     bound: Tensor | None,
+    factor: Tensor | None,
     wanted: Sequence[bool],
     *arguments,
 ) -> list[Tensor]:
     """As `linear_gradient`, from logits that `keep_logits` has kept, which are written over."""
     problem = _problem(*arguments, gradient=True, kept=kept)
-    return _differentiate(problem, statistics, coefficients, bound, wanted)
+    return _differentiate(problem, statistics, coefficients, bound, factor, wanted)
 
 
 def _differentiate(
@@ -81,9 +82,10 @@ def _differentiate(
     statistics: Tensor | None,
     coefficients: Coefficients,
     bound: Tensor | None,
+    factor: Tensor | None,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    gradients = Gradients(problem, wanted, bound)
+    gradients = Gradients(problem, wanted, bound, factor)
     for chunk in problem.chunks():
         gradients.add(chunk, chunk.differentiate(coefficients, statistics))
     dropped, found = gradients.finish()
@@ -149,6 +151,7 @@ def linear_gradient(
     log_prob_coefficient: Tensor | None,
     entropy_coefficient: Tensor | None,
     bound: Tensor | None,
+    factor: Tensor | None,
     wanted: Sequence[bool],
     hiddens: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -176,7 +179,7 @@ def linear_gradient(
     backend: str,
 ) -> list[Tensor]:
     """Statistics (those given, where they are), what the filter dropped, and the gradients that are
-    `wanted`, of hiddens, weights and bias."""
+    `wanted`, of hiddens, weights and bias, times the `factor` where there is one."""
     # The gradient of the weight is free memory until it is written.
     first = weights[0]
     room = first.numel() * first.element_size() if wanted[len(hiddens)] else 0
@@ -187,15 +190,19 @@ def linear_gradient(
         gradient=True, room=room,
     )  # fmt: skip
     coefficients = Coefficients(divergence_coefficient, log_prob_coefficient, entropy_coefficient)
-    return _differentiate(problem, statistics, coefficients, bound, wanted)
+    return _differentiate(problem, statistics, coefficients, bound, factor, wanted)
 
 
 @linear_gradient.register_fake
-def _(statistics, c_div, c_logp, c_ent, bound, wanted, hiddens, weights, bias, teachers, *args):
+def _(
+    statistics, c_div, c_logp, c_ent, bound, factor, wanted, hiddens, weights, bias, teachers, *args
+):
     found = _fake_statistics(hiddens, teachers) if statistics is None else statistics.new_empty(0)
     tensors = [*hiddens, *weights, *([] if bias is None else [bias])]
     pairs = zip(tensors, wanted, strict=False)
-    return [found, found.new_empty(()), *(torch.empty_like(t) for t, w in pairs if w)]
+    plain = torch.contiguous_format
+    gradients = (torch.empty_like(t, memory_format=plain) for t, w in pairs if w)
+    return [found, found.new_empty(()), *gradients]
 
 
 class Layout(NamedTuple):
@@ -223,6 +230,12 @@ class Layout(NamedTuple):
         own = iter(gradients)
         found = [next(own) if w else None for w in wanted]
         return (*found, *(None,) * (count - len(found)))
+
+
+def scales_late(weight: Tensor) -> bool:
+    """Whether the normaliser waits for the sums of the GEMMs: 1/N of a probability is nothing in
+    fp16, in which dz enters them on a GPU."""
+    return weight.dtype == torch.float16 and weight.device.type != "cpu"
 
 
 class LinearTermsFunction(torch.autograd.Function):
@@ -253,6 +266,7 @@ class LinearTermsFunction(torch.autograd.Function):
             upstream[FIELDS.log_prob].contiguous() if token_ids is not None else None,
             upstream[FIELDS.entropy].contiguous(),
             bound,
+            None,
             wanted,
             hiddens,
             weights,
@@ -283,14 +297,18 @@ class LinearLossFunction(torch.autograd.Function):
     ):  # fmt: skip
         weights = ops.Weights(dense, advantages, entropy)
         wanted = layout.wanted(ctx.needs_input_grad[10:])
-        coefficients, problem = ops.coefficients(weights, scale), layout.arguments(tensors)
+        problem, factor = layout.arguments(tensors), None
+        coefficients = ops.coefficients(weights, scale)
+        if scales_late(tensors[layout.pairs]):
+            factor, coefficients = scale, ops.coefficients(weights, torch.ones_like(scale))
+            bound = None if bound is None else bound / scale
         if kept:
             found, dropped, *gradients = gradients_of_kept(
-                kept, statistics, coefficients, bound, wanted, *problem, *config
+                kept, statistics, coefficients, bound, factor, wanted, *problem, *config
             )
         else:
             found, dropped, *gradients = linear_gradient(
-                statistics, *coefficients, bound, wanted, *problem, *config
+                statistics, *coefficients, bound, factor, wanted, *problem, *config
             )
         statistics = found if statistics is None else statistics
         valid = tensors[-1]
@@ -312,7 +330,6 @@ class LinearLossFunction(torch.autograd.Function):
         if valid is not None and upstream.shape == valid.shape:
             upstream = torch.where(valid, upstream, 0.0)
         for gradient in gradients:
-            rows = gradient.view(1, -1, gradient.shape[-1])
-            ops.scale_rows(rows, upstream.contiguous(), ctx.backend)
+            ops.scale_rows(gradient, upstream.contiguous(), ctx.backend)
         found = ctx.layout.spread(ctx.wanted, gradients, ctx.count)
         return *(None,) * 10, *found

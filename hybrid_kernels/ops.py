@@ -209,7 +209,10 @@ def _(gradient, c_div, c_logp, c_ent, student, teachers, *args) -> Tensor:
 @torch.library.custom_op("hybrid_kernels::scale_rows", mutates_args=("gradient",))
 def scale_rows(gradient: Tensor, factor: Tensor, backend: str) -> None:
     """Multiplies each row of `gradient` by `factor` (`[N]` or one element); 1 touches nothing."""
-    implementation(backend, "", gradient).scale_rows(gradient, factor)
+    # (Logits are [O, I, V]. What is not: see `linear_ops`. A view outside would be a mutated view
+    # of unknown size to the compiler.)
+    rows = gradient if gradient.ndim == 3 else gradient.view(1, -1, gradient.shape[-1])
+    implementation(backend, "", rows).scale_rows(rows, factor)
 
 
 @scale_rows.register_fake

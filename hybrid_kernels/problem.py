@@ -61,11 +61,7 @@ class Problem:
         validate.temperature(context.temperature)
         teacher, token_ids, floor = context.teacher, context.token_ids, context.teacher_floor
         members = [] if teacher is None else validate.teacher(teacher, place)
-        if token_ids is not None:
-            validate.token_ids(token_ids, self.shape, self.device)
-        if context.mask is not None:
-            validate.row_mask(context.mask, self.shape, self.device)
-        self.valid = _valid_rows(context.mask, token_ids)
+        self.valid = valid_rows(context, place.rows, place.device)
         self.has_teacher, self.has_tokens = teacher is not None, token_ids is not None
         self.token_ids = None if token_ids is None else token_ids.reshape(-1).contiguous()
         self.members = [member for _, member in members]
@@ -123,12 +119,15 @@ class Problem:
         """A mass on a top-K support, in the caller's shape."""
         return None if self.support is None else statistics[index].view(self.shape).detach()
 
-    def terms(self, statistics: Tensor, differentiable: bool = False) -> TokenTerms:
-        """The fields for the user, in the caller's shape."""
+    def terms(
+        self, statistics: Tensor, differentiable: bool = False, own: bool = False
+    ) -> TokenTerms:
+        """The fields for the user, in the caller's shape; `own` to do with as they please."""
 
         def field(index: int, keeps_graph: bool) -> Tensor:
             value = statistics[index].view(self.shape)
-            return value if keeps_graph else value.detach()
+            value = value if keeps_graph else value.detach()
+            return value.clone() if own else value
 
         teacher, tokens = self.has_teacher, self.has_tokens
         return TokenTerms(
@@ -151,7 +150,8 @@ class LogitProblem(Problem):
         self.wants_gradient = torch.is_grad_enabled() and student_logits.requires_grad
         self.inplace = inplace
         logits = [_teacher_logits(m, size) for m in self.members if not isinstance(m, TopK)]
-        self.student, *teachers = _as_rows([student_logits, *logits])
+        names = ["student_logits"] + ["teacher"] * len(logits)
+        self.student, *teachers = _as_rows([student_logits, *logits], names)
         self.teachers = self.log_probs() if self.support is not None else teachers
         self.others = (self.support, self.token_log_prob, self.token_ids, self.valid)
 
@@ -196,7 +196,8 @@ class LinearProblem(Problem):
         # With a gradient of the hidden states alone, an upstream one for each row can wait.
         self.only_hidden = not any(t.requires_grad for t in wanted[len(head.hiddens) :])
         logits = [m for m in self.members if isinstance(m, Tensor)]
-        teachers = iter(_as_rows(logits) if logits else self.log_probs())
+        names = ["teacher"] * len(logits)
+        teachers = iter(_as_rows(logits, names) if logits else self.log_probs())
         tensors: list[Tensor] = []
         weights: list[Tensor | None] = []
         biases: list[Tensor | None] = []
@@ -225,6 +226,9 @@ class LinearProblem(Problem):
             self.token_ids,
             self.valid,
         )
+        members, pairs = len(self.members), len(head.weights)
+        self.names = ["student_hidden"] * pairs + ["student_weight"] * pairs + ["student_bias"]
+        self.names += ["teacher"] * (3 * members + 2) + ["token_ids", "mask"]
         self.layout = linear_ops.Layout(len(head.weights), len(self.members))
         self.config = (scales, caps, *options, *self.config)
 
@@ -237,8 +241,8 @@ class LinearProblem(Problem):
 
     def differentiable(self, known: Tensor | None = None) -> Tensor:
         if self.wants_gradient:
-            for tensor in self.tensors:
-                validate.can_be_saved("teacher, token_ids or mask", tensor)
+            for name, tensor in zip(self.names, self.tensors, strict=True):
+                validate.can_be_saved(name, tensor)
         bound = torch.full((), self.eps, device=self.device) if self.eps else None
         return linear_ops.LinearTermsFunction.apply(
             self.layout, bound, known, self.config, *self.tensors
@@ -320,12 +324,16 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def _valid_rows(mask: Tensor | None, token_ids: Tensor | None) -> Tensor | None:
-    """Bool `[N]`, the rows that count; None where all do by construction."""
-    valid = None if mask is None else mask.reshape(-1) != 0
+def valid_rows(context: Context, rows: torch.Size, device: torch.device) -> Tensor | None:
+    """Bool `[N]`, the rows that count; None where all do by construction. Checks both arguments."""
+    mask, token_ids, valid = context.mask, context.token_ids, None
     if token_ids is not None:
-        named = token_ids.reshape(-1) != IGNORED_TOKEN
-        valid = named if valid is None else valid & named
+        validate.token_ids(token_ids, rows, device)
+        valid = token_ids.reshape(-1) != IGNORED_TOKEN
+    if mask is not None:
+        validate.row_mask(mask, rows, device)
+        kept = mask.reshape(-1) != 0
+        valid = kept if valid is None else kept & valid
     return valid
 
 
@@ -343,12 +351,8 @@ def _mean_token_log_prob(
     return mean
 
 
-def _as_rows(logits: list[Tensor]) -> list[Tensor]:
-    """`[..., V]` as `[O, I, V]` without a copy: leading dimensions merge where strides allow.
-
-    The first is the student's, the others are teachers'.
-    """
-    names = ["student_logits"] + ["teacher"] * (len(logits) - 1)
+def _as_rows(logits: list[Tensor], names: list[str]) -> list[Tensor]:
+    """`[..., V]` as `[O, I, V]` without a copy: leading dimensions merge where strides allow."""
     splits = [_row_split(name, t) for name, t in zip(names, logits, strict=True)]
     # Where one side needs two row strides and another does not, the other follows.
     split = next((own for own in splits if own[0] != 1), splits[0])

@@ -30,7 +30,7 @@ class HybridLoss(NamedTuple):
         student_mass: the student's mass on a top-K support; None for a full teacher.
         teacher_mass: the teacher's mass on a top-K support; None for a full teacher.
         dropped_norm: scalar, what `grad_filter` dropped of the logit gradient: its L2 norm over
-            that of all. None where nothing was to be dropped.
+            that of all. None where nothing was to be dropped, or only the backward does.
     """
 
     loss: Tensor

@@ -272,8 +272,9 @@ def support_values(
 
 def no_grad_wanted(name: str, tensor: Tensor) -> None:
     if tensor.requires_grad:
+        own = name.rpartition(" ")[2]
         raise ValueError(
-            f"{name}: requires a gradient, and gets none here; pass {name}.detach(), or compute it "
+            f"{name}: requires a gradient, and gets none here; pass {own}.detach(), or compute it "
             "under torch.no_grad()"
         )
 

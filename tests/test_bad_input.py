@@ -366,7 +366,8 @@ LINEAR = {
     "weight none": ({"student_weight": None}, "student_weight: expected a [V, D]", "NoneType"),
     "weight layer without one": (
         {"student_weight": torch.nn.ReLU()},
-        "student_weight: expected a [V, D] tensor or an output layer",
+        "student_weight: a ReLU, of which only a linear layer's forward is known",
+        "[V, D] weight",
     ),
     "weight size": (
         {"student_weight": WEIGHT.T},

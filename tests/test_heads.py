@@ -84,6 +84,24 @@ def test_lora(bias, chunk_rows):
     assert not any("base_layer" in name for name in own)
 
 
+@pytest.mark.parametrize("drop_masked", [False, True])
+def test_garbage_in_masked_rows_does_not_reach_an_adapter(drop_masked):
+    model, head = lora_head()
+    hidden, teacher, ids, advantages = inputs()
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    found = []
+    for garbage in (0.0, torch.nan):
+        leaf = hidden.masked_fill(~mask[..., None], garbage).requires_grad_()
+        model.zero_grad(set_to_none=True)
+        linear_hybrid_loss(
+            leaf, head, teacher, ids, advantages, mask=mask, drop_masked=drop_masked
+        ).loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append({"hidden": leaf.grad, **gradients})
+    for name, gradient in found[0].items():
+        assert torch.equal(found[1][name], gradient), name
+
+
 def test_two_adapters_at_once():
     peft = pytest.importorskip("peft", reason="needs PEFT")
     model, head = lora_head()
@@ -119,6 +137,13 @@ def test_what_is_not_lora_is_refused():
     hidden, teacher, _, _ = inputs()
     with pytest.raises(ValueError, match=r"student_weight: the adapter 'default' is a variant"):
         linear_hybrid_loss(hidden, head, teacher)
+
+    class Cosine(nn.Linear):
+        def forward(self, hidden):
+            return nn.functional.linear(hidden, nn.functional.normalize(self.weight))
+
+    with pytest.raises(ValueError, match=r"student_weight: a Cosine, of which only"):
+        linear_hybrid_loss(hidden, Cosine(D, V), teacher)
     model, head = lora_head()
     with pytest.raises(ValueError, match=r"LinearTeacher.weight: has a LoRA adapter"):
         linear_hybrid_loss(hidden, torch.randn(V, D), LinearTeacher(hidden, head))
@@ -139,7 +164,11 @@ def test_autocast_casts_as_a_linear_layer_does():
     expected = hybrid_loss(logits, theirs @ teacher.weight.bfloat16().float().T, ids, advantages)
     torch.testing.assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-5)
     assert weight.grad.dtype == leaf.grad.dtype == torch.float32
-    assert not torch.equal(weight.grad, torch.zeros_like(weight))
+    plain = rounded.requires_grad_()
+    states = leaf.detach().bfloat16().float()
+    given = theirs @ teacher.weight.bfloat16().float().T
+    hybrid_loss(states @ plain.T, given, ids, advantages).loss.backward()
+    assert (weight.grad - plain.grad).norm() < 5e-3 * plain.grad.norm()
 
 
 # -- FSDP2 ------------------------------------------------------------------------------------

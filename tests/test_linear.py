@@ -1,5 +1,6 @@
 """From hidden states: the same numbers as the logits' own GEMM and `hybrid_loss`, in float64."""
 
+import shutil
 from dataclasses import dataclass, replace
 
 import pytest
@@ -544,9 +545,12 @@ class TestFilter:
     def test_of_token_terms(self, backend, device):
         case, _ = self.problem(device)
         _, exact = case.ours("token_terms", chunk_rows=5, backend=backend)
-        _, gradients = case.ours("token_terms", chunk_rows=5, grad_filter=1e-3, backend=backend)
-        assert not torch.equal(gradients[1], exact[1])
-        assert (gradients[1] - exact[1]).norm() < 0.02 * exact[1].norm()
+        errors = []
+        for eps in (1e-4, 1e-3, 1e-2):
+            _, got = case.ours("token_terms", chunk_rows=5, grad_filter=eps, backend=backend)
+            errors.append(float((got[1] - exact[1]).norm() / exact[1].norm()))
+        assert 0 < errors[0] < errors[1] < errors[2] < 0.3
+        assert errors[1] < 0.02
 
 
 class TestChunks:
@@ -593,6 +597,42 @@ class TestChunks:
         assert all(buffer.data_ptr() in inside for buffer in problem.buffers)
 
 
+def test_a_normaliser_that_waits_for_the_gemms(backend, device, monkeypatch):
+    """As in fp16 on a GPU, where 1/N of a probability would be 0."""
+    from hybrid_kernels import linear_ops
+
+    case = make(masked=True, bias=True, device=device)
+    options = {"backend": backend, "chunk_rows": 4, "num_tokens": 1000, "grad_filter": 1e-3}
+    expected, gradients = case.ours(**options)
+    monkeypatch.setattr(linear_ops, "scales_late", lambda weight: True)
+    got, late = case.ours(**options)
+    torch.testing.assert_close(got.dropped_norm, expected.dropped_norm)
+    for own, plain in zip(late, gradients, strict=True):
+        torch.testing.assert_close(own, plain, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("function", [hybrid_loss, linear_hybrid_loss])
+def test_advantages_may_work_in_place(function, backend, device):
+    case = make(teacher="logits", device=device)
+
+    def outcome(advantages):
+        hidden, weight = case.leaves(None)
+        sides = (hidden, weight) if function is linear_hybrid_loss else (hidden @ weight.T,)
+        found = function(
+            *sides, case.given(None), case.token_ids, advantages, entropy_weight=0.5,
+            backend=backend,
+        )  # fmt: skip
+        found.loss.backward()
+        return found.loss.detach(), found.log_prob, hidden.grad
+
+    def in_place(terms):
+        terms.log_prob.clamp_(min=-0.1)
+        return terms.entropy.sub_(1.0)
+
+    for got, expected in zip(outcome(in_place), outcome(lambda t: t.entropy - 1.0), strict=True):
+        assert torch.equal(got, expected)
+
+
 class TestOperators:
     """As PyTorch sees them."""
 
@@ -611,12 +651,15 @@ class TestOperators:
         from hybrid_kernels import linear_ops
 
         case = make(bias=True, masked=True, device=device)
+        if chunk_rows:  # a weight that is stored the other way round
+            weight = case.head.weight.T.contiguous().T
+            case = replace(case, head=replace(case.head, weight=weight))
         arguments = self.arguments(case, backend, chunk_rows)
         torch.library.opcheck(linear_ops.linear_statistics, arguments)
         one, rows = torch.ones(1, device=device), torch.ones(10, device=device)
         for statistics in (None, linear_ops.linear_statistics(*arguments)):
             for wanted in ([True] * 3, [True, False, False], [False, True, False]):
-                leading = (statistics, rows, one, None, None, wanted)
+                leading = (statistics, rows, one, None, None, None, wanted)
                 torch.library.opcheck(linear_ops.linear_gradient, (*leading, *arguments))
 
     @pytest.mark.parametrize("kind", ["mean", "none", "function", "terms", "filter"])
@@ -649,3 +692,24 @@ class TestOperators:
             outcomes.append((loss.detach(), *(leaf.grad for leaf in leaves)))
         torch._dynamo.reset()
         torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-5, atol=1e-7)
+
+    @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+    def test_inductor_takes_other_shapes_and_layouts(self, native, backend, device):
+        def compute(hidden, weight, teacher):
+            return linear_hybrid_loss(hidden, weight.T, teacher, backend=backend).loss
+
+        torch._dynamo.reset()
+        compiled = torch.compile(compute, fullgraph=True)
+        generator = torch.Generator().manual_seed(0)
+        for rows in (5, 6, 7):
+            tensors = [
+                torch.randn(s, generator=generator) for s in ((rows, 8), (8, 33), (rows, 33))
+            ]
+            outcomes = []
+            for function in (compute, compiled):
+                hidden, weight, teacher = (t.clone().to(device) for t in tensors)
+                loss = function(hidden.requires_grad_(), weight.requires_grad_(), teacher)
+                loss.backward()
+                outcomes.append((loss.detach(), hidden.grad, weight.grad))
+            torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-5, atol=1e-7)
+        torch._dynamo.reset()

@@ -36,21 +36,37 @@ class OutputLayer:
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
+# What configs call the softcap of the logits.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
 @torch.no_grad()
 def output_layer(model: PreTrainedModel) -> OutputLayer | None:
-    """The model's output layer; None where its logits are not made as an `OutputLayer` makes them,
-    which is tried out on a few tokens."""
+    """The model's output layer; None where its logits are not made as an `OutputLayer` makes them.
+
+    That is tried out: on a few tokens as they are, and with hidden states so large that a softcap,
+    or a factor that one has not heard of, would show.
+    """
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
         return None
-    config = model.config
-    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    found = OutputLayer(layer, softcap, scale)
-    probe = torch.arange(4, device=model.device)[None] % layer.out_features
-    with captured_hidden(model) as states:
-        expected = model(input_ids=probe, use_cache=False).logits.float()
-    if len(states) != 1:
+    config = model.config.get_text_config()
+    caps = [getattr(config, name, None) for name in SOFTCAPS]
+    softcap = next((cap for cap in caps if cap), None)
+    factors = [getattr(config, name, None) for name in ("logit_scale", "logits_scaling")]
+    if not all(factor is None or isinstance(factor, int | float) for factor in factors):
         return None
-    error = (found.logits(states[0]).float() - expected).abs().max()
-    return found if bool(error <= 0.02 * expected.abs().max()) else None
+    scale, divisor = (1.0 if factor is None else factor for factor in factors)
+    found = OutputLayer(layer, softcap, scale / divisor)
+    probe = torch.arange(4, device=model.device)[None] % layer.out_features
+    for factor in (1.0, 50.0, 1e3):
+        with captured_hidden(model, factor) as states:
+            expected = model(input_ids=probe, use_cache=False).logits
+        if len(states) != 1:
+            return None
+        logits, expected = found.logits(states[0]).float(), expected.float()
+        largest = expected.abs().max()
+        allowed = 1e-4 if layer.weight.dtype == torch.float32 else 0.02
+        if not bool((logits - expected).abs().max() <= allowed * largest) or not bool(largest):
+            return None
+    return found

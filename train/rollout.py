@@ -242,12 +242,18 @@ def completion_hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
 
 
 @contextmanager
-def captured_hidden(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """A list to which each forward of the model adds its last hidden states `[B, S, D]`."""
+def captured_hidden(model: PreTrainedModel, factor: float = 1.0) -> Iterator[list[Tensor]]:
+    """A list to which each forward of the model adds its last hidden states `[B, S, D]`, times a
+    factor with which the output layer sees them, too."""
     states: list[Tensor] = []
-    handle = model.base_model.register_forward_hook(
-        lambda module, inputs, output: states.append(output.last_hidden_state)
-    )
+
+    def capture(module: Any, inputs: Any, output: Any) -> Any:
+        if factor != 1.0:
+            output.last_hidden_state = output.last_hidden_state * factor
+        states.append(output.last_hidden_state)
+        return output
+
+    handle = model.base_model.register_forward_hook(capture)
     try:
         yield states
     finally:

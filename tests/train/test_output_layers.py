@@ -13,6 +13,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
 )
 
 from train.heads import output_layer
@@ -37,13 +39,16 @@ FAMILIES = {
     ),
     "cohere2": lambda: Cohere2ForCausalLM(Cohere2Config(**SIZES, logit_scale=0.3)),
     "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
+    "recurrent_gemma": lambda: RecurrentGemmaForCausalLM(
+        RecurrentGemmaConfig(**{**SIZES, "num_hidden_layers": 3}, lru_width=16)
+    ),
     "llama": lambda: make_model("llama", 0),
     "gpt2": lambda: make_model("gpt2", 0),
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_output_layer_of_a_family(family):
+def test_the_output_layer_of_a_family(family, monkeypatch):
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
     for parameter in model.parameters():
@@ -53,14 +58,34 @@ def test_the_output_layer_of_a_family(family):
     assert found is not None
     plain = (found.softcap, found.logit_scale)
     expected = {"gemma2": (2.0, 1.0), "cohere2": (None, 0.3), "granite": (None, 0.25)}
+    expected["recurrent_gemma"] = (30.0, 1.0)
     assert plain == expected.get(family, (None, 1.0))
     ids = torch.randint(3, len(WORDS), (2, 6))
     hidden = model.base_model(ids).last_hidden_state
     torch.testing.assert_close(found.logits(hidden), model(ids).logits, rtol=1e-5, atol=1e-5)
     # An output layer that does something else is not taken for one.
-    model.lm_head.register_forward_hook(lambda module, inputs, output: output.square())
-    model.config.logit_scale = 1.7
-    assert output_layer(model) is None
+    forward = type(model).forward
+
+    def changed(change):
+        def call(self, *args, **options):
+            output = forward(self, *args, **options)
+            output.logits = change(output.logits)
+            return output
+
+        return call
+
+    changes = [lambda z: 1.01 * z, torch.zeros_like]
+    if found.softcap is None:  # (of which a wider one is hardly anything)
+        changes.append(lambda z: 500 * (z / 500).tanh())
+    for change in changes:
+        monkeypatch.setattr(type(model), "forward", changed(change))
+        assert output_layer(model) is None
+    monkeypatch.setattr(type(model), "forward", forward)
+    if family == "llama":
+        model.config.logit_scale = "inv_sqrt_d_model"  # as MPT has it
+        assert output_layer(model) is None
+        model.config.logit_scale = None
+        assert output_layer(model) is not None
 
 
 @pytest.mark.parametrize("vocab_size", [None, 17])
