@@ -17,6 +17,7 @@ from torch import Tensor
 import hybrid_kernels
 from hybrid_kernels import (
     Divergence,
+    LinearTeacher,
     Mixture,
     TopK,
     available_divergences,
@@ -28,7 +29,7 @@ from hybrid_kernels.types import Teacher
 
 # Relative L2 error of a gradient in fp32 arithmetic; a healthy one is a few 1e-7.
 TOLERANCE = 1e-5
-ROWS, VOCABULARY = 5, 1003
+ROWS, VOCABULARY, WIDTH = 5, 1003, 16
 # Of Llama 2, GPT-2, Llama 3, Qwen 2.5 and Gemma.
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
 
@@ -137,6 +138,27 @@ def _checks(device: torch.device, backend: str) -> list[tuple[str, float]]:
     mixture = Mixture([(1.0, teacher), (0.5, teacher.flip(0))])
     found.append(("hybrid_loss reverse_kl, 2 teachers", hybrid(given=mixture)))
     found.append(("token_terms reverse_kl", _gradient_error(terms, student, backend)))
+
+    # From hidden states, of which the logits of the reference are made in float64.
+    hidden, weight = normal(ROWS, WIDTH), normal(VOCABULARY, WIDTH)
+    theirs = normal(VOCABULARY, WIDTH)
+
+    def linear(name: str) -> Callable[..., Tensor]:
+        def run(module, states: Tensor, **options) -> Tensor:
+            if module is hybrid_kernels:
+                function = getattr(module, f"linear_{name}")
+                given = LinearTeacher(hidden, theirs)
+                result = function(states, weight, given, ids, chunk_rows=ROWS // 2 + 1, **options)
+            else:
+                function = getattr(module, name)
+                logits, other = (states @ w.T.to(states) for w in (weight, theirs))
+                result = function(logits, other.detach(), ids)
+            return result.loss if name == "hybrid_loss" else (result.divergence * upstream).sum()
+
+        return run
+
+    for name in ("hybrid_loss", "token_terms"):
+        found.append((f"linear_{name} reverse_kl", _gradient_error(linear(name), hidden, backend)))
     return found
 
 
