@@ -276,3 +276,37 @@ def test_fsdp2_trains_as_one_process_does(tied, units, is_sharded, tmp_path):
         torch.testing.assert_close(whole[name], parameter.detach(), rtol=1e-5, atol=1e-6, msg=name)
         # (Biases of keys have no gradient: attention does not see them.)
         assert not torch.equal(parameter, before) or name.endswith("k_proj.bias")
+
+
+def lora_worker(rank, folder):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    join(rank, RANKS, folder)
+    model, head = lora_head()
+    fully_shard(head, mesh=init_device_mesh("cpu", (RANKS,)))
+    hidden, teacher, ids, advantages = inputs()
+    part = LinearTeacher(teacher.hidden[rank], teacher.weight)
+    leaf = hidden[rank].clone().requires_grad_()
+    linear_hybrid_loss(leaf, head, part, ids[rank], advantages[rank]).loss.backward()
+    gradients = {
+        name: parameter.grad.full_tensor()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    if rank == 0:
+        torch.save(gradients, Path(folder) / "gradients.pt")
+    dist.destroy_process_group()
+
+
+def test_lora_on_a_sharded_layer(tmp_path):
+    model, head = lora_head()
+    hidden, teacher, ids, advantages = inputs()
+    linear_hybrid_loss(hidden, head, teacher, ids, advantages).loss.backward()
+    torch.multiprocessing.spawn(lora_worker, (str(tmp_path),), nprocs=RANKS)
+    got = torch.load(tmp_path / "gradients.pt")
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert len(got) == 2
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
