@@ -5,6 +5,7 @@ Both kinds measure statistics, differentiate a loss and give differentiable stat
 """
 
 import importlib.util
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ class Context(NamedTuple):
     backend: str
 
 
-class Problem:
+class Problem(ABC):
     """The part of a call that does not depend on how the student is given.
 
     Attributes:
@@ -94,14 +95,15 @@ class Problem:
         found = [m.log_probs for m in self.members if isinstance(m, TopK)]
         return [one.reshape(-1, one.shape[-1]).float().contiguous() for one in found]
 
+    @abstractmethod
     def measure(self, keep: bool = False) -> Tensor:
         """The statistics of all rows, without a gradient; `keep` what else a summed loss needs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def differentiable(self) -> Tensor:
         """Statistics, of which divergence, log p(y) and entropy are differentiable."""
-        raise NotImplementedError
 
+    @abstractmethod
     def differentiate(
         self, weights: ops.Weights, scale: Tensor, statistics: Tensor | None, summed: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -113,7 +115,6 @@ class Problem:
             statistics: where they are known already.
             summed: whether the loss is the sum over all rows, or one for each.
         """
-        raise NotImplementedError
 
     def mass(self, statistics: Tensor, index: int) -> Tensor | None:
         """A mass on a top-K support, in the caller's shape."""
