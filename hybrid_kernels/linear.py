@@ -7,7 +7,8 @@ find the statistics and write dz over z; and with
     dh = dz W        dW += dz^T h
 
 the chunk is done: four GEMMs in all, and no `[N, V]` tensor. (With an upstream gradient for each
-row, or advantages that depend on the statistics, the logits are computed twice: six.)
+row, or advantages that depend on the statistics of several chunks, the logits are computed twice:
+six.)
 
 Logits of 16-bit hidden states are fp32, as they leave the accumulators of the GEMM: rounded to 16
 bits first they would cost most digits of the gradient. A chunk's dz is rounded to the weight's

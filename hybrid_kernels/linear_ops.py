@@ -12,7 +12,7 @@ per-row coefficients. The sides' tensors come as flat lists, student first:
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,8 +101,8 @@ def linear_statistics(
     weights: Sequence[Tensor],
     bias: Tensor | None,
     teachers: Sequence[Tensor],
-    teacher_weights: Sequence[Optional[Tensor]],  # noqa: UP045 (the schema's parser wants it)
-    teacher_biases: Sequence[Optional[Tensor]],  # noqa: UP045
+    teacher_weights: Sequence[Tensor | None],
+    teacher_biases: Sequence[Tensor | None],
     support: Tensor | None,
     token_log_prob: Tensor | None,
     token_ids: Tensor | None,
@@ -157,8 +157,8 @@ def linear_gradient(
     weights: Sequence[Tensor],
     bias: Tensor | None,
     teachers: Sequence[Tensor],
-    teacher_weights: Sequence[Optional[Tensor]],  # noqa: UP045
-    teacher_biases: Sequence[Optional[Tensor]],  # noqa: UP045
+    teacher_weights: Sequence[Tensor | None],
+    teacher_biases: Sequence[Tensor | None],
     support: Tensor | None,
     token_log_prob: Tensor | None,
     token_ids: Tensor | None,

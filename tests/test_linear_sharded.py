@@ -35,25 +35,13 @@ def part_of(teacher, first: int, last: int):
     return teacher if isinstance(teacher, TopK) else teacher[..., first:last]
 
 
-class Part:
-    """A case whose teacher is given."""
-
-    def __init__(self, case: Case, teacher) -> None:
-        self.case, self.teacher = case, teacher
-
-    def run(self, method, **options):
-        own = replace(self.case)
-        own.given = lambda dtype: self.teacher  # type: ignore[method-assign]
-        return own.ours(method, **options)
-
-
 def compare(ranks: Ranks, case: Case, method: str = "hybrid_loss", **options) -> None:
     first, last = ranks.bounds(len(case.head.weight))
     teacher = case.given(None)
     options["backend"] = ranks.backend
-    whole, (hidden, *head) = Part(case, teacher).run(method, **dict(options))
-    part = Part(shard(case, first, last), part_of(teacher, first, last))
-    own, (own_hidden, *own_head) = part.run(method, process_group=ranks.group, **dict(options))
+    whole, (hidden, *head) = replace(case, fixed=teacher).ours(method, **dict(options))
+    part = replace(shard(case, first, last), fixed=part_of(teacher, first, last))
+    own, (own_hidden, *own_head) = part.ours(method, process_group=ranks.group, **dict(options))
 
     def check() -> None:
         for name, expected in whole._asdict().items():

@@ -4,7 +4,6 @@ Real processes and real collectives (gloo). A group of processes is started once
 case is a test of its own, which asks what became of it on all ranks.
 """
 
-import datetime
 import json
 import os
 import traceback
@@ -32,6 +31,7 @@ from hybrid_kernels import (
 )
 from hybrid_kernels.rows import Coefficients, Rows, Support
 from hybrid_kernels.validate import TAILS
+from ranks import join
 from tolerance import relative_error
 
 # How much of a vocabulary each rank has: never the same, and at no 16-byte boundary.
@@ -593,17 +593,8 @@ def _(ranks):
 
 def _work(rank: int, size: int, backend: str, folder: str, names: list[str]) -> None:
     """Runs all cases on one rank; writes what failed."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(seconds=SECONDS),
-    )
+    group = join(rank, size, folder, SECONDS)
     torch.use_deterministic_algorithms(True, warn_only=True)  # which fills new memory with NaN
-    group = torch.distributed.group.WORLD
-    assert group is not None
     failed = {}
     for position, name in enumerate(names):
         try:
