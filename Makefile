@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # A machine whose Python already has a suitable torch (a CUDA or ROCm build, say) keeps it.
 # (Not one of an activated virtual environment, which .venv would not see.)
 HAS_TORCH := $(shell $(PYTHON) -c "import torch, sys; sys.exit(sys.prefix != sys.base_prefix or \
-	tuple(map(int, torch.__version__.split('.')[:2])) < (2, 9))" 2>/dev/null && echo yes)
+	tuple(map(int, torch.__version__.split('.')[:2])) < (2, 10))" 2>/dev/null && echo yes)
 
 .PHONY: help setup test demo lint format bench gpu doctor clean
 

@@ -114,7 +114,7 @@ def row_start(side, row, inner):
 @triton.jit
 def locate(
     problem, target, row, V: tl.constexpr, EDGES: tl.constexpr, MEMBERS: tl.constexpr,
-    TOPK: tl.constexpr,
+    TOPK: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
     """A row on all sides and, where there is a target, in its gradient."""
     student = row_start(problem.student, row, problem.inner)
@@ -123,7 +123,7 @@ def locate(
         for i in tl.static_range(MEMBERS):
             teachers = teachers + (row_start(problem.teachers[i], row, problem.inner),)
     gradient = student
-    if target is not None:
+    if WRITES:
         gradient = row_start(target.gradient, row, problem.inner)
     marks = student
     if TOPK:
@@ -339,7 +339,7 @@ def teacher_log_prob(w_token, stats, shares, constants, MEMBERS: tl.constexpr, H
     total = tl.full((), 0.0, tl.float32)
     mean = tl.full((), 0.0, tl.float32)
     for i in tl.static_range(MEMBERS):
-        row = stats[i]
+        row = Row(*stats[i])
         log_q = (w_token[i] - row.teacher_max) * constants.inv_t - row.teacher_lse
         if HAS_FLOOR:
             log_q = tl.where(log_q < constants.floor, constants.floor, log_q)
@@ -356,7 +356,7 @@ def write_statistics(
     TOPK: tl.constexpr,
 ):  # fmt: skip
     """Every field but the divergence; those of a support are written where it is compared."""
-    student = stats[0]
+    student = Row(*stats[0])
     ptr = statistics_ptr + row
     count = tl.cast(count, tl.int64)  # a constant where there is one row, which has no .to
     tl.store(ptr + _LOG_PROB * count, log_prob)
@@ -370,11 +370,12 @@ def write_statistics(
             tl.store(ptr + field * count, 0.0)
     for i in tl.static_range(SIDES):
         own = ptr + (_STUDENT_FIELDS + i * _MEMBER_FIELDS) * count
-        tl.store(own + _TEACHER_MAX * count, stats[i].teacher_max)
-        tl.store(own + _TEACHER_LSE * count, stats[i].teacher_lse)
-        tl.store(own + _SLOPE_SUM * count, stats[i].slope_sum)
-        tl.store(own + _LOG_S * count, stats[i].log_s)
-        tl.store(own + _TAIL_SLOPE * count, stats[i].tail_slope)
+        member = Row(*stats[i])
+        tl.store(own + _TEACHER_MAX * count, member.teacher_max)
+        tl.store(own + _TEACHER_LSE * count, member.teacher_lse)
+        tl.store(own + _SLOPE_SUM * count, member.slope_sum)
+        tl.store(own + _LOG_S * count, member.log_s)
+        tl.store(own + _TAIL_SLOPE * count, member.tail_slope)
 
 
 @triton.jit

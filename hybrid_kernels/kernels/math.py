@@ -17,6 +17,8 @@ softmaxes at temperature T, l = log p - log q, x = z - m and d = (z - m) - (w - 
   student alone. Under TOPK teachers are known on a support only (`topk.py`), and a sweep over the
   vocabulary tells the student's mass outside it: in the place of the teacher's logits stand marks,
   which are 1 on the support.
+- Triton 3.6 forgets the type of a NamedTuple that is an element of a tuple built by addition; hence
+  `Row(*stats[i])` where a field is wanted.
 """
 
 from typing import NamedTuple
@@ -310,9 +312,9 @@ def plus(a, b):
 @triton.jit
 def is_finite(sums, COUNT: tl.constexpr):
     """Whether a tile held finite numbers only: an infinite one leaves an infinity or 0 * inf."""
-    probe = sums[0].student_x
+    probe = Sums(*sums[0]).student_x
     for i in tl.static_range(COUNT):
-        probe += sums[i].student_d + sums[i].teacher_d
+        probe += Sums(*sums[i]).student_d + Sums(*sums[i]).teacher_d
     return probe - probe == 0.0
 
 
@@ -330,7 +332,7 @@ def merge_all(a, b, scale, COUNT: tl.constexpr):
     """`merge` for each member."""
     found = ()
     for i in tl.static_range(COUNT):
-        found = found + (merge(a[i], b[i], scale),)
+        found = found + (merge(Sums(*a[i]), Sums(*b[i]), scale),)
     return found
 
 
@@ -473,10 +475,10 @@ def settle_all(
     rows = ()
     for i in tl.static_range(MEMBERS):
         value, slope_sum, log_s = settle(
-            values[i], slope_sums[i], stats[i].shift, parameter, DIVERGENCE
+            values[i], slope_sums[i], Row(*stats[i]).shift, parameter, DIVERGENCE
         )
         total += shares[i] * value
-        rows = rows + (with_slopes(stats[i], stats[0], slope_sum, log_s, 0.0),)
+        rows = rows + (with_slopes(Row(*stats[i]), Row(*stats[0]), slope_sum, log_s, 0.0),)
     return total, rows
 
 
@@ -581,7 +583,7 @@ def values_and_slopes(
     slopes = ()
     for i in tl.static_range(MEMBERS):
         t, s = value_and_slope(
-            zs, wss[i], stats[i], constants, CHUNKS, HAS_FLOOR, DIVERGENCE, SMALL
+            zs, wss[i], Row(*stats[i]), constants, CHUNKS, HAS_FLOOR, DIVERGENCE, SMALL
         )
         values = values + (t,)
         slopes = slopes + (s,)
@@ -594,7 +596,7 @@ def swept_divergences(sums, stats, constants, MEMBERS: tl.constexpr, DIVERGENCE:
     values = ()
     slopes = ()
     for i in tl.static_range(MEMBERS):
-        t, s = swept_divergence(sums[i], stats[i], constants, DIVERGENCE)
+        t, s = swept_divergence(Sums(*sums[i]), Row(*stats[i]), constants, DIVERGENCE)
         values = values + (t,)
         slopes = slopes + (s,)
     return values, slopes
@@ -614,7 +616,7 @@ def all_normalisers(sums, constants, MEMBERS: tl.constexpr, TOPK: tl.constexpr):
     """`normalisers` for each member."""
     found = ()
     for i in tl.static_range(sides(MEMBERS, TOPK)):
-        found = found + (normalisers(sums[i], constants, MEMBERS > 0 and not TOPK),)
+        found = found + (normalisers(Sums(*sums[i]), constants, MEMBERS > 0 and not TOPK),)
     return found
 
 
@@ -634,7 +636,7 @@ def small_values(
     total = tl.full((), 0.0, tl.float32)
     for i in tl.static_range(MEMBERS):
         total += shares[i] * small_value(
-            zs, wss[i], stats[i], constants, CHUNKS, HAS_FLOOR, DIVERGENCE
+            zs, wss[i], Row(*stats[i]), constants, CHUNKS, HAS_FLOOR, DIVERGENCE
         )
     return total
 
@@ -683,12 +685,21 @@ def full_gradient(
         w = ws[0]
         own = Weights(weights.divergence * shares[0], weights.log_prob, weights.entropy)
     gradient = logit_gradient(
-        z, w, stats[0], own, constants, HAS_FLOOR, MEMBERS > 0, HAS_ENTROPY, DIVERGENCE, GUARDED
+        z,
+        w,
+        Row(*stats[0]),
+        own,
+        constants,
+        HAS_FLOOR,
+        MEMBERS > 0,
+        HAS_ENTROPY,
+        DIVERGENCE,
+        GUARDED,
     )
     for i in tl.static_range(1, MEMBERS):
         own = Weights(weights.divergence * shares[i], 0.0, 0.0)
         gradient += logit_gradient(
-            z, ws[i], stats[i], own, constants, HAS_FLOOR, True, False, DIVERGENCE, GUARDED
+            z, ws[i], Row(*stats[i]), own, constants, HAS_FLOOR, True, False, DIVERGENCE, GUARDED
         )
     return gradient
 

@@ -53,6 +53,7 @@ from hybrid_kernels.kernels.divergences import (
 )
 from hybrid_kernels.kernels.math import (
     Constants,
+    Row,
     Sums,
     about,
     all_normalisers,
@@ -197,7 +198,7 @@ def _publish_all(
 ):
     for i in tl.static_range(sides(MEMBERS, TOPK)):
         _publish_sums(
-            slot_ptr + i * _PUBLISHED * LANES, part, sums[i], LANES, MEMBERS > 0,
+            slot_ptr + i * _PUBLISHED * LANES, part, Sums(*sums[i]), LANES, MEMBERS > 0,
             "none" if TOPK else DIVERGENCE,
         )  # fmt: skip
 
@@ -564,7 +565,7 @@ def resident_kernel(
     meetings = tl.full((), 0, tl.int32)
 
     row = group
-    where = locate(problem, target, row, V, EDGES, MEMBERS, TOPK)
+    where = locate(problem, target, row, V, EDGES, MEMBERS, TOPK, True)
     wanted = _wanted(problem.valid, row, count)
     zs, wss = _load(where, part, wanted, SLICE, CHUNK_V, CHUNKS, PAD, EDGES, MEMBERS, TOPK)
     while row < count:
@@ -609,7 +610,7 @@ def resident_kernel(
         next_zs = zs
         next_wss = wss
         if PREFETCH:
-            next_where = locate(problem, target, row + groups, V, EDGES, MEMBERS, TOPK)
+            next_where = locate(problem, target, row + groups, V, EDGES, MEMBERS, TOPK, True)
             next_zs, next_wss = _load(
                 next_where, part, next_wanted, SLICE, CHUNK_V, CHUNKS, PAD, EDGES, MEMBERS, TOPK
             )
@@ -660,7 +661,7 @@ def resident_kernel(
                 if part == 0:
                     log_p = tl.full((), 0.0, tl.float32)
                     if HAS_TOKEN:
-                        log_p = student_log_prob(z_token, stats[0], constants.inv_t)
+                        log_p = student_log_prob(z_token, Row(*stats[0]), constants.inv_t)
                         if FULL > 0:
                             log_q = teacher_log_prob(
                                 w_token, stats, shares, constants, MEMBERS, HAS_FLOOR
@@ -717,7 +718,7 @@ def resident_kernel(
                 if EDGES:
                     clear_edges(where, V)
         row += groups
-        where = locate(problem, target, row, V, EDGES, MEMBERS, TOPK)
+        where = locate(problem, target, row, V, EDGES, MEMBERS, TOPK, True)
         wanted = next_wanted
         zs = next_zs
         wss = next_wss

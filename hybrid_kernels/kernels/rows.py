@@ -251,7 +251,11 @@ def sweep_constants(
     """The compile-time arguments of `sweep_kernel`."""
     # Marks are read by the byte.
     block_v = launch.block_v if rows.support is None else max(launch.block_v, GROUP)
-    return {"BLOCK_V": block_v, "MEASURE": measure} | _problem_constants(rows, gradient)
+    return {
+        "BLOCK_V": block_v,
+        "MEASURE": measure,
+        "WRITE": gradient is not None,
+    } | _problem_constants(rows, gradient)
 
 
 def values_arguments(rows: Rows, statistics: Tensor, values: Tensor) -> tuple:

@@ -39,6 +39,7 @@ from hybrid_kernels.kernels.divergences import (
 )
 from hybrid_kernels.kernels.math import (
     Constants,
+    Row,
     all_normalisers,
     all_sums,
     each_together,
@@ -220,10 +221,10 @@ def sweep_kernel(
     HAS_SMALL: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     MEASURE: tl.constexpr,
+    WRITE: tl.constexpr,
 ):
     """One row: MEASURE fills its statistics (else they are read), a target gets its gradient."""
     HAS_TOKEN: tl.constexpr = problem.token_ids is not None
-    WRITE: tl.constexpr = target is not None
     # How many rows of statistics there are, and how many teachers are known by their logits.
     ROWS: tl.constexpr = sides(MEMBERS, False)
     FULL: tl.constexpr = 0 if TOPK else MEMBERS
@@ -231,7 +232,7 @@ def sweep_kernel(
     count = problem.count
     shares = problem.shares
     constants = Constants(problem.inv_t, problem.inv_t * LOG2E, problem.floor, problem.parameter)
-    where = locate(problem, target, row, V, EDGES, MEMBERS, TOPK)
+    where = locate(problem, target, row, V, EDGES, MEMBERS, TOPK, WRITE)
     valid = True
     if problem.valid is not None:
         valid = tl.load(problem.valid + row) != 0
@@ -280,7 +281,7 @@ def sweep_kernel(
                     log_q = teacher_log_prob(w_token, stats, shares, constants, MEMBERS, HAS_FLOOR)
             log_p = tl.full((), 0.0, tl.float32)
             if HAS_TOKEN:
-                log_p = student_log_prob(z_token, stats[0], constants.inv_t)
+                log_p = student_log_prob(z_token, Row(*stats[0]), constants.inv_t)
             write_statistics(
                 statistics_ptr, row, count, stats, log_p, log_q, constants.inv_t, ROWS, TOPK
             )
@@ -344,7 +345,7 @@ def values_kernel(
     the second sweep alone, with the statistics of the whole row."""
     row = tl.program_id(0)
     constants = Constants(problem.inv_t, problem.inv_t * LOG2E, problem.floor, problem.parameter)
-    where = locate(problem, None, row, V, EDGES, MEMBERS, False)
+    where = locate(problem, None, row, V, EDGES, MEMBERS, False, False)
     valid = True
     if problem.valid is not None:
         valid = tl.load(problem.valid + row) != 0

@@ -30,6 +30,8 @@ from hybrid_kernels.kernels.divergences import (
     together,
 )
 from hybrid_kernels.kernels.math import (
+    Row,
+    Sums,
     Weights,
     at_least_lowest,
     settle,
@@ -108,7 +110,7 @@ def mark_kernel(
     if problem.valid is not None:
         valid = tl.load(problem.valid + row) != 0
     if valid:
-        where = locate(problem, None, row, V, EDGES, 0, False)
+        where = locate(problem, None, row, V, EDGES, 0, False, False)
         WORDS: tl.constexpr = mark_bytes(V) // 4
         words_ptr += tl.cast(row, tl.int64) * WORDS
         for start in range(0, WORDS, 1024):
@@ -272,8 +274,8 @@ def compare(
     """
     support = problem.support
     ids, z, offsets, inside = _load(support, row, K, BLOCK_K)
-    student = stats[0]
-    log_tail = tl.log(sums[0].teacher_sum) - student.student_lse
+    student = Row(*stats[0])
+    log_tail = tl.log(Sums(*sums[0]).teacher_sum) - student.student_lse
     found = (ids == token) & (token >= 0)
     in_support = tl.max(found.to(tl.int32), 0) > 0
     value = tl.full((), 0.0, tl.float32)
@@ -373,7 +375,7 @@ def outside_weights(stats, shares, weights, MEMBERS: tl.constexpr, TAIL: tl.cons
     log_prob = weights.log_prob
     if TAIL == "bucket":
         for i in tl.static_range(MEMBERS):
-            row = stats[i]
+            row = Row(*stats[i])
             own = weights.divergence * shares[i] * (row.tail_slope - row.slope_sum)
             log_prob -= tl.where(weights.divergence == 0.0, 0.0, own)
     return Weights(0.0, log_prob, weights.entropy)
@@ -401,7 +403,7 @@ def support_gradient(
 ):
     """Writes the gradient of the support over what the tiles have stored: of the entries `first` to
     `last` of the body and, if wanted, of the edges."""
-    student = stats[0]
+    student = Row(*stats[0])
     ids, z, offsets, inside = _load(problem.support, row, K, BLOCK_K)
     p = student_probability(z, student, constants)
     inner = -weights.log_prob
@@ -415,9 +417,10 @@ def support_gradient(
         c = _categories(
             ids, z, log_q, student, -1.0, constants, problem.support.resolution, HAS_FLOOR, TAIL
         )
-        u, v, _, _ = _slopes(c, stats[i].log_s, constants.parameter, DIVERGENCE)
+        row_of_member = Row(*stats[i])
+        u, v, _, _ = _slopes(c, row_of_member.log_s, constants.parameter, DIVERGENCE)
         own = weights.divergence * problem.shares[i]
-        own = own * (c.p * (u - stats[i].slope_sum) + v)
+        own = own * (c.p * (u - row_of_member.slope_sum) + v)
         gradient += tl.where(weights.divergence == 0.0, 0.0, own)
     position = ids - where.head
     in_body = (position >= 0) & (position < where.body)
