@@ -76,7 +76,7 @@ def main() -> None:
     elif arguments.command == "aot":
         from bench import aot
 
-        aot.main()
+        sys.exit(aot.main())
     elif arguments.command == "topk":
         from bench import topk_bias
 

@@ -9,36 +9,21 @@ import itertools
 import re
 import subprocess
 import tempfile
-import unittest.mock
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 import triton
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
-from triton.runtime import driver
+from triton import JITFunction, knobs
+from triton.compiler import CompiledKernel
 
+from bench import standin
 from hybrid_kernels import Divergence, available_divergences
 from hybrid_kernels.kernels import config, resident, sweep, topk
 from hybrid_kernels.kernels import rows as launchers
 from hybrid_kernels.rows import Coefficients, Rows, Support
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-# Multiprocessors of the A100, H100/H200, B200 and MI300X.
-DEVICES = {
-    "sm_80": config.Device("A100", 108),
-    "sm_90": config.Device("H200", 132),
-    "sm_100": config.Device("B200", 148),
-    "gfx942": config.Device("MI300X", 304),
-}
 # The form, and of the sweeping one whether it measures and whether it writes.
 MODES = {
     "resident": None,
@@ -61,15 +46,6 @@ EXPONENTIALS = {
 TOPK_EXPONENTIALS = 2
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
 DTYPES = (torch.bfloat16, torch.float32)
-_TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.uint8: "*u8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.bool: "*i1",
-}
 
 
 class Resources(NamedTuple):
@@ -122,7 +98,7 @@ def compile_rows(
     """A row kernel as a call with these inputs would launch it.
 
     Args:
-        target: a key of `TARGETS`.
+        target: a key of `standin.GPUS`.
         vocabulary: V; the rows are contiguous.
         dtype: of both logits, and of the gradient but for `gradient_dtype`.
         divergence: a name from `available_divergences()`.
@@ -162,7 +138,7 @@ def compile_rows(
     statistics = rows.statistics()
     flags = MODES[mode]
     if flags is None:
-        device = DEVICES[target]
+        device = standin.GPUS[target].device
         sides = launchers.held(rows)
         launch = config.resident(vocabulary, dtype.itemsize, count, device, tuning, sides)
         assert launch is not None
@@ -185,7 +161,7 @@ def compile_rows(
         kernel = sweep.sweep_kernel
     constants["HAS_SMALL"] &= small
     written = gradient_dtype or dtype
-    return _compile(_source(kernel, arguments, constants), target, launch, written)
+    return _compile(kernel, arguments, constants, target, launch, written)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -202,7 +178,7 @@ def compile_marks(target: str, vocabulary: int, dtype: torch.dtype, support: int
     arguments = launchers.mark_arguments(rows, launchers.empty_support(rows))
     constants = launchers.mark_constants(rows, logits)
     launch = config.Sweep(support, 4)
-    return _compile(_source(topk.mark_kernel, arguments, constants), target, launch, dtype)
+    return _compile(topk.mark_kernel, arguments, constants, target, launch, dtype)
 
 
 def compile_values(
@@ -234,7 +210,7 @@ def compile_values(
     arguments = launchers.values_arguments(rows, rows.statistics(), values)
     launch = launchers.values_form(rows)
     constants = launchers.values_constants(rows, launch)
-    return _compile(_source(sweep.values_kernel, arguments, constants), target, launch, dtype)
+    return _compile(sweep.values_kernel, arguments, constants, target, launch, dtype)
 
 
 def compile_scale(target: str, vocabulary: int, dtype: torch.dtype) -> Compiled:
@@ -248,57 +224,21 @@ def compile_scale(target: str, vocabulary: int, dtype: torch.dtype) -> Compiled:
         "EDGES": launchers.has_edges([gradient]),
     }
     arguments = launchers.scale_arguments(gradient, factor)
-    return _compile(_source(sweep.scale_kernel, arguments, constants), target, launch, dtype)
+    return _compile(sweep.scale_kernel, arguments, constants, target, launch, dtype)
 
 
 def _compile(
-    source: ASTSource, target: str, launch: config.Sweep | config.Resident, dtype: torch.dtype
+    kernel: JITFunction,
+    arguments: tuple,
+    constants: dict,
+    target: str,
+    launch: config.Sweep | config.Resident,
+    dtype: torch.dtype,
 ) -> Compiled:
-    gpu = TARGETS[target]
-    options = launch.options(hip=gpu.backend == "hip")
-    # Kernels that ask what they are compiled for ask the active driver, of which there may be none.
-    with unittest.mock.patch.object(driver, "_active", _Driver(gpu)):
-        kernel = triton.compile(source, target=gpu, options=options)
+    options = launch.options(hip=standin.GPUS[target].target.backend == "hip")
+    with standin.driver_for(target):
+        kernel = kernel.warmup(*arguments, grid=(1,), **constants, **options)
     return Compiled(kernel, launch, dtype.itemsize)
-
-
-class _Driver(NamedTuple):
-    """Answers `tl.target_info`."""
-
-    target: GPUTarget
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-
-def _source(kernel, arguments: tuple, constants: dict) -> ASTSource:
-    """What a launch with these arguments would specialise: None, 1 and multiples of 16."""
-    values: dict[tuple[int, ...], object] = {}
-    hints: dict[tuple[int, ...], list] = {}
-
-    def type_of(value: Any, path: tuple[int, ...], constant: bool = False) -> Any:
-        """The type of an argument, or of each part of one that has parts."""
-        if isinstance(value, tuple) and not constant:
-            parts = [type_of(part, (*path, i)) for i, part in enumerate(value)]
-            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-        if constant or value is None or (isinstance(value, int) and value == 1):
-            values[path] = value
-            return "constexpr"
-        if isinstance(value, torch.Tensor):
-            hints[path] = [["tt.divisibility", 16]]
-            return _TYPES[value.dtype]
-        if isinstance(value, int):
-            if value % 16 == 0:
-                hints[path] = [["tt.divisibility", 16]]
-            return "i32" if value < 2**31 else "i64"
-        return "fp32"
-
-    named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
-    signature = {
-        name: type_of(named[name], (index,), name in constants)
-        for index, name in enumerate(kernel.arg_names)
-    }
-    return ASTSource(kernel, signature, values, hints)
 
 
 # -- the machine code ------------------------------------------------------------------------------
@@ -445,8 +385,12 @@ def _cuobjdump(compiled: Compiled, option: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def main() -> None:
-    """Prints one line for each shipped configuration of the row-resident form on sm_90."""
+def main() -> int:
+    """Prints one line for each shipped configuration of the row-resident form on sm_90.
+
+    Returns the exit status: 1 if one does not compile.
+    """
+    print(f"Triton {triton.__version__}")
     print(
         "Row-resident form, sm_90: per thread, and per entry of the vocabulary in rows that are\n"
         "not masked, hold finite numbers and have no small divergence. Bytes are in accesses of\n"
@@ -456,17 +400,35 @@ def main() -> None:
         "      V dtype    problem                    | splits  slice warps | registers spilled "
         "shared | bytes in  out  floor | exp2 special instructions"
     )
+    failed = 0
+    for name, case, exponentials, moved, options in _shipped():
+        try:
+            _report(name, case, exponentials, moved, **options)
+        except Exception as error:  # of the compiler, which has many
+            failed += 1
+            _, vocabulary, dtype, *_ = case
+            root = error
+            while root.__cause__ is not None:
+                root = root.__cause__
+            print(f"{vocabulary:7} {str(dtype)[6:]:8} {name:26} | FAILED: {root!r}", flush=True)
+    if failed:
+        print(f"{failed} configurations do not compile.")
+    return int(failed > 0)
+
+
+def _shipped() -> Iterator[tuple[str, tuple, int, int, dict]]:
+    """Name, configuration, exponentials, entries moved per entry, options of `compile_rows`."""
     for vocabulary, dtype, divergence in itertools.product(
         VOCABULARIES, DTYPES, available_divergences()
     ):
         case = ("sm_90", vocabulary, dtype, divergence, "resident")
-        _report(divergence, case, EXPONENTIALS[divergence], 3)
+        yield divergence, case, EXPONENTIALS[divergence], 3, {}
     # Of a support, what its K entries cost is part of what the others do.
     case = ("sm_90", 151936, torch.bfloat16, "reverse_kl", "resident")
     for size in (32, 128, 512, 1024):
-        _report(f"reverse_kl, top-{size}", case, TOPK_EXPONENTIALS, 2, support=size)
+        yield f"reverse_kl, top-{size}", case, TOPK_EXPONENTIALS, 2, {"support": size}
     for count in (2, 3):
-        _report(f"reverse_kl, {count} teachers", case, count + 2, 2 + count, teachers=count)
+        yield f"reverse_kl, {count} teachers", case, count + 2, 2 + count, {"teachers": count}
 
 
 def _report(name: str, case: tuple, exponentials: int, moved: int, **options) -> None:
@@ -482,7 +444,3 @@ def _report(name: str, case: tuple, exponentials: int, moved: int, **options) ->
         f"{each.exponentials:4.1f} {each.special:7.1f} {each.instructions:12.1f}",
         flush=True,
     )
-
-
-if __name__ == "__main__":
-    main()

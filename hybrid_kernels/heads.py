@@ -59,8 +59,8 @@ class Head(NamedTuple):
             logit_scale: factor on the logits.
             valid: bool, the rows that count. Others may hold anything, which a GEMM would spread.
         """
-        dtype = hidden.dtype
-        if torch.is_autocast_enabled(hidden.device.type):
+        dtype, autocast = hidden.dtype, _is_autocast(hidden.device.type)
+        if autocast:
             # As a linear layer does.
             dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
@@ -91,13 +91,17 @@ class Head(NamedTuple):
                 f"got {type(weight).__name__}"
             )
         _check_partition(name, weight)
-        autocast = torch.is_autocast_enabled(hidden.device.type)
         weights.insert(0, _whole(weight, dtype if autocast or _is_dtensor(weight) else None))
         bias = None if bias is None else _whole(bias, None)
         validate.head(name, weights[0], bias, hidden)
         return cls(
             [h.contiguous() for h in hiddens], weights, bias, float(logit_scale), softcap or 0.0
         )
+
+
+def _is_autocast(device: str) -> bool:
+    """Whether autocast is on; some devices ("meta") have none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _unwrapped(name: str, module: nn.Module) -> tuple[Any, list[tuple[Any, Any, float, Any]]]:

@@ -18,6 +18,7 @@ Shapes and names are those of `rows.py`.
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import NamedTuple
 
@@ -76,6 +77,13 @@ def check_values(rows: Rows, group: str) -> None:
             validate.support_values(support.ids, log_probs, rows.valid, vocabulary, resolution)
 
 
+def autocast_off(device: torch.device) -> AbstractContextManager:
+    """Leaves arithmetic on a device as it is written; some devices ("meta") have no autocast."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def without_autocast(operator: Callable) -> Callable:
     """An operator whose own arithmetic torch.autocast, which reaches into it, leaves alone."""
 
@@ -83,7 +91,7 @@ def without_autocast(operator: Callable) -> Callable:
     def wrapped(*args, **options):
         tensors = (t for a in args for t in (a if isinstance(a, list | tuple) else (a,)))
         first = next(t for t in tensors if isinstance(t, Tensor))
-        with torch.autocast(first.device.type, enabled=False):
+        with autocast_off(first.device):
             return operator(*args, **options)
 
     return wrapped

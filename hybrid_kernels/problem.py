@@ -294,7 +294,7 @@ def _teacher_logits(member: Tensor | LinearTeacher, vocabulary: int) -> Tensor:
     if isinstance(member, Tensor):
         return member
     head = _teacher_head(member, vocabulary)
-    with torch.no_grad(), torch.autocast(member.hidden.device.type, enabled=False):
+    with torch.no_grad(), ops.autocast_off(member.hidden.device):
         out = torch.empty(
             (len(head.hiddens[0]), vocabulary), dtype=torch.float32, device=member.hidden.device
         )

@@ -1,0 +1,113 @@
+"""A stand-in for a GPU: everything that a launch does on the host, and no launch.
+
+Triton asks its driver what to compile for, hands it the binary and has it launched. The driver here
+answers for a GPU that is elsewhere and launches nothing. Tensors are on the device "meta": they
+have shapes and strides, no memory, and an address of 0, aligned as what CUDA's allocator returns.
+So the public functions choose, specialise and compile the very kernels that they would on that GPU.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch.fx.experimental._config as fx_config
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from hybrid_kernels import linear_ops, ops, problem
+from hybrid_kernels.kernels import config
+
+
+class GPU(NamedTuple):
+    """What Triton compiles for, and what launches have to know of the device."""
+
+    target: GPUTarget
+    device: config.Device
+
+
+GPUS = {
+    "sm_80": GPU(GPUTarget("cuda", 80, 32), config.Device("A100", 108)),
+    "sm_90": GPU(GPUTarget("cuda", 90, 32), config.Device("H200", 132)),
+    "sm_100": GPU(GPUTarget("cuda", 100, 32), config.Device("B200", 148)),
+    "gfx942": GPU(GPUTarget("hip", "gfx942", 64), config.Device("MI300X", 304)),
+}
+_OPERATORS: tuple[Any, ...] = (
+    ops.row_statistics,
+    ops.row_gradient,
+    ops.hybrid_rows,
+    ops.scale_rows,
+    linear_ops.linear_statistics,
+    linear_ops.linear_gradient,
+)
+
+
+class Driver:
+    """What Triton asks of a driver.
+
+    Attributes:
+        utils: itself; Triton finds what follows there.
+        launches: how many there were.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.utils, self.launches = name, self, 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUS[self.name].target
+
+    def get_current_device(self) -> str:
+        return self.name  # under which Triton keeps what it has compiled in this process
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_device_properties(self, device: str) -> dict[str, int]:
+        return {"max_shared_mem": 228 * 1024}
+
+    def load_binary(self, *binary) -> tuple[int, int, int, int, int]:
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, threads
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+    def launcher_cls(self, source, metadata) -> Any:
+        def launch(*arguments) -> None:
+            self.launches += 1
+
+        return launch
+
+
+@contextlib.contextmanager
+def driver_for(name: str) -> Iterator[Driver]:
+    """Triton compiles for a GPU of `GPUS`."""
+    own = Driver(name)
+    with mock.patch.object(driver, "_active", own):
+        yield own
+
+
+@contextlib.contextmanager
+def gpu(name: str = "sm_90", compiles: bool = True) -> Iterator[Driver]:
+    """The functions of the package run on meta tensors as on a GPU of `GPUS`, without results.
+
+    Args:
+        name: the GPU.
+        compiles: whether kernels are compiled; otherwise launches are counted and no more.
+    """
+    fakes = [operator._abstract_fn for operator in _OPERATORS]
+    with contextlib.ExitStack() as stack:
+        own = stack.enter_context(driver_for(name))
+
+        def patch(owner: Any, attribute: str, value: Any) -> None:
+            stack.enter_context(mock.patch.object(owner, attribute, value))
+
+        patch(config.Device, "of", lambda tensor: GPUS[name].device)
+        patch(problem, "resolve_backend", lambda backend, device: "triton")
+        patch(fx_config, "meta_nonzero_assume_all_nonzero", True)  # no row is masked
+        if not compiles:
+            patch(triton.JITFunction, "run", lambda kernel, *_, **options: own.launcher_cls(0, 0)())
+        for operator, fake in zip(_OPERATORS, fakes, strict=True):
+            operator.register_fake(operator._init_fn)  # which torch calls on meta tensors
+            stack.callback(operator.register_fake, fake)
+        yield own
