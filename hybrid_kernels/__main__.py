@@ -8,7 +8,6 @@ import importlib.metadata
 import importlib.util
 import platform
 import sys
-import time
 from collections.abc import Callable
 
 import torch
@@ -23,6 +22,7 @@ from hybrid_kernels import (
     available_divergences,
     hybrid_loss,
     reference,
+    timing,
 )
 from hybrid_kernels.problem import resolve_backend
 from hybrid_kernels.types import Teacher
@@ -174,29 +174,21 @@ def _gradient_error(run: Callable[..., Tensor], student: Tensor, backend: str) -
 
 
 def _print_bandwidth(device: torch.device) -> None:
-    """Achieved bandwidth on the bytes that must move: both logits read, the gradient written."""
+    """Achieved bandwidth on the bytes that must move, 3 N V entries: both logits read, the gradient
+    written. An addition moves the same."""
     rows, vocabulary = 4096, 128256
     print(f"\nBandwidth, {rows} x {vocabulary} bf16:")
     student = torch.randn(rows, vocabulary, device=device, dtype=torch.bfloat16)
     teacher = torch.randn_like(student)
     student.requires_grad_()
-    moved = 2 * student.numel() * student.element_size()
-    copy = _median_seconds(lambda: teacher.clone())
-    loss = _median_seconds(lambda: hybrid_loss(student, teacher).loss)
-    print(f"  copy         {moved / copy / 1e12:6.2f} TB/s")
-    print(f"  hybrid_loss  {1.5 * moved / loss / 1e12:6.2f} TB/s of 3 N V, {loss * 1e3:.2f} ms")
-
-
-def _median_seconds(run: Callable[[], object], repeats: int = 20) -> float:
-    times = []
-    for index in range(repeats + 3):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        if index >= 3:
-            times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+    gradient = torch.empty_like(teacher)
+    moved = 3 * student.numel() * student.element_size()
+    for name, run in (
+        ("add", lambda: torch.add(student.detach(), teacher, out=gradient)),
+        ("hybrid_loss", lambda: hybrid_loss(student, teacher).loss),
+    ):
+        ms = timing.device_times(run).median
+        print(f"  {name:12} {moved / ms / 1e9:6.2f} TB/s, {ms:.2f} ms")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ from unittest import mock
 import torch
 from triton.runtime.errors import OutOfResources
 
-from hybrid_kernels import available_divergences, hybrid_loss
+from hybrid_kernels import hybrid_loss, timing
 from hybrid_kernels.kernels import config
 
 VOCABULARIES = (32_000, 151_936)
 DIVERGENCES = ("reverse_kl", "jsd")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 BYTES = 2**30  # of one side's logits
-REPEATS = 10
+SAMPLES = 10
 
 
 def main(arguments: list[str]) -> int:
@@ -33,51 +33,41 @@ def main(arguments: list[str]) -> int:
         return 1
     name = torch.cuda.get_device_name()
     for itemsize in DTYPES:
-        best = _best(itemsize)
+        times: dict[config.Tuning, list[float]] = {}
+        for candidate in config.CANDIDATES:
+            times[candidate] = [
+                milliseconds(candidate, itemsize, vocabulary, divergence)
+                for vocabulary, divergence in itertools.product(VOCABULARIES, DIVERGENCES)
+            ]
+            print(f"  {candidate}: {' '.join(f'{t:.3f}' for t in times[candidate])} ms", flush=True)
+        best = fastest(times)
         print(f"{name}, {itemsize}-byte logits: {best}", flush=True)
         if not options.no_write:
             print(f"written to {config.write_tuning(name, itemsize, best)}")
     return 0
 
 
-def _best(itemsize: int) -> config.Tuning:
-    """The candidate with the least geometric mean of its times relative to the best ones."""
-    times: dict[config.Tuning, list[float]] = {}
-    for candidate in config.CANDIDATES:
-        times[candidate] = [
-            _milliseconds(candidate, itemsize, vocabulary, divergence)
-            for vocabulary, divergence in itertools.product(VOCABULARIES, DIVERGENCES)
-        ]
-        print(f"  {candidate}: {' '.join(f'{t:.3f}' for t in times[candidate])} ms", flush=True)
-    fastest = [min(column) for column in zip(*times.values(), strict=True)]
-    return min(
-        times,
-        key=lambda c: sum(math.log(t / f) for t, f in zip(times[c], fastest, strict=True)),
-    )
+def fastest(times: dict[config.Tuning, list[float]]) -> config.Tuning:
+    """The candidate with the least geometric mean of its times, of those that ran everywhere."""
+    ran = {c: own for c, own in times.items() if all(map(math.isfinite, own))}
+    if not ran:
+        raise RuntimeError("tune: none of the candidates could run on this GPU; see above")
+    return min(ran, key=lambda c: math.prod(ran[c]))
 
 
-def _milliseconds(tuning: config.Tuning, itemsize: int, vocabulary: int, divergence: str) -> float:
+def milliseconds(
+    tuning: config.Tuning, itemsize: int, vocabulary: int, divergence: str, device: str = "cuda"
+) -> float:
     """Median time of the loss and its gradient; infinite for a candidate that can't run."""
-    assert divergence in available_divergences()
     rows = BYTES // itemsize // vocabulary
-    student = torch.randn(rows, vocabulary, device="cuda").to(DTYPES[itemsize])
+    student = torch.randn(rows, vocabulary, device=device).to(DTYPES[itemsize])
     teacher = torch.randn_like(student)
     student.requires_grad_()
     with mock.patch.object(config, "tuned", return_value=tuning):
         try:
-            return _median(lambda: hybrid_loss(student, teacher, divergence=divergence))
+            return timing.device_times(
+                lambda: hybrid_loss(student, teacher, divergence=divergence), SAMPLES
+            ).median
         except (RuntimeError, OutOfResources) as error:  # as for programs not resident together
             print(f"  {tuning} can't run: {error}", file=sys.stderr)
             return math.inf
-
-
-def _median(run) -> float:
-    times = []
-    for _ in range(REPEATS + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times[3:])[REPEATS // 2]
