@@ -18,6 +18,8 @@ from hybrid_kernels.rows import KL_FAMILY, LOWEST, Coefficients, Rows
 ALIGNMENT = 16
 # Entries of a top-K support that leave room for longer slices.
 SMALL_SUPPORT = 128
+# How supports are marked, whatever their size.
+MARKS = config.Sweep(block_v=GROUP, num_warps=4)
 
 
 def row_statistics(rows: Rows, statistics: Tensor) -> None:
@@ -166,7 +168,7 @@ def _support(rows: Rows, gradient: Tensor | None) -> Support | None:
     support = empty_support(rows)
     with _on_device(rows.student):
         mark_kernel[(rows.total,)](
-            *mark_arguments(rows, support), **mark_constants(rows, gradient), num_warps=4
+            *mark_arguments(rows, support), **mark_constants(rows, gradient), **MARKS.options()
         )
     return support
 
