@@ -60,8 +60,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = [item for item in items if "target" not in getattr(item, "fixturenames", ())]
         others += [item for item in items if item not in set(others) and _has_a_twin(item)]
     else:
-        # On a GPU the form of a kernel follows from the problem: test_gpu.py.
-        others = [item for item in items if "form" in getattr(item, "fixturenames", ())]
+        # On a GPU the form of a kernel follows from the problem (test_gpu.py), and programs run
+        # side by side without our doing.
+        only = {"form", "interleaved"}
+        others = [item for item in items if only & set(getattr(item, "fixturenames", ()))]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if item not in set(others)]
 

@@ -1,0 +1,137 @@
+"""Programs of a kernel side by side in Triton's interpreter, in random orders that can be repeated.
+
+The interpreter runs one program after another, so that programs which wait for each other would
+never end. Here each is a greenlet that gives way before and after every atomic operation and, where
+asked for, every load and store; a seed decides who goes on.
+
+    with interleaved(seed=1):
+        kernel[grid](...)
+
+Every access takes effect at once and for all, and a program's tile is accessed as a whole. So this
+finds deadlocks, slots that are written before everyone has read them, rows that overtake each other
+and counters that run wrong; it says nothing of fences, of barriers or of warps.
+"""
+
+import contextlib
+import inspect
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import greenlet
+from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
+
+ATOMICS = ("create_atomic_rmw", "create_atomic_cas")
+ACCESSES = ("create_masked_load", "create_masked_store")
+
+
+class Deadlock(AssertionError):
+    """The programs did not end within the limit."""
+
+
+@contextlib.contextmanager
+def interleaved(seed: int = 0, limit: int = 100_000, loads: bool = True) -> Iterator[None]:
+    """Kernels that are launched within run their programs side by side.
+
+    Args:
+        seed: of the order.
+        limit: turns, of all programs of a launch together.
+        loads: whether loads and stores give way, too; else atomic operations alone, which is
+            faster and enough where all that others write is read after a wait.
+
+    Raises:
+        Deadlock: programs still ran when the limit was reached.
+    """
+    builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
+    launch, patch = executor.__call__, interpreter._patch_lang
+    draw = random.Random(seed)
+    scheduler = greenlet.getcurrent()
+
+    def giving_way(operation: Callable) -> Callable:
+        def wrapped(*args, **options):
+            _give_way(scheduler)
+            result = operation(*args, **options)
+            _give_way(scheduler)
+            return result
+
+        return wrapped
+
+    def launch_side_by_side(self, *args, **options):
+        # The executor calls the kernel once for each program: what is called is noted down, and run
+        # at the last call.
+        kernel, programs, patched = self.fn, [], set()
+
+        def patch_once(function):
+            # Half of the time goes into patching the language at every call of a helper, which
+            # nobody undoes before the kernel ends.
+            if function.__globals__["__name__"] not in patched:
+                patched.add(function.__globals__["__name__"])
+                return patch(function)
+
+        def collect(**values):
+            programs.append((builder.grid_idx, greenlet.greenlet(lambda: kernel(**values))))
+            if builder.grid_idx == tuple(size - 1 for size in builder.grid_dim):
+                _run(builder, programs, draw, limit)
+
+        self.fn = _LooksLike(kernel, collect)
+        interpreter._patch_lang = patch_once
+        try:
+            return launch(self, *args, **options)
+        except InterpreterError as error:
+            if isinstance(error.__cause__, Deadlock):
+                raise error.__cause__ from None
+            raise
+        finally:
+            interpreter._patch_lang = patch
+
+    names = ATOMICS + (ACCESSES if loads else ())
+    originals = {name: getattr(builder, name) for name in names}
+    for name, operation in originals.items():
+        setattr(builder, name, giving_way(operation))
+    executor.__call__ = launch_side_by_side
+    try:
+        yield
+    finally:
+        executor.__call__ = launch
+        for name in originals:
+            delattr(builder, name)  # which hid the method
+
+
+def _give_way(scheduler: greenlet.greenlet) -> None:
+    if greenlet.getcurrent() is not scheduler:
+        scheduler.switch()
+
+
+def _run(builder: Any, programs: list, draw: random.Random, limit: int) -> None:
+    """Until all have ended, one turn after another."""
+    alive = list(programs)
+    try:
+        for _ in range(limit):
+            if not alive:
+                return
+            place = draw.randrange(len(alive))
+            index, program = alive[place]
+            builder.set_grid_idx(*index)
+            program.switch()
+            if program.dead:
+                alive.pop(place)
+        if alive:
+            waiting = ", ".join(str(index) for index, _ in alive[:8])
+            raise Deadlock(f"{len(alive)} programs still ran after {limit} turns: {waiting}")
+    finally:
+        for _, program in alive:
+            program.throw()  # ends it
+
+
+class _LooksLike:
+    """Calls one function and shows the parameters and globals of another, as the executor asks."""
+
+    def __init__(self, shown: Callable, called: Callable) -> None:
+        self.__name__, self.__globals__ = shown.__name__, shown.__globals__
+        self.__annotations__ = shown.__annotations__
+        self.__signature__ = inspect.signature(shown)
+        self._called = called
+
+    def __call__(self, **values):
+        return self._called(**values)
