@@ -1,33 +1,30 @@
 """`python -m bench COMMAND`
 
 quick            a small benchmark, under two minutes on two cores
-run              the suite for this machine (or --suite), into bench/results/<device>;
-                 from hidden states: --suite=linear-cpu or linear-gpu
+run              the CPU's suite, into bench/results/cpu; --suite=linear-cpu: from hidden states
 report [FOLDER]  tables and plots of the results in a folder
 aot              what the compiler makes of the shipped kernels, for GPUs that are not here
 topk             what top-K losses do to the gradient: tables and a plot, exactly
 precision        what the precision of the logits does to the gradient: a table
 filter           what gradient filtering drops and saves, on a model trained here (10 minutes)
-gpu              everything that a GPU is wanted for: tests, memory checker, benchmark
+prebuild         kernels for a GPU that is not here, packed to travel (prebuilt/)
+gpu [FOLDER]     everything that a GPU is wanted for, in stages, into FOLDER/<device> (GPU.md)
 """
 
 import argparse
-import re
+import importlib
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 from bench import report, summary
-from bench.suites import SUITES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-
-
-COMMANDS = ("quick", "run", "report", "aot", "topk", "precision", "filter", "gpu")
+# Commands with a module and options of their own, and those whose results go straight there.
+OWN = {"prebuild": "bench.gpu.prebuild", "gpu": "bench.gpu.conductor"}
+TABLES = {"topk": "bench.topk_bias", "precision": "bench.precision", "filter": "bench.filter"}
 
 
 def measure(suite: str, folder: Path, *options: str) -> None:
@@ -46,53 +43,32 @@ def measure(suite: str, folder: Path, *options: str) -> None:
         sys.exit(status)
 
 
-def device_folder() -> Path:
-    """`bench/results/<device>`, `cpu` where there is no GPU."""
-    if not torch.cuda.is_available():
-        return RESULTS / "cpu"
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-
-
 def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in OWN:
+        sys.exit(importlib.import_module(OWN[sys.argv[1]]).main(sys.argv[2:]))
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("folder", nargs="?", type=Path, help="default: bench/results/<device>")
-    parser.add_argument("--suite", choices=tuple(SUITES))
+    parser.add_argument("command", choices=("quick", "run", "report", "aot", *TABLES, *OWN))
+    parser.add_argument("folder", nargs="?", type=Path, help="default: bench/results/cpu")
+    parser.add_argument("--suite", choices=("cpu", "linear-cpu"), default="cpu")
     parser.add_argument("--deadline", help="run: seconds after which no case is begun")
     arguments = parser.parse_args()
-    default = device_folder() / ("linear" if "linear" in (arguments.suite or "") else "")
+    default = RESULTS / "cpu" / ("linear" if "linear" in arguments.suite else "")
     folder = (arguments.folder or default).resolve()  # pytest runs in the root
     if arguments.command == "quick":
         with tempfile.TemporaryDirectory() as temporary:
             measure("quick", Path(temporary), "-p", "no:cacheprovider")
     elif arguments.command == "run":
         options = [f"--deadline={arguments.deadline}"] if arguments.deadline else []
-        suite = arguments.suite or ("gpu" if torch.cuda.is_available() else "cpu")
-        measure(suite, folder, *options)
+        measure(arguments.suite, folder, *options)
     elif arguments.command == "report":
         print(report.render(folder))
     elif arguments.command == "aot":
-        from bench import aot
-
-        sys.exit(aot.main())
-    elif arguments.command == "topk":
-        from bench import topk_bias
-
-        topk_bias.main(arguments.folder or RESULTS)
-    elif arguments.command == "precision":
-        from bench import precision
-
-        precision.main(arguments.folder or RESULTS)
-    elif arguments.command == "filter":
-        from bench import filter
-
-        filter.main(arguments.folder or RESULTS)
+        sys.exit(importlib.import_module("bench.aot").main())
     else:
-        from bench import gpu
-
-        sys.exit(gpu.main(folder))
+        module = importlib.import_module(TABLES[arguments.command])
+        module.main(arguments.folder or RESULTS)
 
 
 if __name__ == "__main__":

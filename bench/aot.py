@@ -177,7 +177,7 @@ def compile_marks(target: str, vocabulary: int, dtype: torch.dtype, support: int
     rows = Rows(logits, log_probs, (1.0,), known, None, None, "reverse_kl", 0.0, 1.0, None)
     arguments = launchers.mark_arguments(rows, launchers.empty_support(rows))
     constants = launchers.mark_constants(rows, logits)
-    launch = config.Sweep(support, 4)
+    launch = launchers.MARKS
     return _compile(topk.mark_kernel, arguments, constants, target, launch, dtype)
 
 
@@ -237,8 +237,8 @@ def _compile(
 ) -> Compiled:
     options = launch.options(hip=standin.GPUS[target].target.backend == "hip")
     with standin.driver_for(target):
-        kernel = kernel.warmup(*arguments, grid=(1,), **constants, **options)
-    return Compiled(kernel, launch, dtype.itemsize)
+        compiled = kernel.warmup(*arguments, grid=(1,), **constants, **options)
+    return Compiled(compiled, launch, dtype.itemsize)
 
 
 # -- the machine code ------------------------------------------------------------------------------

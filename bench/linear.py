@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import hybrid_kernels
-from bench.providers import Provider, Run, _composition, _without_init
+from bench.providers import Provider, Run, _composition, _without_init, random_options
 from hybrid_kernels import LinearTeacher, reference
 
 TERMS = "dense + sparse"
@@ -43,7 +43,7 @@ class LinearProblem(NamedTuple):
         noise: float = 0.5,
     ) -> "LinearProblem":
         """Logits of spread 2 nats whose teacher differs by `noise` nats, from a fixed seed."""
-        options = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+        options = random_options(device)
         hidden = torch.randn(rows, size, **options).to(dtype)
         weight = torch.empty(vocabulary, size, dtype=dtype, device=device)
         other = torch.empty_like(weight)
@@ -285,14 +285,14 @@ def linear_oracle(problem: LinearProblem, rows: Tensor, sparse: bool) -> Tensor:
     """The gradient of some rows' hidden states in float64, scaled as in the mean over all."""
     own = LinearTeacher(problem.teacher.hidden[rows], problem.teacher.weight)
     assert isinstance(own.weight, Tensor)
-    hidden = problem.hidden.detach()[rows].double().cpu().requires_grad_()
-    logits = hidden @ problem.weight.detach().double().cpu().T
-    theirs = own.hidden.double().cpu() @ own.weight.double().cpu().T
+    hidden = problem.hidden.detach()[rows].double().requires_grad_()
+    logits = hidden @ problem.weight.detach().double().T
+    theirs = own.hidden.double() @ own.weight.double().cpu().T
     result = reference.hybrid_loss(
         logits,
         theirs,
-        problem.token_ids[rows].cpu(),
-        problem.advantages[rows].double().cpu() if sparse else None,
+        problem.token_ids[rows],
+        problem.advantages[rows].double() if sparse else None,
         divergence=problem.divergence,
         num_tokens=len(problem.hidden),
     )

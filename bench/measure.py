@@ -1,8 +1,6 @@
-"""How it is measured: time, peak memory and error of one run.
+"""What is measured of one case: error, peak memory and, on a GPU, time.
 
-On a GPU a sample is the time between two events, with the L2 cache flushed and the device kept busy
-before the first, so that the host has queued everything when the first event passes and no launch
-latency is counted. On a CPU it is wall time.
+On a CPU pytest-benchmark takes the times, which are those of a clock on the wall.
 """
 
 import gc
@@ -12,55 +10,103 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.linear import TERMS, LinearProblem, linear_oracle
-from bench.providers import Problem, Run, oracle
-
-ORACLE_ROWS = 2
-# Larger than any L2 cache.
-FLUSHED_BYTES = 512 * 2**20
-# About a millisecond, more than the host needs to queue a forward and a backward.
-BUSY_CYCLES = 2_000_000
+from bench.linear import LINEAR_PROVIDERS, TERMS, LinearProblem, linear_oracle
+from bench.providers import PROVIDERS, Problem, Provider, Run, oracle
+from bench.suites import INPUTS, Case
+from bench.summary import Row, percentiles
+from hybrid_kernels import timing
+from hybrid_kernels.kernels import config
 
 
-class DeviceTimer:
-    """Runs a function with everything around it that a fair sample needs; collects the times."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.samples_ms: list[float] = []
-        self.flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device="cuda")
-
-    def __call__(self) -> None:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flushed.zero_()
-        torch.cuda._sleep(BUSY_CYCLES)
-        start.record()
-        self.run()
-        end.record()
-        torch.cuda.synchronize()
-        self.samples_ms.append(start.elapsed_time(end))
+def provider_of(case: Case) -> Provider:
+    return (LINEAR_PROVIDERS if case.size else PROVIDERS)[case.provider]
 
 
-def gradient_error(problem: Problem, run: Run) -> float:
-    """Relative L2 error of the first valid rows' gradient, against float64 on the same inputs."""
-    valid = torch.ones(len(problem.student)) if problem.mask is None else problem.mask.cpu()
-    rows = valid.nonzero()[:ORACLE_ROWS, 0].to(problem.student.device)
-    truth = oracle(problem, rows)
-    gradient = run()[rows].cpu().double()
-    return float((gradient - truth).norm() / truth.norm())
+def prepare(case: Case, device: str) -> tuple[Run, Row]:
+    """The function to be timed, which has run, and what is known of it apart from its time.
+
+    Memory from hidden states is what is needed beyond the gradients.
+    """
+    provider = provider_of(case)
+    if "compile" in case.provider:
+        torch.compiler.reset()
+    arguments = (case.dtype, case.divergence, device)
+    floor, size = 0, (case.rows, case.vocabulary)
+    if case.size:
+        problem = LinearProblem.random(*size, case.size, *arguments)
+        leaves = [problem.hidden, problem.weight]
+    else:
+        problem = Problem.random(*size, *arguments, **INPUTS[case.inputs])
+        leaves = [problem.student]
+        floor = provider.moved * case.rows * case.vocabulary * case.dtype.itemsize
+    run = provider.make(problem)
+    run()
+    error = gradient_error(problem, run, provider.op) if provider.is_gradient else None
+    for leaf in leaves:
+        leaf.grad = None
+    peak = peak_bytes(run, device)
+    if case.size:
+        peak -= sum(leaf.grad.nbytes for leaf in leaves if leaf.grad is not None)
+    return run, {
+        "op": provider.op,
+        "provider": case.provider,
+        "divergence": case.divergence,
+        "inputs": case.inputs,
+        "n": case.rows,
+        "v": case.vocabulary,
+        "d": case.size or None,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "floor_bytes": floor,
+        "grad_error": error,
+        "peak_mib": round(peak / 2**20, 1),
+    }
 
 
-def linear_gradient_error(problem: LinearProblem, run: Run, op: str) -> float:
-    """As `gradient_error`, of the hidden states."""
-    rows = torch.arange(min(ORACLE_ROWS, len(problem.hidden)), device=problem.hidden.device)
-    truth = linear_oracle(problem, rows, sparse=op == TERMS)
-    gradient = run()[rows].cpu().double()
-    return float((gradient - truth).norm() / truth.norm())
+def measure(case: Case, device: str = "cuda") -> Row:
+    """All of a case on a GPU."""
+    run, row = prepare(case, device)
+    times = timing.device_times(run)
+    return {**row, **percentiles(times.ms), "samples": len(times.ms), "host_ahead": times.ahead}
+
+
+def gradient_error(problem: Problem | LinearProblem, run: Run, op: str = "") -> float | None:
+    """Relative L2 error of some valid rows' gradient, against float64 on the same inputs; of the
+    hidden states where these are given. None on a device without values."""
+    linear = isinstance(problem, LinearProblem)
+    first = problem.hidden if linear else problem.student
+    gradient = run()
+    if first.is_meta:
+        return None
+    if linear:
+        rows = steady_rows(len(first), 1).to(first.device)
+        truth = linear_oracle(problem, rows, sparse=op == TERMS)
+    else:
+        launch = config.resident(first.shape[1], first.element_size(), *_place(first))
+        rows = steady_rows(len(first), launch.groups if launch else 1).to(first.device)
+        if problem.mask is not None:
+            rows = rows[problem.mask[rows]]
+        truth = oracle(problem, rows)
+    found = gradient[rows].double()
+    return float((found - truth).norm() / truth.norm())
+
+
+def _place(logits: torch.Tensor) -> tuple[int, config.Device]:
+    return len(logits), config.Device.of(logits)
+
+
+def steady_rows(count: int, groups: int) -> torch.Tensor:
+    """Rows that tell: the first, those that a group comes to second and third, the middle, the
+    last."""
+    rows = {0, groups, 2 * groups + 1, count // 2, count - 1}
+    return torch.tensor(sorted(row for row in rows if row < count))
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:
     """The most memory that tensors held at once during a run, beyond what was held before."""
     gc.collect()
+    if device == "meta":
+        run()
+        return 0
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

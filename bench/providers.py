@@ -19,6 +19,13 @@ import hybrid_kernels
 from hybrid_kernels import Mixture, TopK, reference
 
 
+def random_options(device: str, seed: int = 0) -> dict[str, Any]:
+    """What torch's random functions take for numbers from a fixed seed ("meta" has no numbers)."""
+    if device == "meta":
+        return {"device": device}
+    return {"device": device, "generator": torch.Generator(device).manual_seed(seed)}
+
+
 class Problem(NamedTuple):
     """Raw logits `[N, V]` of both models and the divergence between them. Where `known` is given,
     it is all that anybody knows of the teacher."""
@@ -46,8 +53,7 @@ class Problem(NamedTuple):
         `masked` is the share of rows that don't count; `support` the K of a top-K teacher, as a
         server returns it.
         """
-        generator = torch.Generator(device).manual_seed(0)
-        options = {"generator": generator, "device": device}
+        options = random_options(device)
         student = torch.empty(rows, vocabulary, dtype=dtype, device=device)
         teacher = torch.empty_like(student)
         for z, w in zip(student.split(1024), teacher.split(1024), strict=True):
@@ -178,6 +184,17 @@ def copy(problem: Problem) -> Run:
     return lambda: target.copy_(problem.student.detach())
 
 
+def add(problem: Problem) -> Run:
+    """Both logits read and one tensor written, as a loss and its gradient have to."""
+    target = torch.empty_like(problem.teacher)
+    return lambda: torch.add(problem.student.detach(), problem.teacher, out=target)
+
+
+def read(problem: Problem) -> Run:
+    """A sum over the student's logits."""
+    return lambda: problem.student.detach().sum(dtype=torch.float32)
+
+
 def _composition(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
     """What a user writes: log_softmax of both sides in fp32, then the formula, under autograd."""
     log_p, log_q = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
@@ -289,10 +306,8 @@ def _without_init(root: str, *names: str) -> None:
 def _samples(problem: Problem) -> tuple[Tensor, Tensor]:
     """Sampled tokens and their advantages."""
     rows, vocabulary = problem.student.shape
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(vocabulary, (rows,), generator=generator)
-    advantages = torch.randn(rows, generator=generator)
-    return ids.to(problem.student.device), advantages.to(problem.student.device)
+    options = random_options(problem.student.device.type, 1)
+    return torch.randint(vocabulary, (rows,), **options), torch.randn(rows, **options)
 
 
 def _backward(problem: Problem, loss: Tensor) -> Tensor:
@@ -307,6 +322,8 @@ _KL_AND_JSD = ("reverse_kl", "forward_kl", "jsd")
 
 PROVIDERS: dict[str, Provider] = {
     "copy": Provider(copy, op="copy", moved=2, is_gradient=False),
+    "add": Provider(add, op="add", is_gradient=False),
+    "read": Provider(read, op="read", moved=1, is_gradient=False),
     "hybrid_kernels": Provider(ours),
     "hybrid_kernels, dense + sparse + entropy": Provider(ours_hybrid, is_gradient=False),
     "hybrid_kernels, callable advantages": Provider(ours_callable, is_gradient=False),
@@ -332,11 +349,11 @@ PROVIDERS: dict[str, Provider] = {
 
 def oracle(problem: Problem, rows: Tensor) -> Tensor:
     """The dense gradient of some valid rows in float64, scaled as in the mean over all of them."""
-    student = problem.student.detach()[rows].cpu().double().requires_grad_()
+    student = problem.student.detach()[rows].double().requires_grad_()
     count = problem.student.shape[0] if problem.mask is None else int(problem.mask.sum())
-    teacher: Tensor | TopK = problem.teacher[rows].cpu().double()
+    teacher: Tensor | TopK = problem.teacher[rows].double()
     if problem.known is not None:
-        teacher = TopK(problem.known.ids[rows].cpu(), problem.known.log_probs[rows].cpu())
+        teacher = TopK(problem.known.ids[rows], problem.known.log_probs[rows])
     result = reference.hybrid_loss(
         student,
         teacher,

@@ -10,6 +10,8 @@ from bench.summary import Row
 # The largest relative error of a gradient that counts as the right one: rounding of the entries to
 # their dtype, and what fp32 arithmetic may lose.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
+# What is no loss, but a bound for one.
+ALONE = ("copy", "add", "read", "gemms")
 CASE = ("n", "v", "d", "dtype", "divergence", "inputs")
 
 
@@ -24,16 +26,19 @@ def render(folder: Path) -> str:
     stamp = json.loads((folder / "raw.json").read_text())["machine_info"]["hybrid_kernels"]
     right = [row for row in rows if is_right(row)]
     versions = ", ".join(f"{name} {stamp[name]}" for name in ("torch", "triton"))
-    driver = f", driver {stamp['driver']}" if stamp["driver"] else ""
-    lines = [f"{stamp['device']}{driver}, {versions}, commit {rows[0]['commit'][:10]}"]
-    for case in dict.fromkeys(tuple(row[key] for key in CASE) for row in right):
-        lines += table([row for row in right if tuple(row[key] for key in CASE) == case])
-    lines += ["", *_left_out(rows, stamp)]
+    lines = [f"{stamp['device']}, {versions}, commit {rows[0]['commit'][:10]}", *tables(right)]
+    lines += ["", *wrong(rows), *_left_out(stamp)]
     if any(row["op"] == "hybrid_loss" for row in right):
-        _plot(folder, right)
+        plot(folder, right)
     text = "\n".join(lines).rstrip() + "\n"
     (folder / "report.md").write_text(text)
     return text
+
+
+def tables(rows: list[Row]) -> Iterable[str]:
+    """A table for each case."""
+    for case in dict.fromkeys(tuple(row[key] for key in CASE) for row in rows):
+        yield from table([row for row in rows if tuple(row[key] for key in CASE) == case])
 
 
 def table(rows: list[Row]) -> list[str]:
@@ -44,29 +49,31 @@ def table(rows: list[Row]) -> list[str]:
     title = f"{sizes}, {first['dtype']}, {first['divergence']}"
     floor_title = "GEMMs alone / median" if first["d"] else "of the floor"
     memory = "peak MiB beyond gradients" if first["d"] else "peak MiB"
+    added = any(row.get("add_fraction") for row in rows)
     eager = next((row for row in rows if row["provider"] == "torch eager"), None)
     lines = [
         "",
         title + (f", {first['inputs']}" if first["inputs"] else ""),
         "",
-        f"| | median ms | p20-p80 | of eager | {floor_title} | {memory} | of eager | grad error |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| | median ms | p20-p80 | of eager | {floor_title} |{' of add |' * added} {memory} | "
+        "of eager | grad error |",
+        "|---|---|---|---|---|---|---|---|" + "---|" * added,
     ]
     for row in rows:
         relative = [
             ""
-            if eager is None or row["op"] in ("copy", "gemms")
+            if eager is None or not eager[key] or row["op"] in ALONE
             else f"{row[key] / eager[key]:.2f}"
             for key in ("median_ms", "peak_mib")
         ]
-        floor = "" if row["floor_fraction"] is None else f"{row['floor_fraction']:.0%}"
+        floors = [row["floor_fraction"], *([row.get("add_fraction")] if added else [])]
         error = "" if row["grad_error"] is None else f"{row['grad_error']:.0e}"
         cells = (
             row["provider"],
             _ms(row["median_ms"]),
             f"{_ms(row['p20_ms'])}-{_ms(row['p80_ms'])}",
             relative[0],
-            floor,
+            *("" if floor is None else f"{floor:.0%}" for floor in floors),
             f"{row['peak_mib']:.0f}",
             relative[1],
             error,
@@ -79,18 +86,22 @@ def _ms(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _left_out(rows: list[Row], stamp: dict[str, Any]) -> Iterable[str]:
+def wrong(rows: list[Row]) -> Iterable[str]:
+    """A line for each row that may not be shown as a result."""
     for row in rows:
         if not is_right(row):
             case = ", ".join(str(row[key]) for key in CASE if row[key])
             yield f"- {row['provider']} ({case}): gradient error {row['grad_error']:.0e}, no result"
+
+
+def _left_out(stamp: dict[str, Any]) -> Iterable[str]:
     for name, reason in stamp["missing_peers"].items():
         yield f"- {name}: not measured, {reason}"
     for case in stamp.get("out_of_time", []):
         yield f"- {case}: not measured, out of time"
 
 
-def _plot(folder: Path, rows: list[Row]) -> None:
+def plot(folder: Path, rows: list[Row]) -> None:
     """Fraction of the floor, time against peers and memory: over V, or as bars for a single V."""
     import matplotlib as mpl
 

@@ -7,7 +7,7 @@ So the public functions choose, specialise and compile the very kernels that the
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from hybrid_kernels import linear_ops, ops, problem
+from hybrid_kernels import linear_ops, ops, problem, timing
 from hybrid_kernels.kernels import config
 
 
@@ -48,7 +48,7 @@ class Driver:
 
     Attributes:
         utils: itself; Triton finds what follows there.
-        launches: how many there were.
+        launches: how many there were since it was last put in place.
     """
 
     def __init__(self, name: str) -> None:
@@ -79,10 +79,21 @@ class Driver:
         return launch
 
 
+# One for each GPU: what has been compiled in this process stays with the driver that launched it.
+_DRIVERS = {name: Driver(name) for name in GPUS}
+
+
+def _no_times(run: Callable[[], object], *_: int) -> timing.Times:
+    """`timing.device_times` where there is no clock: no samples of one run."""
+    run()
+    return timing.Times([], 0.0)
+
+
 @contextlib.contextmanager
 def driver_for(name: str) -> Iterator[Driver]:
     """Triton compiles for a GPU of `GPUS`."""
-    own = Driver(name)
+    own = _DRIVERS[name]
+    own.launches = 0
     with mock.patch.object(driver, "_active", own):
         yield own
 
@@ -104,6 +115,7 @@ def gpu(name: str = "sm_90", compiles: bool = True) -> Iterator[Driver]:
 
         patch(config.Device, "of", lambda tensor: GPUS[name].device)
         patch(problem, "resolve_backend", lambda backend, device: "triton")
+        patch(timing, "device_times", _no_times)
         patch(fx_config, "meta_nonzero_assume_all_nonzero", True)  # no row is masked
         if not compiles:
             patch(triton.JITFunction, "run", lambda kernel, *_, **options: own.launcher_cls(0, 0)())

@@ -1,7 +1,9 @@
-"""From pytest-benchmark's raw results to rows: `summary.json` is a list of them."""
+"""Rows of results: what is derived from times, and `summary.json`, which is a list of rows."""
 
+import importlib.metadata
 import json
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -10,42 +12,75 @@ Row = dict[str, Any]
 PERCENTILES = {"p20_ms": 0.2, "median_ms": 0.5, "p80_ms": 0.8}
 
 
-def summarise(raw: dict) -> list[Row]:
-    """One row for each case, with medians in milliseconds.
+def percentiles(ms: list[float]) -> Row:
+    """Of some samples; None where there are none."""
+    times = sorted(ms)
+    at = {name: round(share * (len(times) - 1)) for name, share in PERCENTILES.items()}
+    return {name: round(times[i], 4) if times else None for name, i in at.items()}
 
-    `floor_fraction` is the time that the fewest bytes would take at the bandwidth of a copy of the
-    same logits (the best of this run, of the same dtype and size or else the nearest size), over
-    the median time; from hidden states it is the time of the four GEMMs alone over the median time.
-    """
+
+def versions() -> dict[str, str | None]:
+    """Of what figures depend on; None for a package that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("torch", "triton", "transformers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def summarise(raw: dict) -> list[Row]:
+    """One row for each case of pytest-benchmark's results."""
     stamp = raw["machine_info"]["hybrid_kernels"]
     commit = os.environ.get("HYBRID_KERNELS_COMMIT") or raw["commit_info"]["id"]
     rows = []
     for entry in raw["benchmarks"]:
-        info = dict(entry["extra_info"])
-        times = sorted(info.pop("device_ms", [1e3 * t for t in entry["stats"]["data"]]))
-        for name, share in PERCENTILES.items():
-            info[name] = round(times[round(share * (len(times) - 1))], 4)
-        rows.append({**info, "samples": len(times), "commit": commit, "device": stamp["device"]})
-    copies = [row for row in rows if row["op"] == "copy"]
+        times = [1e3 * t for t in entry["stats"]["data"]]
+        row = {**entry["extra_info"], **percentiles(times), "samples": len(times)}
+        rows.append({**row, "commit": commit, "device": stamp["device"]})
+    return with_floors(rows)
+
+
+def with_floors(rows: list[Row]) -> list[Row]:
+    """The rows with what their times are measured against.
+
+    `floor_fraction` is the time that the fewest bytes would take at the bandwidth of a copy of the
+    same logits (the best of these rows, of the same dtype and size or else the nearest size), over
+    the median time; `add_fraction` the same of an addition, which reads two and writes one as a
+    loss does. From hidden states it is the time of the four GEMMs alone over the median time.
+    """
+    found = []
     for row in rows:
-        row["floor_fraction"] = None
+        floors: Row = {"floor_fraction": None}
         if row["d"]:
             key = ("n", "v", "d", "dtype")
             alike = (o for o in rows if o["op"] == "gemms" and all(o[k] == row[k] for k in key))
             bare = next(alike, None)
             if bare is not None:
-                row["floor_fraction"] = round(bare["median_ms"] / row["median_ms"], 4)
-            continue
-        same = [copy for copy in copies if copy["dtype"] == row["dtype"]] or copies
-        size = row["n"] * row["v"]
-        nearest = min(
-            same, key=lambda c: (abs(c["n"] * c["v"] - size), c["median_ms"]), default=None
-        )
-        if nearest is not None:
-            floor_ms = row["floor_bytes"] / nearest["floor_bytes"] * nearest["median_ms"]
-            row["floor_fraction"] = round(floor_ms / row["median_ms"], 4)
-            row["copy_tb_s"] = round(nearest["floor_bytes"] / nearest["median_ms"] / 1e9, 4)
-    return rows
+                floors["floor_fraction"] = round(bare["median_ms"] / row["median_ms"], 4)
+        else:
+            copy, add = (_nearest(row, rows, op) for op in ("copy", "add"))
+            if copy is not None:
+                floors["floor_fraction"] = _fraction(row, copy)
+                floors["copy_tb_s"] = round(copy["floor_bytes"] / copy["median_ms"] / 1e9, 4)
+            if add is not None:
+                floors["add_fraction"] = _fraction(row, add)
+        found.append({**row, **floors})
+    return found
+
+
+def _nearest(row: Row, rows: list[Row], op: str) -> Row | None:
+    """The best measurement of plain traffic that is most like a row."""
+    measured = [other for other in rows if other["op"] == op]
+    same = [other for other in measured if other["dtype"] == row["dtype"]] or measured
+    size = row["n"] * row["v"]
+    return min(same, key=lambda o: (abs(o["n"] * o["v"] - size), o["median_ms"]), default=None)
+
+
+def _fraction(row: Row, plain: Row) -> float:
+    floor_ms = row["floor_bytes"] / plain["floor_bytes"] * plain["median_ms"]
+    return round(floor_ms / row["median_ms"], 4)
 
 
 def write(folder: Path) -> list[Row]:

@@ -9,12 +9,12 @@ import torch
 
 from bench import providers, report, summary
 from bench.linear import LINEAR_PROVIDERS, LinearProblem
-from bench.measure import gradient_error, linear_gradient_error
+from bench.measure import gradient_error
 from bench.providers import PROVIDERS, Problem
 from bench.suites import INPUTS, SUITES
 
 
-def entry(provider, times_ms, *, error=None, moved=3, n=4, v=100, on_device=False):
+def entry(provider, times_ms, *, error=None, moved=3, n=4, v=100):
     info = {
         "op": PROVIDERS[provider].op,
         "provider": provider,
@@ -28,16 +28,12 @@ def entry(provider, times_ms, *, error=None, moved=3, n=4, v=100, on_device=Fals
         "grad_error": error,
         "peak_mib": 10.0,
     }
-    if on_device:
-        info["device_ms"] = times_ms
-        return {"extra_info": info, "stats": {"data": [9.0] * len(times_ms)}}
     return {"extra_info": info, "stats": {"data": [t / 1e3 for t in times_ms]}}
 
 
 def raw(*benchmarks):
     stamp = {
         "device": "a device",
-        "driver": None,
         "torch": "2",
         "triton": "3",
         "missing_peers": {"Liger 0.8.5": "liger_kernel is not installed"},
@@ -56,14 +52,15 @@ def test_percentiles_and_the_fraction_of_the_floor():
             entry("copy", [3.0, 3.0, 3.0], moved=2),
             entry("copy", [900.0] * 3, moved=2, n=400),
             entry("hybrid_kernels", [float(t) for t in range(101)], error=1e-7),
-            entry("torch eager", [6.0, 5.0, 7.0], error=1e-6, on_device=True),
+            entry("torch eager", [6.0, 5.0, 7.0], error=1e-6),
+            entry("add", [4.0], moved=3),
         )
     )
-    ours, eager = rows[3], rows[4]
+    ours, eager, add = rows[3:]
     assert (ours["p20_ms"], ours["median_ms"], ours["p80_ms"]) == (20.0, 50.0, 80.0)
     assert ours["floor_fraction"] == pytest.approx(3.0 / 50.0)  # 3/2 of the best copy's 2 ms
-    assert eager["median_ms"] == 6.0  # the device's clock, not the host's
-    assert eager["floor_fraction"] == 0.5
+    assert (eager["median_ms"], eager["floor_fraction"]) == (6.0, 0.5)
+    assert (eager["add_fraction"], add["floor_fraction"]) == (round(4 / 6, 4), 0.75)
     assert ours["commit"] == "0123456789abcdef"
     fields = "op divergence n v d dtype provider median_ms p20_ms p80_ms floor_fraction peak_mib"
     assert {*fields.split(), "grad_error", "commit"} <= set(ours)
@@ -131,7 +128,7 @@ def test_every_provider_from_hidden_states_computes_the_same_gradient(divergence
         run = provider.make(problem)
         if provider.is_gradient:
             rounded = "16_bit" in provider.make.__name__
-            error = linear_gradient_error(problem, run, provider.op)
+            error = gradient_error(problem, run, provider.op)
             assert error < (0.2 if rounded else 1e-4)
             measured += 1
         else:

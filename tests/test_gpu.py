@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import cases
+from bench.gpu import hangs
 from hybrid_kernels import (
     Divergence,
     LinearTeacher,
@@ -28,11 +29,8 @@ pytestmark = [
 VOCABULARIES = (32_000, 50_257, 128_256, 151_936, 262_144)
 
 
-def logits(rows, vocabulary, seed=0, dtype=torch.bfloat16):
-    generator = torch.Generator("cuda").manual_seed(seed)
-    student = torch.randn(rows, vocabulary, device="cuda", generator=generator)
-    teacher = student + 0.5 * torch.randn(student.shape, device="cuda", generator=generator)
-    return student.to(dtype).requires_grad_(), teacher.to(dtype)
+def logits(rows, vocabulary, seed=0):
+    return hangs.logits(rows, "cuda", vocabulary, seed)
 
 
 def gradient(student, teacher, **options):
@@ -42,12 +40,14 @@ def gradient(student, teacher, **options):
     return student.grad
 
 
+@pytest.mark.smoke
 def test_auto_is_triton():
     case = cases.make(1000, device="cuda")
     auto, triton = (case.hybrid_loss(backend=backend) for backend in ("auto", "triton"))
     assert torch.equal(auto.gradient, triton.gradient)
 
 
+@pytest.mark.smoke
 def test_nothing_waits_for_the_device():
     case = cases.make(1000, masked=True, device="cuda")
     count = case.valid.sum()
@@ -105,65 +105,13 @@ def test_every_candidate_is_right(tuning, monkeypatch):
             assert_matches_reference(case, "triton", divergence=divergence)
 
 
-def test_a_thousand_launches_do_not_hang():
-    student, teacher = logits(512, 151_936)
-    expected = gradient(student, teacher).clone()
-    for _ in range(1000):
-        got = gradient(student, teacher)
-    torch.cuda.synchronize()
-    assert torch.equal(got, expected)
+@pytest.mark.smoke
+@pytest.mark.parametrize("check", hangs.CHECKS)
+def test_launches_beside_other_work(check):
+    assert hangs.CHECKS[check]("cuda")
 
 
-def test_busy_multiprocessors_do_not_hang():
-    """Another stream keeps multiprocessors busy, so that not all programs fit at first."""
-    student, teacher = logits(256, 151_936)
-    expected = gradient(student, teacher).clone()
-    matrix = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
-    other = torch.cuda.Stream()
-    for _ in range(100):
-        with torch.cuda.stream(other):
-            matrix @ matrix
-        assert torch.equal(gradient(student, teacher), expected)
-    torch.cuda.synchronize()
-
-
-def test_two_streams_of_launches_do_not_hang():
-    """Cooperative launches of two streams never hold half of the device each."""
-    pairs = [logits(256, 151_936, seed) for seed in (1, 2)]
-    expected = [gradient(*pair).clone() for pair in pairs]
-    streams = [torch.cuda.Stream() for _ in pairs]
-    torch.cuda.synchronize()
-    for _ in range(100):
-        got = []
-        for pair, stream in zip(pairs, streams, strict=True):
-            with torch.cuda.stream(stream):
-                got.append(gradient(*pair))
-    torch.cuda.synchronize()
-    for one, other in zip(got, expected, strict=True):
-        assert torch.equal(one, other)
-
-
-def test_cuda_graphs():
-    student, teacher = logits(300, 151_936)
-    for _ in range(3):
-        expected = gradient(student, teacher).clone()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        gradient(student, teacher)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    student.grad = None
-    with torch.cuda.graph(graph):
-        loss = hybrid_loss(student, teacher).loss
-        loss.backward()
-    for _ in range(100):
-        student.grad.zero_()
-        graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(student.grad, expected)
-
-
+@pytest.mark.smoke
 def test_results_are_the_same_from_run_to_run():
     student, teacher = logits(700, 128_256)
     first = gradient(student, teacher, divergence="jsd").clone()
@@ -171,6 +119,7 @@ def test_results_are_the_same_from_run_to_run():
         assert torch.equal(gradient(student, teacher, divergence="jsd"), first)
 
 
+@pytest.mark.smoke
 def test_masked_rows_are_not_read():
     """Half of the rows: half of the time, about. (And zeros, which other tests see.)"""
     student, teacher = logits(4096, 151_936)
@@ -190,6 +139,7 @@ def test_masked_rows_are_not_read():
     assert median(mask=mask) < 0.85 * median()
 
 
+@pytest.mark.smoke
 def test_which_form_runs():
     student, teacher = logits(4, 151_936)
     constants = ("reverse_kl", 0.0, 1.0, None)
@@ -246,6 +196,7 @@ def test_more_than_two_to_the_31_entries():
     torch.testing.assert_close(student.grad[-4:], tail.grad)
 
 
+@pytest.mark.smoke
 def test_more_than_65535_rows():
     student, teacher = logits(70_000, 1000)
     assert gradient(student, teacher, reduction="sum").isfinite().all()
@@ -292,6 +243,7 @@ def test_linear_equals_fp32_logits(vocabulary, dtype, chunk_rows):
         assert (own.grad - plain.grad).norm() < allowed * plain.grad.norm()
 
 
+@pytest.mark.smoke
 def test_linear_memory():
     """The budget of 2 GiB, the fp32 sum of dW, and the gradients."""
     hidden, weight, teacher = linear(8192, 151_936, 1024, torch.bfloat16)
@@ -311,6 +263,7 @@ def test_linear_memory():
     assert peak < 1.05 * (2 << 30) + sums + gradients
 
 
+@pytest.mark.smoke
 def test_linear_waits_for_nothing_that_it_need_not():
     hidden, weight, teacher = linear(256, 32_000, 256, torch.bfloat16)
     mask = torch.arange(256, device="cuda") % 3 > 0

@@ -8,7 +8,7 @@ from cases import DIVERGENCES, divergence_id
 from hybrid_kernels import TokenTerms, reference, token_terms
 from tolerance import assert_close, assert_matches_reference
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.smoke]
 
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
 

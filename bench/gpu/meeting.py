@@ -1,0 +1,115 @@
+"""The meeting alone: programs that publish a number, wait for each other and read what all say.
+
+`_arrive` is that of the row-resident kernel; the wait has a bound, so that a mistake ends as a
+wrong result and not as a hang. The time of a meeting is what a row costs on top of its bytes.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hybrid_kernels import timing
+from hybrid_kernels.kernels import config
+from hybrid_kernels.kernels.resident import _arrive
+
+ROUNDS = 20_000
+# A few milliseconds of polls.
+BOUND = 2**14
+# As in the row-resident form at V=151,936 and 32,000, and the most that it would launch.
+SPLITS = (38, 8, 128)
+WARPS, PROGRAMS = 4, 2
+
+
+@triton.jit
+def meeting_kernel(
+    published_ptr,
+    counter_ptr,
+    wrong_ptr,
+    rounds,
+    SPLITS: tl.constexpr,
+    LANES: tl.constexpr,
+    BOUND: tl.constexpr,
+):
+    """`rounds` meetings of groups of SPLITS programs; what a program read and should not have."""
+    group = tl.program_id(0) // SPLITS
+    part = tl.program_id(0) % SPLITS
+    counter_ptr += group
+    published_ptr += group * 2 * LANES
+    lane = tl.arange(0, LANES)
+    wrong = tl.full((), 0, tl.int32)
+    meeting = tl.full((), 0, tl.int32)
+    while meeting < rounds:
+        slot = published_ptr + meeting % 2 * LANES
+        tl.store(slot + part, meeting)
+        _arrive(counter_ptr)
+        meeting += 1
+        polls = tl.full((), 0, tl.int32)
+        while polls < BOUND:
+            arrived = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+            polls = tl.where(arrived < meeting * SPLITS, polls + 1, 2 * BOUND)
+        tl.debug_barrier()
+        seen = tl.load(slot + lane, mask=lane < SPLITS, other=0, cache_modifier=".cg")
+        off = (seen != meeting - 1) & (lane < SPLITS)
+        wrong += tl.sum(off.to(tl.int32), 0)
+        if polls == BOUND:
+            # Nobody came: the others are not running.
+            wrong += 1
+            meeting = rounds
+    tl.store(wrong_ptr + tl.program_id(0), wrong)
+
+
+def meet(splits: int, groups: int, rounds: int, device: str) -> Tensor:
+    """Launches it; how much each program found wrong."""
+    lanes = triton.next_power_of_2(splits)
+    published = torch.full((groups * 2 * lanes,), -1, dtype=torch.int32, device=device)
+    counters = torch.zeros(groups, dtype=torch.int32, device=device)
+    wrong = torch.full((groups * splits,), -1, dtype=torch.int32, device=device)
+    meeting_kernel[(groups * splits,)](
+        published,
+        counters,
+        wrong,
+        rounds,
+        SPLITS=splits,
+        LANES=lanes,
+        BOUND=BOUND,
+        num_warps=WARPS,
+        enable_fp_fusion=True,
+        launch_cooperative_grid=True,
+    )
+    return wrong
+
+
+def measure(device: str) -> Iterator[dict[str, Any]]:
+    """Microseconds a meeting, alone; and whether all is right in a graph and on two streams."""
+    places = 132 * PROGRAMS
+    if device != "meta":
+        places = config.Device.of(torch.empty(0, device=device)).multiprocessors * PROGRAMS
+    for splits in SPLITS:
+        groups = places // splits
+        wrong = meet(splits, groups, ROUNDS, device)
+        times = timing.device_times(lambda s=splits, g=groups: meet(s, g, ROUNDS, device), 3, 1)
+        us = min(times.ms) * 1e3 / ROUNDS if times.ms else None
+        found = None if device == "meta" else int(wrong.abs().sum())
+        yield {"meeting": f"{splits} programs, {groups} groups", "us": us, "wrong": found}
+    if device == "meta":
+        return
+    splits, groups = SPLITS[0], places // SPLITS[0]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        wrong = meet(splits, groups, 100, device)
+    for _ in range(20):
+        graph.replay()
+    yield {"meeting": "in a graph", "us": None, "wrong": int(wrong.abs().sum())}
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(meet(splits, groups, 100, device))
+    torch.cuda.synchronize()
+    yield {"meeting": "on two streams", "us": None, "wrong": int(torch.stack(found).abs().sum())}

@@ -1,0 +1,226 @@
+"""`python -m bench prebuild [FOLDER]`: kernels for an H100 or H200, made where there is none.
+
+Compiling what the stages launch takes minutes that a lent GPU does not have. So the stages are
+walked through on meta tensors (`standin.py`), which leaves their kernels in a Triton cache, and the
+cache is packed into FOLDER (prebuilt/), which travels. It must be the same version of Triton.
+
+A cache's entries are named after the build of Triton, the kernel's source, the assembler's version
+and options. Two installations of one version differ in the first: `unpack` names the entries as the
+Triton of the machine would, there. Triton 3.6 also compiles a launcher for each kind of signature,
+in C: their sources travel, and `build_launchers` compiles them side by side.
+"""
+
+import argparse
+import base64
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compiler
+from triton.runtime import build, cache, driver
+
+from bench.gpu import conductor
+
+PACK, LIMIT_MIB = "kernels.tar.xz", 20
+KEYS, LAUNCHERS = "keys.jsonl", "launchers"
+TARGET = GPUTarget("cuda", 90, 32)
+NVIDIA = "triton.backends.nvidia.driver"
+
+
+def main(arguments: list[str]) -> int:
+    """Fills a cache and packs it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench prebuild",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=conductor.ROOT / "prebuilt")
+    names = [stage.name for stage in conductor.STAGES]
+    parser.add_argument("--stages", default=",".join(names), help="those to prebuild for")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="stages at a time")
+    options = parser.parse_args(arguments)
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "cache")
+        (folder / LAUNCHERS).mkdir(parents=True)
+        failed = fill(folder, options.stages.split(","), options.jobs)
+        if failed:
+            print(f"prebuild: these stages failed: {', '.join(failed)}")
+            return 1
+        kernels = pack(folder, options.folder)
+    size = (options.folder / PACK).stat().st_size / 2**20
+    print(
+        f"{kernels} kernels, {size:.1f} MiB in {options.folder}, {time.monotonic() - begin:.0f} s"
+    )
+    if size > LIMIT_MIB:
+        print(f"prebuild: more than {LIMIT_MIB} MiB do not travel well; leave out --stages")
+    return int(size > LIMIT_MIB)
+
+
+def fill(folder: Path, stages: list[str], jobs: int) -> list[str]:
+    """Walks through stages, some at a time; the names of those that failed."""
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(folder),
+        "TRITON_STORE_BINARY_ONLY": "1",
+        "HYBRID_KERNELS_TUNING": str(folder / "none.json"),
+        "BENCH_PREBUILT": str(folder),
+        "BENCH_PEERS": str(folder),
+    }
+    waiting, running, failed = list(stages), {}, []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name = waiting.pop(0)
+            command = [sys.executable, "-m", "bench.gpu.stages", name, str(folder / "found.jsonl")]
+            log = (folder / f"{name}.log").open("w+")
+            running[name] = (
+                log,
+                subprocess.Popen(
+                    [*command, "--dry-run", "--compile"],
+                    cwd=conductor.ROOT,
+                    env=environment,
+                    stdout=log,
+                    stderr=log,
+                ),
+            )
+        time.sleep(0.2)
+        for name, (log, process) in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[name]
+            print(f"  {name}: status {process.returncode}", flush=True)
+            if process.returncode:
+                failed.append(name)
+                log.seek(0)
+                print(log.read()[-3000:])
+            log.close()
+    return failed
+
+
+@contextlib.contextmanager
+def recorded_keys() -> Iterator[None]:
+    """Notes the parts of each cache key, and what a launcher would be compiled from."""
+    folder, original = Path(cache.knobs.cache.dir), compiler.get_cache_key
+
+    def recorded(source: Any, backend: Any, options: Any, env_vars: Any) -> str:
+        key = original(source, backend, options, env_vars)
+        parts = {"name": _name(key), "source": source.hash(), "options": options.hash()}
+        with (folder / KEYS).open("a") as file:
+            file.write(json.dumps({**parts, "kernel": source.name}) + "\n")
+        code = _launcher_source(source)
+        if code is not None:
+            own = hashlib.sha256(code.encode()).hexdigest()
+            (folder / LAUNCHERS / f"{own}.c").write_text(code)
+        return key
+
+    with mock.patch.object(compiler, "get_cache_key", recorded):
+        yield
+
+
+def _launcher_source(source: Any) -> str | None:
+    """The C source of a kernel's launcher; None for a Triton that compiles none."""
+    make = getattr(importlib.import_module(NVIDIA), "make_launcher", None)
+    return None if make is None else make(source.constants, source.signature, None)
+
+
+def pack(folder: Path, target: Path) -> int:
+    """The cache as one file, and what it was made from; how many kernels there are."""
+    keys = {}
+    for line in (folder / KEYS).read_text().splitlines():
+        entry = json.loads(line)
+        keys[entry["name"]] = entry
+    target.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(target / PACK, "w:xz") as archive:
+        for name in sorted(keys):
+            archive.add(folder / name, name)
+        archive.add(folder / LAUNCHERS, LAUNCHERS)
+    about = {"triton": triton.__version__, "kernels": list(keys.values())}
+    (target / "kernels.json").write_text(json.dumps(about))
+    (target / "commit").write_text(conductor.commit(target) + "\n")
+    return len(keys)
+
+
+def unpack(folder: Path) -> str:
+    """Puts packed kernels into this Triton's cache, under its own names; says what it did."""
+    if not (folder / PACK).exists():
+        return f"there is no {PACK} in {folder}"
+    about = json.loads((folder / "kernels.json").read_text())
+    if about["triton"] != triton.__version__:
+        return f"made with Triton {about['triton']}, of no use to {triton.__version__}"
+    cached = Path(cache.knobs.cache.dir)
+    backend = compiler.make_backend(TARGET)
+    env_vars = compiler.get_cache_invalidating_env_vars()
+    with tempfile.TemporaryDirectory() as temporary:
+        with tarfile.open(folder / PACK) as archive:
+            archive.extractall(temporary, filter="data")
+        for entry in about["kernels"]:
+            key = compiler.get_cache_key(
+                _Hashed(entry["source"]), backend, _Hashed(entry["options"]), env_vars
+            )
+            target = cached / _name(key)
+            shutil.copytree(Path(temporary, entry["name"]), target, dirs_exist_ok=True)
+            for group in target.glob("__grp__*"):
+                content = json.loads(group.read_text())
+                paths = content["child_paths"]
+                content["child_paths"] = {n: str(target / Path(p).name) for n, p in paths.items()}
+                group.write_text(json.dumps(content))
+        if Path(temporary, LAUNCHERS).exists():
+            shutil.copytree(Path(temporary, LAUNCHERS), folder / LAUNCHERS, dirs_exist_ok=True)
+    return f"{len(about['kernels'])} kernels, for {cache.triton_key()[:16]}"
+
+
+class _Hashed:
+    """Stands for something of which the hash alone is known."""
+
+    def __init__(self, own: str) -> None:
+        self.own = own
+
+    def hash(self) -> str:
+        return self.own
+
+
+def _name(key: str) -> str:
+    """A cache entry's folder, as Triton names it."""
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    return base64.b32encode(bytes.fromhex(digest)).decode().rstrip("=")
+
+
+def build_launchers(folder: Path) -> str:
+    """Compiles the launchers side by side into this Triton's cache; says what it did."""
+    begin = time.monotonic()
+    sources = [path.read_text() for path in sorted((folder / LAUNCHERS).glob("*.c"))]
+    getattr(driver.active, "utils")  # noqa: B009 (which compiles what all launches share, once)
+    with ProcessPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        built = sum(pool.map(_build, sources))
+    return f"{built} of {len(sources)} in {time.monotonic() - begin:.1f} s"
+
+
+def _build(code: str) -> bool:
+    nvidia: Any = importlib.import_module(NVIDIA)
+    try:
+        build.compile_module_from_src(
+            code,
+            "__triton_launcher",
+            library_dirs=nvidia.library_dirs(),
+            include_dirs=nvidia.include_dirs,
+            libraries=nvidia.libraries,
+        )
+    except Exception as error:  # it is compiled at the first launch instead
+        print(f"launcher: {error!r}")
+        return False
+    return True

@@ -1,0 +1,138 @@
+"""What the runs on one GPU found, as Markdown: `report.md` of a folder of `results-*.jsonl`.
+
+Runs of one commit are read together, and of a case measured twice the newest counts. What matters
+most comes last, where the end of a terminal's output is.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from bench import report, summary
+from bench.summary import Row
+
+FASTEST = 6
+
+
+def load(folder: Path) -> list[Row]:
+    """The rows of the newest commit, oldest first; each with its `device`."""
+    runs: list[list[Row]] = []
+    for path in sorted(folder.glob("results-*.jsonl")):
+        lines = path.read_text().splitlines()
+        # The last line of a run that was cut off may be half of one.
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        if rows and "commit" in rows[0]:
+            runs.append(rows)
+    if not runs:
+        raise SystemExit(f"{folder} holds no results-*.jsonl with a result")
+    newest = runs[-1][0]
+    return [
+        {"device": newest["device"], "commit": newest["commit"], **row}
+        for rows in runs
+        if rows[0]["commit"] == newest["commit"] and rows[0]["device"] == newest["device"]
+        for row in rows
+    ]
+
+
+def render(folder: Path) -> str:
+    """Writes `report.md` and, where enough was measured, `report.png`."""
+    rows = load(folder)
+    measured = {row["case"]: row for row in rows if row.get("median_ms") and "case" in row}
+    cases = summary.with_floors(list(measured.values()))
+    right = [row for row in cases if report.is_right(row)]
+    sections = (
+        _header(rows),
+        _stages(rows),
+        _others(rows, set(measured)),
+        _tunings(rows),
+        _checks(rows),
+        ["", *report.wrong(cases)],
+        report.tables(sorted(right, key=_importance)),
+    )
+    text = "\n".join(line for section in sections for line in section).rstrip() + "\n"
+    (folder / "report.md").write_text(text)
+    if any(row["op"] == "hybrid_loss" for row in right):
+        report.plot(folder, right)
+    return text
+
+
+def _importance(row: Row) -> tuple:
+    """The main size, without hidden states, comes last."""
+    return row["v"] == 151_936, not row["d"], row["n"] == 8192, not row["inputs"]
+
+
+def _header(rows: list[Row]) -> Iterable[str]:
+    first = rows[0]
+    versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "triton"))
+    here: Row = next((row for row in rows if "driver" in row), {})
+    driver = f", driver {here['driver']}" if here else ""
+    yield f"{first['device']}{driver}, {versions}, commit {first['commit'][:10]}"
+    for row in rows:
+        for name in ("prebuilt", "launchers", "fp32_sums_of_bf16"):
+            if name in row:
+                yield f"- {name.replace('_', ' ')}: {row[name]}"
+
+
+def _stages(rows: list[Row]) -> Iterable[str]:
+    yield from ("", "| stage | outcome | s | kernels found | compiled |", "|---|---|---|---|---|")
+    for row in rows:
+        if "outcome" in row:
+            name = row["stage"]
+            caches = [r["cache"] for r in rows if r["stage"] == name and "cache" in r]
+            found = sum(cache["hits"] for cache in caches)
+            compiled = sum(r["stage"] == name and "compiled" in r for r in rows)
+            note = ", hung" if row.get("hung") else ""
+            note += ", the GPU no longer answers" if row.get("health") is False else ""
+            ending, seconds = row["outcome"] + note, row.get("seconds", 0)
+            yield f"| {name} | {ending} | {seconds:.0f} | {found} | {compiled} |"
+
+
+def _others(rows: list[Row], measured: set[str]) -> Iterable[str]:
+    yield ""
+    for row in rows:
+        if "meeting" in row:
+            us = "" if row["us"] is None else f", {row['us']:.2f} us"
+            wrong = "" if row["wrong"] is None else f", {row['wrong']} wrong"
+            yield f"- meeting, {row['meeting']}{us}{wrong}"
+        elif "right" in row and "hang" in row:
+            verdict = {True: "right", False: "WRONG", None: "not run"}[row["right"]]
+            yield f"- {row['hang']}: {verdict}, {row['seconds']} s"
+        elif "tool" in row:
+            yield f"- {row['tool']}: status {row['status']}"
+        elif "pytest_status" in row:
+            yield f"- smoke tests: pytest's status {row['pytest_status']}"
+        elif "profiled" in row:
+            name = row["profiled"].split("(")[0]
+            known = ("device", "commit", "stage", "at", "profiled")
+            yield f"- {name}: " + ", ".join(f"{k} {v}" for k, v in row.items() if k not in known)
+        elif "failed" in row and "case" in row and row["case"] not in measured:
+            yield f"- {row['case']}: {row['failed']}"
+        elif row.get("host_ahead", 1) < 1:
+            late = 1 - row["host_ahead"]
+            name = row.get("case") or row["tuning"]
+            yield f"- {name}: the host was late in {late:.0%} of the samples, which are its times"
+    begun = {row["hang"] for row in rows if row.get("begun")}
+    for name in sorted(begun - {row["hang"] for row in rows if "hang" in row and "right" in row}):
+        yield f"- {name}: begun, never ended"
+
+
+def _tunings(rows: list[Row]) -> Iterable[str]:
+    """The fastest of each problem."""
+    tried = [row for row in rows if "tuning" in row and row.get("median_ms")]
+    for v in sorted({row["v"] for row in tried}):
+        yield from ("", f"Tunings, V={v:,}, reverse_kl", "", "| | median ms | N |", "|---|---|---|")
+        own = sorted((row for row in tried if row["v"] == v), key=lambda row: row["median_ms"])
+        for row in own[:FASTEST]:
+            yield f"| {row['tuning']} | {row['median_ms']:.3g} | {row['n']:,} |"
+    yield from (f"Best: {row['best_tuning']}" for row in rows if "best_tuning" in row)
+
+
+def _checks(rows: list[Row]) -> Iterable[str]:
+    checks = {row["check"]: row for row in rows if "check" in row}
+    good = sum(row.get("right") is True for row in checks.values())
+    if checks:
+        yield from ("", f"Against float64: {good} of {len(checks)} right.")
+    for row in checks.values():
+        if row.get("right") is False:
+            errors = {k: row[k] for k in ("gradient", "values", "failed") if k in row}
+            yield f"- WRONG: {row['check']}: {errors}"

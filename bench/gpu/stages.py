@@ -1,0 +1,355 @@
+"""What the stages do: `python -m bench.gpu.stages NAME RESULTS`, one function for each.
+
+A stage appends what it finds to RESULTS as it finds it. Under --dry-run the same code walks through
+the same problems on meta tensors, without a GPU (`standin.py`), and with --compile it leaves every
+kernel in Triton's cache: that is how kernels are prebuilt, so that the list of them can't drift.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from triton import knobs
+
+from bench import measure, memory_check, standin
+from bench.gpu import checks, experiment, hangs, meeting, prebuild, profiler
+from bench.linear import LINEAR_PROVIDERS
+from bench.providers import PROVIDERS
+from bench.suites import (
+    HYBRID,
+    INPUTS,
+    LINEAR,
+    OURS,
+    SUPPORTS,
+    TOP_K,
+    TOP_K_TORCH,
+    TWO_LAUNCHES,
+    TWO_TEACHERS,
+    Case,
+)
+from hybrid_kernels import available_divergences, tune
+from hybrid_kernels.kernels import config
+
+ROOT = Path(__file__).parents[2]
+ROWS, MAIN = 8192, 151_936
+VOCABULARIES = (32_000, 50_257, 128_256, MAIN, 262_144)
+# The denominators: 2.5 GB a tensor.
+PLAIN = ("copy", "add", "read")
+KINDS = ("reverse_kl", "forward_kl", "jeffreys", "jsd")
+PEERS = ("speculators 0.9.0", "Liger 0.8.5", "torch eager", "torch.compile")
+
+
+class Stage:
+    """Where a stage runs, and where it says what it finds."""
+
+    def __init__(self, name: str, results: Path, until: float, device: str) -> None:
+        self.name, self.results, self.device = name, results, device
+        self.begin, self.until = time.time(), until
+
+    @property
+    def dry(self) -> bool:
+        return self.device == "meta"
+
+    def left(self) -> float:
+        """Seconds until this stage had better be over."""
+        return self.until - time.time()
+
+    def write(self, row: dict[str, Any]) -> None:
+        at = round(time.time() - self.begin, 2)
+        with self.results.open("a") as file:
+            file.write(json.dumps({"stage": self.name, "at": at, **row}) + "\n")
+
+    def cases(self, cases: list[Case]) -> None:
+        """Measures cases while there is time. What fails does not keep the next from running,
+        unless the device is lost with it."""
+        for case in cases:
+            if self.left() <= 0:
+                self.write({"case": str(case), "failed": "not begun: out of time"})
+                continue
+            if reason := self.missing(case):
+                self.write({"case": str(case), "failed": reason})
+                continue
+            try:
+                self.write({"case": str(case), **measure.measure(case, self.device)})
+            except Exception as error:
+                self.write({"case": str(case), "failed": repr(error)[:300]})
+                if "CUDA error" in str(error):
+                    raise
+            if not self.dry:
+                torch.cuda.empty_cache()
+
+    def missing(self, case: Case) -> str | None:
+        """Why a case can't be measured here."""
+        provider = measure.provider_of(case)
+        if self.dry and (provider.needs or "compile" in case.provider):
+            return "a dry run has no peers"
+        return provider.missing()
+
+
+# -- the stages, in the order of `conductor.STAGES` ------------------------------------------------
+
+
+def setup(stage: Stage) -> None:
+    """Peers from their wheels, prebuilt kernels under the keys of this Triton, and what is here."""
+    wheels = sorted(str(path) for path in Path(os.environ["BENCH_PEERS"]).glob("*.whl"))
+    if wheels:
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+        command += ["--no-compile", "--no-cache-dir", "--target", os.environ["BENCH_SITE"]]
+        status = subprocess.run([*command, *wheels]).returncode
+        stage.write({"wheels": len(wheels), "pip_status": status})
+        sys.path.insert(0, os.environ["BENCH_SITE"])
+    stage.write({"prebuilt": prebuild.unpack(Path(os.environ["BENCH_PREBUILT"]))})
+    if not stage.dry:
+        stage.write({"launchers": prebuild.build_launchers(Path(os.environ["BENCH_PREBUILT"]))})
+    providers = {**PROVIDERS, **LINEAR_PROVIDERS}
+    missing = {name: provider.missing() for name, provider in providers.items()}
+    stage.write({"missing_peers": {name: why for name, why in missing.items() if why}})
+    if stage.dry:
+        return
+    properties = torch.cuda.get_device_properties(0)
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit"]
+    smi = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True)
+    stage.write(
+        {
+            "device": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "l2_mib": properties.L2_cache_size / 2**20,
+            "cuda": torch.version.cuda,
+            "driver": smi.stdout.split(",")[0].strip(),
+            "smi": smi.stdout.strip(),
+            "fp32_sums_of_bf16": _fp32_sums(),
+        }
+    )
+
+
+def _fp32_sums() -> str:
+    """Whether cuBLAS sums bf16 products into a given fp32 tensor, which the linear op needs."""
+    a, out = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16), torch.ones(64, 64).cuda()
+    try:
+        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+    except RuntimeError as error:
+        return repr(error)[:200]
+    return "right" if bool((out == 65).all()) else "WRONG"
+
+
+def ceilings(stage: Stage) -> None:
+    stage.cases([Case(name, ROWS, MAIN) for name in PLAIN])
+
+
+def meeting_alone(stage: Stage) -> None:
+    for row in meeting.measure(stage.device):
+        stage.write(row)
+
+
+def right(stage: Stage) -> None:
+    for check in checks.CHECKS:
+        if stage.left() <= 0:
+            stage.write({"check": str(check), "failed": "not begun: out of time"})
+            continue
+        stage.write(checks.run(check, stage.device))
+
+
+def headline(stage: Stage) -> None:
+    stage.cases(
+        [
+            Case(name, ROWS, vocabulary, divergence=divergence)
+            for vocabulary in (MAIN, 32_000)
+            for name, divergence in (
+                (OURS, "reverse_kl"),
+                (HYBRID, "reverse_kl"),
+                (OURS, "forward_kl"),
+                (OURS, "jsd"),
+            )
+        ]
+    )
+
+
+def tuning(stage: Stage) -> None:
+    """The lean prototype, then every candidate on two vocabularies; the best goes into a file."""
+    for row in experiment.measure(stage.device):
+        stage.write(row)
+    times: dict[config.Tuning, list[float]] = {}
+    for candidate in config.CANDIDATES:
+        if stage.left() <= 0:
+            stage.write({"tuning": str(candidate), "failed": "not begun: out of time"})
+            continue
+        times[candidate] = []
+        for vocabulary in tune.VOCABULARIES:
+            ms = tune.milliseconds(candidate, 2, vocabulary, "reverse_kl", stage.device)
+            times[candidate].append(ms)
+            rows = tune.BYTES // 2 // vocabulary
+            row = {"tuning": str(candidate), "n": rows, "v": vocabulary}
+            stage.write({**row, "median_ms": ms if math.isfinite(ms) else None})
+    if not stage.dry:
+        best = tune.fastest({c: ms for c, ms in times.items() if ms})
+        os.environ["HYBRID_KERNELS_TUNING"] = os.environ["BENCH_TUNING"]
+        config.write_tuning(torch.cuda.get_device_name(), 2, best)
+        stage.write({"best_tuning": str(best), "of": len(times)})
+
+
+def profile(stage: Stage) -> None:
+    for row in profiler.measure(stage.device, stage.left()):
+        stage.write(row)
+
+
+def peers(stage: Stage) -> None:
+    """The main size first; what takes longest to compile last."""
+    cases = [
+        Case(peer, ROWS, MAIN, divergence=divergence)
+        for divergence in ("reverse_kl", "jsd", "forward_kl")
+        for peer in PEERS[:-1]
+    ]
+    cases += [Case(name, ROWS, MAIN) for name in TWO_TEACHERS]
+    cases += [Case(TOP_K, ROWS, MAIN, inputs="K=128")]
+    cases += [Case(name, ROWS, MAIN, inputs="K=128") for name in TOP_K_TORCH if "comp" not in name]
+    cases += [Case(peer, ROWS, 32_000) for peer in PEERS]
+    stage.cases([*cases, Case("torch.compile", ROWS, MAIN)])
+
+
+def matrix(stage: Stage) -> None:
+    """Partial is fine: the most telling first."""
+    sizes = [v for v in VOCABULARIES if v not in (MAIN, 32_000)]
+    cases = [Case(OURS, ROWS, v, divergence=d) for v in sizes for d in ("reverse_kl", "jsd")]
+    cases += [Case(OURS, ROWS, MAIN, divergence=d) for d in available_divergences()]
+    cases += [Case(name, ROWS, MAIN) for name in TWO_LAUNCHES]
+    cases += [Case(name, rows, MAIN) for rows in (1024, 4096, 16_384) for name in ("add", OURS)]
+    cases += [Case(TOP_K, ROWS, MAIN, inputs=f"K={size}") for size in SUPPORTS]
+    plain = [name for name, options in INPUTS.items() if name and "support" not in options]
+    cases += [Case(OURS, ROWS, MAIN, inputs=name) for name in plain]
+    cases += [Case(name, 4096, MAIN, torch.float32) for name in ("add", OURS)]
+    cases += [Case(OURS, ROWS, MAIN, torch.float16)]
+    cases += [Case(HYBRID, ROWS, v) for v in sizes]
+    cases += [Case(OURS, ROWS, v, divergence=d) for v in sizes for d in ("forward_kl", "jeffreys")]
+    seen = {Case(OURS, ROWS, MAIN, divergence=d) for d in ("reverse_kl", "forward_kl", "jsd")}
+    stage.cases([case for case in dict.fromkeys(cases) if case not in seen])
+
+
+def linear(stage: Stage) -> None:
+    """From hidden states, N=8192 and D=4096."""
+    sized: dict[str, Any] = {"rows": ROWS, "vocabulary": MAIN, "size": 4096}
+    ours = [LINEAR, *(f"hybrid_kernels, chunks of {rows}" for rows in (1024, 2048, 4096))]
+    first = ["four GEMMs alone", *ours, "TRL 1.16, divergence + log-prob"]
+    others = [name for name in LINEAR_PROVIDERS if name not in first]
+    stage.cases(
+        [
+            Case(name, **sized)
+            if "reverse_kl" in LINEAR_PROVIDERS[name].divergences
+            else Case(name, divergence="forward_kl", **sized)
+            for name in (*first, *others)
+        ]
+    )
+
+
+def hanging(stage: Stage) -> None:
+    for name, check in hangs.CHECKS.items():
+        stage.write({"hang": name, "begun": True})
+        begin = time.monotonic()
+        found = check(stage.device)
+        stage.write({"hang": name, "right": found, "seconds": round(time.monotonic() - begin, 1)})
+
+
+def sanitizers(stage: Stage) -> None:
+    """compute-sanitizer on small problems. (Its racecheck sees shared memory only.)"""
+    command = [sys.executable, "-m", "bench.memory_check", stage.device]
+    if stage.dry:
+        memory_check.main(stage.device)
+        stage.write({"tool": "none", "status": 0})
+        return
+    for tool in ("memcheck", "synccheck"):
+        own = ["compute-sanitizer", "--error-exitcode=9", f"--tool={tool}", *command]
+        try:
+            status = subprocess.run(own, timeout=max(5, stage.left() / 2)).returncode
+        except FileNotFoundError:
+            status = "compute-sanitizer is missing on this machine"
+        except subprocess.TimeoutExpired:
+            status = "out of time"
+        stage.write({"tool": tool, "status": status})
+
+
+def smoke(stage: Stage) -> None:
+    """Tests marked `smoke`, in processes that share out the compilation."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "gpu and smoke",
+    ]
+    command += ["-n", "8", "--dist", "worksteal", "--timeout=30", "tests"]
+    if stage.dry:
+        command = [sys.executable, "-m", "pytest", "-q", "--co", "-m", "smoke", "tests/test_gpu.py"]
+    status = subprocess.run(command, cwd=ROOT).returncode
+    stage.write({"pytest_status": status})
+
+
+FUNCTIONS = {
+    "setup": setup,
+    "ceilings": ceilings,
+    "meeting": meeting_alone,
+    "right": right,
+    "headline": headline,
+    "tuning": tuning,
+    "profile": profile,
+    "peers": peers,
+    "matrix": matrix,
+    "linear": linear,
+    "hangs": hanging,
+    "sanitizers": sanitizers,
+    "smoke": smoke,
+}
+
+
+@contextlib.contextmanager
+def counted_compilations(stage: Stage) -> Iterator[None]:
+    """Counts kernels found in Triton's cache, and tells of each that was not."""
+    counts = {"hits": 0, "misses": 0}
+
+    def listener(*, src, cache_hit: bool, **_: Any) -> None:
+        counts["hits" if cache_hit else "misses"] += 1
+        if not cache_hit:
+            stage.write({"compiled": src.name})
+
+    with mock.patch.object(knobs.compilation, "listener", listener):
+        yield
+    if any(counts.values()):
+        stage.write({"cache": counts})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.stages", description=__doc__)
+    parser.add_argument("name", choices=tuple(FUNCTIONS))
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--until", type=float, default=math.inf, help="when to end, in Unix time")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="what a dry run launches")
+    parser.add_argument("--sweeping", action="store_true", help="no programs that wait")
+    options = parser.parse_args()
+    device = "meta" if options.dry_run else "cuda"
+    stage = Stage(options.name, options.results, options.until, device)
+    with contextlib.ExitStack() as stack:
+        if options.dry_run:
+            stack.enter_context(standin.gpu("sm_90", compiles=options.compile))
+        if options.compile:
+            stack.enter_context(prebuild.recorded_keys())
+        if options.sweeping:
+            stack.enter_context(mock.patch.object(config, "resident", return_value=None))
+        stack.enter_context(counted_compilations(stage))
+        FUNCTIONS[options.name](stage)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""What a lent GPU runs, on a machine without one: stages that fail alone, kernels that travel."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from bench import standin
+from bench.gpu import checks, conductor, meeting, prebuild, profiler, report, stages
+from bench.gpu.conductor import Run, Stage
+from hybrid_kernels import hybrid_loss, timing
+from hybrid_kernels.kernels import config
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(config.INTERPRETED, reason="compiles, or walks through launches")
+
+
+def rows_of(folder):
+    (path,) = folder.glob("results-*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def outcomes(folder):
+    return {row["stage"]: row["outcome"] for row in rows_of(folder) if "outcome" in row}
+
+
+# -- the conductor ---------------------------------------------------------------------------------
+
+SAYS = 'open({path!r}, \'a\').write(\'{{"stage": "{name}", "case": "{name}"}}\\n\');'
+
+
+def stage(run, name, code, seconds=20.0):
+    """A stage that says something, then runs some Python."""
+    said = SAYS.format(path=str(run.results), name=name)
+    return Stage(name, seconds, "", (sys.executable, "-c", said + code))
+
+
+@pytest.fixture
+def run(tmp_path):
+    found = Run(tmp_path / "a-gpu", seconds=60, dry=True)
+    found.write({"device": "A GPU", "commit": "0123456789ab", "torch": "2", "triton": "3"})
+    return found
+
+
+def test_a_stage_costs_only_itself(run, capsys):
+    """One hangs, and so does what it has started, one dies, one fails, one says nothing."""
+    child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', "
+    child += "'import time; time.sleep(1000)  # left-behind']); import time; time.sleep(1000)"
+    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(1000)"
+    silent = Stage("silent", 20.0, "", (sys.executable, "-c", "print('only to the terminal')"))
+    begin = time.monotonic()
+    status = run.all(
+        [
+            stage(run, "first", "pass"),
+            stage(run, "hangs", child, seconds=2.0),
+            stage(run, "stubborn", stubborn, seconds=2.0),
+            stage(run, "dies", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"),
+            stage(run, "fails", "raise SystemExit(3)"),
+            silent,
+            stage(run, "last", "print('a line for the log')"),
+        ]
+    )
+    assert status == 1
+    assert outcomes(run.folder) == {
+        "first": "ok",
+        "hangs": "cut off after 2 s",
+        "stubborn": "cut off after 2 s",
+        "dies": "died of SIGSEGV",
+        "fails": "failed with status 3",
+        "silent": "said nothing",
+        "last": "ok",
+    }
+    said = {row["case"] for row in rows_of(run.folder) if "case" in row}
+    assert said == {"first", "hangs", "stubborn", "dies", "fails", "last"}
+    assert "left-behind" not in subprocess.run(["ps", "ax"], capture_output=True, text=True).stdout
+    log = run.log.read_text()
+    assert "a line for the log" in log
+    assert "only to the terminal" in log
+    assert (
+        capsys.readouterr().out.rstrip().endswith((run.folder / "report.md").read_text().rstrip())
+    )
+    assert len(list(run.folder.iterdir())) <= 8
+    assert time.monotonic() - begin < run.seconds
+
+
+def test_after_a_hang_nothing_waits_for_siblings(run):
+    real = Stage("headline", 20.0, "")
+    assert "--sweeping" not in run.command(real)
+    run.stage(stage(run, "hangs", "import time; time.sleep(1000)", seconds=1.0))
+    assert "--sweeping" in run.command(real)
+    hung = next(row for row in rows_of(run.folder) if row.get("hung"))
+    assert hung["stage"] == "hangs"
+    assert hung["health"] is True
+
+
+def test_a_stage_that_is_only_slow_is_no_hang(run):
+    says = SAYS.format(path=str(run.results), name="slow")
+    code = f"import time\nwhile True: {says} time.sleep(0.2)"
+    run.stage(Stage("slow", 2.0, "", (sys.executable, "-c", code)))
+    assert outcomes(run.folder) == {"slow": "cut off after 2 s"}
+    assert not run.sweeps
+
+
+def test_the_clock_stops_the_run(tmp_path):
+    run = Run(tmp_path, seconds=conductor.LAST + conductor.GRACE + 6, dry=True)
+    run.write({"device": "A GPU", "commit": "0123456789ab", "torch": "2", "triton": "3"})
+    long = [stage(run, name, "import time; time.sleep(1000)", 500) for name in ("one", "two")]
+    run.all([*long, stage(run, "three", "pass")])
+    assert run.passed() < run.seconds
+    found = outcomes(run.folder)
+    assert found["one"].startswith("cut off after")
+    assert found["three"] == "not begun: the run's time was up"
+    assert (run.folder / "report.md").exists()
+
+
+def test_every_stage_has_a_function_and_the_times_fit():
+    assert list(stages.FUNCTIONS) == [stage.name for stage in conductor.STAGES]
+    # (A stage that ends early leaves its seconds to the others.)
+    assert sum(stage.seconds for stage in conductor.STAGES) < 1.15 * conductor.CLOCK
+
+
+def test_the_script_in_a_dry_run(tmp_path):
+    command = [sys.executable, "-m", "bench", "gpu", str(tmp_path), "--dry-run"]
+    command += ["--stages=meeting,smoke", f"--prebuilt={tmp_path}", "--stage-seconds=300"]
+    run = subprocess.run([*command, "--seconds=1000"], cwd=ROOT, capture_output=True, text=True)
+    print(run.stdout, run.stderr)
+    assert run.returncode == 0
+    folder = tmp_path / "dry-run"
+    assert outcomes(folder) == {"setup": "ok", "meeting": "ok", "smoke": "ok"}
+    assert run.stdout.rstrip().endswith((folder / "report.md").read_text().rstrip())
+
+
+@pytest.fixture
+def on_meta(tmp_path):
+    with standin.gpu(compiles=False) as driver:
+        yield stages.Stage("here", tmp_path / "results-1.jsonl", math.inf, "meta"), driver
+
+
+@pytest.mark.parametrize("name", stages.FUNCTIONS)
+def test_every_stage_walks_through_its_problems(name, on_meta, monkeypatch, tmp_path):
+    """And nothing is measured, or looks as if it had been."""
+    stage, driver = on_meta
+    for variable in ("BENCH_PREBUILT", "BENCH_PEERS"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    stages.FUNCTIONS[name](stage)
+    rows = [json.loads(line) for line in stage.results.read_text().splitlines()]
+    assert rows
+    assert not [row for row in rows if row.get("median_ms") or row.get("us") or row.get("right")]
+    assert {row["failed"] for row in rows if "failed" in row} <= {"a dry run has no peers"}
+    assert driver.launches or name in ("setup", "ceilings", "smoke")
+
+
+def test_a_machine_without_a_gpu_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(conductor, "device_name", lambda: None)
+    assert conductor.main([str(tmp_path)]) == 2
+    assert "--dry-run" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        conductor.main([str(tmp_path), "--stages=headlines"])
+    assert "headlines; there are setup" in capsys.readouterr().err
+
+
+def test_a_device_keeps_its_own_name():
+    assert conductor.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert conductor.slug("NVIDIA H200") == "nvidia-h200"
+
+
+# -- what stages do --------------------------------------------------------------------------------
+
+
+def test_a_case_that_fails_costs_only_itself(on_meta, monkeypatch):
+    stage, _ = on_meta
+
+    def measure(case, device):
+        if case.vocabulary == 1:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if case.vocabulary == 2:
+            raise RuntimeError("out of memory")
+        return {"median_ms": 1.0}
+
+    monkeypatch.setattr(stages.measure, "measure", measure)
+    cases = [stages.Case("hybrid_kernels", 8, size) for size in (2, 3)]
+    stage.cases(cases)
+    lost = stages.Case("hybrid_kernels", 8, 1)
+    with pytest.raises(RuntimeError, match="illegal"):
+        stage.cases([lost, *cases])
+    rows = [json.loads(line) for line in stage.results.read_text().splitlines()]
+    assert ["failed" in row for row in rows] == [True, False, True]
+
+
+def test_a_stage_begins_nothing_when_its_time_is_up(on_meta):
+    stage, driver = on_meta
+    stage.until = 0
+    for name in ("headline", "right", "tuning"):
+        before = driver.launches if name != "tuning" else None
+        stages.FUNCTIONS[name](stage)
+        assert before in (None, driver.launches)
+    rows = [json.loads(line) for line in stage.results.read_text().splitlines()]
+    assert "not begun: out of time" in {row.get("failed") for row in rows}
+
+
+SMALL = [c._replace(vocabulary=min(c.vocabulary, 700), rows=min(c.rows, 30)) for c in checks.CHECKS]
+
+
+@pytest.mark.parametrize("check", dict.fromkeys(SMALL), ids=str)
+def test_checks_pass_where_the_kernels_are_right(check):
+    """With the torch backend in the kernels' place."""
+    row = checks.run(check, "cpu")
+    assert row["right"] is True, row
+
+
+@pytest.mark.parametrize("what", ["gradient", "value", "last row", "error"])
+def test_checks_see_what_is_wrong(what, monkeypatch):
+    def broken(student, *arguments, **options):
+        result = hybrid_loss(student, *arguments, **options)
+        if what == "error":
+            raise RuntimeError("no such kernel")
+        if what == "value":
+            return result._replace(divergence=result.divergence * 1.01)
+        factor = torch.ones(len(student), 1, dtype=student.dtype)
+        factor[-1 if what == "last row" else slice(None)] = 1.3
+        student.register_hook(lambda gradient: gradient * factor)
+        return result
+
+    monkeypatch.setattr(checks.hybrid_kernels, "hybrid_loss", broken)
+    row = checks.run(checks.Check("hybrid", "jsd", torch.bfloat16, 300, 30), "cpu")
+    assert row["right"] is False
+    assert ("failed" in row) == (what == "error")
+
+
+def test_the_profilers_table_is_read():
+    head = '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+    lines = [
+        "==PROF== Connected",
+        head,
+        '"0","1","resident_kernel(int)","gpu__time_duration.sum","ns","1,234,567"',
+        '"0","1","resident_kernel(int)","launch__registers_per_thread","register","255"',
+        '"1","1","lean_kernel","gpu__time_duration.sum","ns","1,000"',
+    ]
+    assert profiler.parse("\n".join(lines)) == [
+        {"profiled": "resident_kernel(int)", "ns": 1234567.0, "registers": 255.0},
+        {"profiled": "lean_kernel", "ns": 1000.0},
+    ]
+    assert profiler.parse("==ERROR== no permission") == []
+
+
+def test_the_report_shows_one_commit_and_nothing_wrong(tmp_path):
+    def write(name, commit, *rows):
+        first = {"stage": "run", "device": "A GPU", "commit": commit, "torch": "2", "triton": "3"}
+        text = "".join(json.dumps(row) + "\n" for row in (first, *rows))
+        (tmp_path / name).write_text(text + '{"stage": "headline", "ca')  # cut off
+
+    def case(provider, ms, error=None, **other):
+        op = {"copy": "copy", "add": "add"}.get(provider, "hybrid_loss")
+        known = {"n": 8192, "v": 151936, "d": None, "dtype": "bfloat16", "inputs": ""}
+        known |= {"divergence": "reverse_kl", "floor_bytes": 2 if op == "copy" else 3}
+        times = {"median_ms": ms, "p20_ms": ms, "p80_ms": ms, "peak_mib": 1.0}
+        row = {"stage": "headline", "case": provider, "provider": provider, "op": op}
+        return {**row, **known, **times, "grad_error": error, **other}
+
+    write("results-1.jsonl", "old", case("hybrid_kernels", 77.0, 1e-3))
+    write("results-2.jsonl", "new", case("copy", 2.0), case("add", 4.0), case("ours", 9.0, 1e-3))
+    wrong = {"stage": "right", "check": "a check", "right": False, "gradient": 0.5, "values": 0.0}
+    write(
+        "results-3.jsonl",
+        "new",
+        case("ours", 5.0, 1e-3, host_ahead=0.9),
+        case("liger", 1.0, float("nan")),
+        wrong,
+        {"stage": "hangs", "hang": "two streams", "begun": True},
+        {"stage": "headline", "outcome": "cut off after 2 s", "hung": True, "seconds": 2},
+    )
+    text = report.render(tmp_path)
+    assert "| ours | 5 | 5-5 |  | 60% | 80% | 1 |  | 1e-03 |" in text
+    assert "77" not in text
+    assert "| liger |" not in text
+    assert "- liger (8192, 151936, bfloat16, reverse_kl): gradient error nan, no result" in text
+    assert "Against float64: 0 of 1 right." in text
+    assert "- two streams: begun, never ended" in text
+    assert "cut off after 2 s, hung" in text
+    assert "- ours: the host was late in 10% of the samples" in text
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_times_say_whether_the_host_was_ahead(late, monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            pass
+
+        def query(self):
+            return late
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    flushed = torch.zeros(1)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing.torch, "zeros", lambda *_, **__: flushed)
+    calls = []
+    times = timing.device_times(lambda: calls.append(1), samples=4, warmups=2)
+    assert len(calls) == 6
+    assert times == ([2.0] * 4, 0.0 if late else 1.0)
+
+
+# -- kernels that travel ---------------------------------------------------------------------------
+
+
+def test_prebuilt_kernels_are_found_by_another_build(tmp_path, monkeypatch):
+    """Filled by one, packed, unpacked under the names that another build of Triton looks for."""
+    packed, other = tmp_path / "packed", tmp_path / "cache"
+    assert prebuild.main([str(packed), "--stages=meeting", "--jobs=1"]) == 0
+    assert (packed / prebuild.PACK).stat().st_size < 2**20
+    monkeypatch.setattr(prebuild.cache, "triton_key", lambda: "another-build")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(other))
+    assert prebuild.unpack(packed).startswith(f"{len(meeting.SPLITS)} kernels")
+    meeting.meeting_kernel.device_caches.clear()
+    stage = stages.Stage("meeting", tmp_path / "results.jsonl", math.inf, "meta")
+    with standin.gpu(), stages.counted_compilations(stage):
+        stages.meeting_alone(stage)
+    rows = [json.loads(line) for line in stage.results.read_text().splitlines()]
+    assert rows[-1]["cache"] == {"hits": len(meeting.SPLITS), "misses": 0}
+
+
+def test_kernels_of_another_version_are_left_alone(tmp_path):
+    assert prebuild.unpack(tmp_path) == f"there is no {prebuild.PACK} in {tmp_path}"
+    (tmp_path / prebuild.PACK).write_bytes(b"")
+    (tmp_path / "kernels.json").write_text(json.dumps({"triton": "1.0", "kernels": []}))
+    assert prebuild.unpack(tmp_path).startswith("made with Triton 1.0, of no use to")

@@ -1,0 +1,191 @@
+"""The public functions launch, and Triton compiles, whatever a GPU would be asked for.
+
+Through the real launchers: tensors have no values here (`bench/standin.py`), but every shape,
+stride, dtype and missing argument is specialised as on a GPU. CI runs this file on the oldest
+Triton that the package allows, too.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton's compiler")
+
+from bench import standin
+from hybrid_kernels import (
+    LinearTeacher,
+    Mixture,
+    TopK,
+    available_divergences,
+    hybrid_loss,
+    linear_hybrid_loss,
+    linear_token_terms,
+    token_terms,
+)
+from hybrid_kernels.kernels import config
+from hybrid_kernels.kernels import rows as launchers
+from hybrid_kernels.rows import Rows
+
+pytestmark = pytest.mark.skipif(
+    config.INTERPRETED, reason="compiles ahead of time, which TRITON_INTERPRET=1 turns off"
+)
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def meta(*shape, dtype=FP32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+class Given:
+    """What a loss is given: logits of both models, sampled tokens, advantages."""
+
+    def __init__(self, *rows, vocabulary=151_936, dtype=BF16, teacher_dtype=None):
+        shape = (*rows, vocabulary)
+        self.student = meta(*shape, dtype=dtype).requires_grad_()
+        self.teacher = meta(*shape, dtype=teacher_dtype or dtype)
+        self.ids, self.advantages = meta(*rows, dtype=torch.int64), meta(*rows)
+
+    def loss(self, teacher="logits", advantages="tensor", logits=None, **options):
+        """Everything at once, forward and backward."""
+        given = self.teacher if isinstance(teacher, str) else teacher
+        own = self.advantages if isinstance(advantages, str) else advantages
+        student = self.student if logits is None else logits
+        options = {"entropy_weight": 0.1, **options}
+        result = hybrid_loss(student, given, self.ids, own, **options)
+        result.loss.sum().backward()
+
+    def top_k(self, size):
+        return TopK.from_logits(self.teacher, size, token_ids=self.ids)
+
+    def two(self, *teachers):
+        return Mixture([(1.0, teachers[0]), (0.5, teachers[1])])
+
+
+def token_terms_of(given):
+    terms = token_terms(given.student, given.teacher, given.ids)
+    (terms.divergence + terms.log_prob + terms.entropy).sum().backward()
+
+
+def entropy_alone(given):
+    token_terms(given.student).entropy.sum().backward()
+
+
+@torch.no_grad()
+def scoring(given):
+    token_terms(given.student, given.teacher, given.ids, divergence="jsd")
+
+
+def distillation_alone(given):
+    hybrid_loss(given.student, given.teacher).loss.backward()
+
+
+def sliced(given):
+    """Rows of a larger tensor, which have two strides and begin anywhere."""
+    view = (slice(None), slice(None, -1), slice(None, 50_257))
+    given.ids, given.advantages = (t[:, :-1] for t in (given.ids, given.advantages))
+    given.loss(given.teacher[view], logits=given.student[view])
+
+
+def part_of_the_vocabulary(divergence):
+    def run(given):
+        logits = given.student.detach()[None]
+        rows = Rows(
+            logits,
+            (given.teacher[None],),
+            (1.0,),
+            None,
+            given.ids,
+            None,
+            divergence,
+            0.0,
+            1.0,
+            None,
+        )
+        launchers.row_values(rows, rows.statistics(), meta(3, rows.total))
+
+    return run
+
+
+def linear(dtype, **options):
+    def run(_):
+        hidden, weight = meta(64, 256, dtype=dtype), meta(32_000, 256, dtype=dtype)
+        leaves = hidden.requires_grad_(), weight.requires_grad_()
+        teacher = LinearTeacher(meta(64, 128, dtype=dtype), meta(32_000, 128, dtype=dtype))
+        ids, advantages = meta(64, dtype=torch.int64), meta(64)
+        result = linear_hybrid_loss(*leaves, teacher, ids, advantages, **options)
+        result.loss.backward()
+        linear_token_terms(*leaves, teacher).divergence.sum().backward()
+
+    return run
+
+
+LAUNCHES = {
+    "everything": (Given(8192), Given.loss),
+    "distillation alone": (Given(8192), distillation_alone),
+    "no teacher": (Given(8192), lambda g: g.loss(None, dense_weight=0.0)),
+    "a teacher of weight 0": (Given(8192), lambda g: g.loss(dense_weight=0.0)),
+    "weights per row": (Given(8192), lambda g: g.loss(dense_weight=meta(8192))),
+    "a loss per row": (Given(8192), lambda g: g.loss(reduction="none")),
+    "masked": (Given(8192), lambda g: g.loss(mask=meta(8192, dtype=torch.bool))),
+    "in place": (Given(8192), lambda g: g.loss(logits=g.student.clone(), inplace=True)),
+    "a floor": (Given(8192), lambda g: g.loss(teacher_floor=-20.0)),
+    "advantages of the statistics": (Given(8192), lambda g: g.loss(advantages=lambda t: t.entropy)),
+    "one row": (Given(1), Given.loss),
+    "one row, not aligned": (Given(1, vocabulary=50_257), Given.loss),
+    "a few rows": (Given(3, 5), Given.loss),
+    "rows that are not aligned": (Given(3, 7, vocabulary=50_257), Given.loss),
+    "rows of a larger tensor": (Given(2, 6, vocabulary=50_262), sliced),
+    "a row in one program": (Given(8192, vocabulary=1000), Given.loss),
+    "a single entry": (Given(7, vocabulary=1), Given.loss),
+    "fp32": (Given(700, dtype=FP32), Given.loss),
+    "fp16": (Given(700, dtype=FP16), Given.loss),
+    "two dtypes": (Given(700, teacher_dtype=FP32), Given.loss),
+    "top-K": (Given(8192), lambda g: g.loss(g.top_k(32))),
+    "top-K, not aligned": (Given(3, 5, vocabulary=50_257), lambda g: g.loss(g.top_k(100))),
+    "top-K, renormalized": (Given(700), lambda g: g.loss(g.top_k(64), tail="renormalize")),
+    "top-K, jsd": (Given(700), lambda g: g.loss(g.top_k(64), divergence="jsd")),
+    "two teachers": (Given(700), lambda g: g.loss(g.two(g.teacher, g.teacher))),
+    "token_terms": (Given(8192), token_terms_of),
+    "token_terms, top-K": (
+        Given(700),
+        lambda g: g.loss(g.top_k(32), advantages=lambda t: t.entropy),
+    ),
+    "token_terms, entropy alone": (Given(8192), entropy_alone),
+    "scoring": (Given(8192), scoring),
+    "from hidden states": (None, linear(BF16)),
+    "from hidden states, fp16, chunks": (None, linear(FP16, chunk_rows=16)),
+    "a part of the vocabulary": (Given(700), part_of_the_vocabulary("reverse_kl")),
+    "a part of the vocabulary, jsd": (Given(700), part_of_the_vocabulary("jsd")),
+    **{
+        name: (Given(700), lambda g, name=name: g.loss(divergence=name))
+        for name in available_divergences()
+        if name != "reverse_kl"
+    },
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_compiles_what_is_launched(name):
+    given, run = LAUNCHES[name]
+    with standin.gpu("sm_90") as gpu:
+        run(given)
+    assert gpu.launches
+
+
+def test_the_stand_in_leaves_everything_as_it_was():
+    logits = torch.randn(2, 9, requires_grad=True)
+    with standin.gpu(compiles=False) as gpu:
+        pass
+    hybrid_loss(logits, torch.randn(2, 9)).loss.backward()
+    assert gpu.launches == 0
+    assert logits.grad.isfinite().all()
+    assert not meta(2, 9).requires_grad
+    with pytest.raises(ValueError, match="backend"):
+        hybrid_loss(meta(2, 9), meta(2, 9), backend="triton")
+
+
+def test_a_kernel_that_does_not_compile_is_an_error(monkeypatch):
+    """So that the tests above can fail."""
+    monkeypatch.setattr(launchers, "sweep_constants", lambda *_, **__: {"BLOCK_V": 3})
+    with standin.gpu("sm_90"), pytest.raises(Exception, match=r"missing|BLOCK_V|argument"):
+        scoring(Given(2, vocabulary=1000))
