@@ -8,14 +8,19 @@ BIN := $(VENV)/bin
 HAS_TORCH := $(shell $(PYTHON) -c "import torch, sys; sys.exit(sys.prefix != sys.base_prefix or \
 	tuple(map(int, torch.__version__.split('.')[:2])) < (2, 10))" 2>/dev/null && echo yes)
 
-.PHONY: help setup test demo lint format bench gpu doctor clean
+# An environment with the oldest Triton, in which kernels are compiled and not run.
+TRITON36 := .venv-triton36
+
+.PHONY: help setup test test-triton36 demo lint format bench prebuilt gpu doctor clean
 
 help:
 	@echo "make demo    train three arms on two-digit addition: imitation, reward, hybrid"
 	@echo "make test    run the tests"
+	@echo "make test-triton36  whether kernels compile and travel on Triton 3.6"
 	@echo "make lint    ruff and pyright"
 	@echo "make bench   benchmark the ops on this machine"
-	@echo "make gpu     on a GPU: tests, memory checker, benchmark with peers"
+	@echo "make prebuilt  compile what a lent H100 or H200 will launch (bench/GPU.md)"
+	@echo "make gpu     on a GPU: right or wrong, times, peers, tests; nine minutes (bench/GPU.md)"
 	@echo "make doctor  what this machine will use, and whether it computes right"
 
 setup: $(VENV)/ready
@@ -28,6 +33,20 @@ $(VENV)/ready: pyproject.toml requirements/torch.txt
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+$(TRITON36)/ready: pyproject.toml requirements/torch.txt requirements/triton36.txt
+	$(PYTHON) -m venv $(TRITON36)
+	$(TRITON36)/bin/python -m pip install --quiet -r requirements/torch.txt
+	$(TRITON36)/bin/python -m pip install --quiet -r requirements/triton36.txt
+	$(TRITON36)/bin/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+test-triton36: $(TRITON36)/ready
+	$(TRITON36)/bin/python -m pytest -n 2 --dist worksteal tests/test_launches.py tests/test_lean.py \
+		tests/test_gpu_stages.py::test_prebuilt_kernels_are_found_by_another_build
+
+prebuilt: $(TRITON36)/ready
+	$(TRITON36)/bin/python -m bench prebuild
 
 demo: setup
 	$(BIN)/python -m train.demo
@@ -51,4 +70,4 @@ doctor: setup
 	$(BIN)/python -m hybrid_kernels
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRITON36) prebuilt build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -114,6 +114,15 @@ def native(target: Target) -> None:
 
 
 @pytest.fixture
+def interleaved(target):
+    """The context manager of `interleave.py`, for tests that only the interpreter can run."""
+    pytest.importorskip("greenlet", reason="programs that run side by side are greenlets")
+    from interleave import interleaved
+
+    return interleaved
+
+
+@pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fills new tensors with NaN (the largest integer, true), so that an unwritten entry shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -14,18 +14,6 @@ from bench import aot, lean, standin
 from hybrid_kernels.kernels import config
 from tolerance import assert_close
 
-
-@pytest.fixture
-def interleaved(target):
-    """The context manager of `interleave.py`, where there is an interpreter."""
-    if not config.INTERPRETED:
-        pytest.skip("runs in the interpreter, which test_interpreter.py starts")
-    pytest.importorskip("greenlet", reason="programs that run side by side are greenlets")
-    from interleave import interleaved
-
-    return interleaved
-
-
 # -- in the interpreter ----------------------------------------------------------------------------
 
 

@@ -17,8 +17,10 @@ from hybrid_kernels.kernels import config
 from hybrid_kernels.kernels.resident import _arrive
 
 ROUNDS = 20_000
-# A few milliseconds of polls.
-BOUND = 2**14
+# About a second of polls.
+BOUND = 2**20
+# What is published lies in turn in so many places.
+SLOTS = 2
 # As in the row-resident form at V=151,936 and 32,000, and the most that it would launch.
 SPLITS = (38, 8, 128)
 WARPS, PROGRAMS = 4, 2
@@ -32,18 +34,19 @@ def meeting_kernel(
     rounds,
     SPLITS: tl.constexpr,
     LANES: tl.constexpr,
+    SLOTS: tl.constexpr,
     BOUND: tl.constexpr,
 ):
     """`rounds` meetings of groups of SPLITS programs; what a program read and should not have."""
     group = tl.program_id(0) // SPLITS
     part = tl.program_id(0) % SPLITS
     counter_ptr += group
-    published_ptr += group * 2 * LANES
+    published_ptr += group * SLOTS * LANES
     lane = tl.arange(0, LANES)
     wrong = tl.full((), 0, tl.int32)
     meeting = tl.full((), 0, tl.int32)
     while meeting < rounds:
-        slot = published_ptr + meeting % 2 * LANES
+        slot = published_ptr + meeting % SLOTS * LANES
         tl.store(slot + part, meeting)
         _arrive(counter_ptr)
         meeting += 1
@@ -65,7 +68,7 @@ def meeting_kernel(
 def meet(splits: int, groups: int, rounds: int, device: str) -> Tensor:
     """Launches it; how much each program found wrong."""
     lanes = triton.next_power_of_2(splits)
-    published = torch.full((groups * 2 * lanes,), -1, dtype=torch.int32, device=device)
+    published = torch.full((groups * SLOTS * lanes,), -1, dtype=torch.int32, device=device)
     counters = torch.zeros(groups, dtype=torch.int32, device=device)
     wrong = torch.full((groups * splits,), -1, dtype=torch.int32, device=device)
     meeting_kernel[(groups * splits,)](
@@ -75,6 +78,7 @@ def meet(splits: int, groups: int, rounds: int, device: str) -> Tensor:
         rounds,
         SPLITS=splits,
         LANES=lanes,
+        SLOTS=SLOTS,
         BOUND=BOUND,
         num_warps=WARPS,
         enable_fp_fusion=True,
