@@ -7,6 +7,7 @@ kernel in Triton's cache: that is how kernels are prebuilt, so that the list of 
 
 import argparse
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -107,7 +108,7 @@ def setup(stage: Stage) -> None:
         command += ["--no-compile", "--no-cache-dir", "--target", os.environ["BENCH_SITE"]]
         status = subprocess.run([*command, *wheels]).returncode
         stage.write({"wheels": len(wheels), "pip_status": status})
-        sys.path.insert(0, os.environ["BENCH_SITE"])
+        importlib.invalidate_caches()  # the folder is on the path, and was empty until now
     stage.write({"prebuilt": prebuild.unpack(Path(os.environ["BENCH_PREBUILT"]))})
     if not stage.dry:
         stage.write({"launchers": prebuild.build_launchers(Path(os.environ["BENCH_PREBUILT"]))})
