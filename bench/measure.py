@@ -17,6 +17,8 @@ from bench.summary import Row, percentiles
 from hybrid_kernels import timing
 from hybrid_kernels.kernels import config
 
+LINEAR_SAMPLES = 10
+
 
 def provider_of(case: Case) -> Provider:
     return (LINEAR_PROVIDERS if case.size else PROVIDERS)[case.provider]
@@ -65,7 +67,8 @@ def prepare(case: Case, device: str) -> tuple[Run, Row]:
 def measure(case: Case, device: str = "cuda") -> Row:
     """All of a case on a GPU."""
     run, row = prepare(case, device)
-    times = timing.device_times(run)
+    # (From hidden states a sample takes 50 to 150 ms.)
+    times = timing.device_times(run, LINEAR_SAMPLES if case.size else timing.SAMPLES)
     return {**row, **percentiles(times.ms), "samples": len(times.ms), "host_ahead": times.ahead}
 
 

@@ -4,6 +4,7 @@ Runs of one commit are read together, and of a case measured twice the newest co
 most comes last, where the end of a terminal's output is.
 """
 
+import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,9 +19,11 @@ def load(folder: Path) -> list[Row]:
     """The rows of the newest commit, oldest first; each with its `device`."""
     runs: list[list[Row]] = []
     for path in sorted(folder.glob("results-*.jsonl")):
-        lines = path.read_text().splitlines()
-        # The last line of a run that was cut off may be half of one.
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        rows = []
+        for line in path.read_text().splitlines():
+            # (What was cut off in the middle of a line leaves half of one.)
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
         if rows and "commit" in rows[0]:
             runs.append(rows)
     if not runs:

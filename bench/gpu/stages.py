@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 from triton import knobs
+from triton.runtime import cache
 
 from bench import measure, memory_check, standin
 from bench.gpu import checks, experiment, hangs, meeting, prebuild, profiler
@@ -101,7 +102,13 @@ class Stage:
 
 
 def setup(stage: Stage) -> None:
-    """Peers from their wheels, prebuilt kernels under the keys of this Triton, and what is here."""
+    """What is here; prebuilt kernels under the names of this Triton; peers from their wheels."""
+    if not stage.dry:
+        stage.write(_machine())
+    prebuilt = Path(os.environ["BENCH_PREBUILT"])
+    stage.write({"prebuilt": prebuild.unpack(prebuilt)})
+    if not stage.dry:
+        stage.write({"launchers": prebuild.build_launchers(prebuilt)})
     wheels = sorted(str(path) for path in Path(os.environ["BENCH_PEERS"]).glob("*.whl"))
     if wheels:
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
@@ -109,29 +116,26 @@ def setup(stage: Stage) -> None:
         status = subprocess.run([*command, *wheels]).returncode
         stage.write({"wheels": len(wheels), "pip_status": status})
         importlib.invalidate_caches()  # the folder is on the path, and was empty until now
-    stage.write({"prebuilt": prebuild.unpack(Path(os.environ["BENCH_PREBUILT"]))})
-    if not stage.dry:
-        stage.write({"launchers": prebuild.build_launchers(Path(os.environ["BENCH_PREBUILT"]))})
     providers = {**PROVIDERS, **LINEAR_PROVIDERS}
     missing = {name: provider.missing() for name, provider in providers.items()}
     stage.write({"missing_peers": {name: why for name, why in missing.items() if why}})
-    if stage.dry:
-        return
+
+
+def _machine() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit"]
     smi = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True)
-    stage.write(
-        {
-            "device": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "l2_mib": properties.L2_cache_size / 2**20,
-            "cuda": torch.version.cuda,
-            "driver": smi.stdout.split(",")[0].strip(),
-            "smi": smi.stdout.strip(),
-            "fp32_sums_of_bf16": _fp32_sums(),
-        }
-    )
+    return {
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": properties.L2_cache_size / 2**20,
+        "cuda": torch.version.cuda,
+        "driver": smi.stdout.split(",")[0].strip(),
+        "smi": smi.stdout.strip(),
+        "triton_key": cache.triton_key()[:40],
+        "fp32_sums_of_bf16": _fp32_sums(),
+    }
 
 
 def _fp32_sums() -> str:
@@ -214,8 +218,8 @@ def peers(stage: Stage) -> None:
     cases += [Case(name, ROWS, MAIN) for name in TWO_TEACHERS]
     cases += [Case(TOP_K, ROWS, MAIN, inputs="K=128")]
     cases += [Case(name, ROWS, MAIN, inputs="K=128") for name in TOP_K_TORCH if "comp" not in name]
-    cases += [Case(peer, ROWS, 32_000) for peer in PEERS]
-    stage.cases([*cases, Case("torch.compile", ROWS, MAIN)])
+    cases += [Case(peer, ROWS, 32_000) for peer in PEERS[:-1]]
+    stage.cases(cases + [Case(PEERS[-1], ROWS, vocabulary) for vocabulary in (MAIN, 32_000)])
 
 
 def matrix(stage: Stage) -> None:
@@ -270,7 +274,7 @@ def sanitizers(stage: Stage) -> None:
     for tool in ("memcheck", "synccheck"):
         own = ["compute-sanitizer", "--error-exitcode=9", f"--tool={tool}", *command]
         try:
-            status = subprocess.run(own, timeout=max(5, stage.left() / 2)).returncode
+            status = subprocess.run(own, timeout=max(5, stage.left())).returncode
         except FileNotFoundError:
             status = "compute-sanitizer is missing on this machine"
         except subprocess.TimeoutExpired:
