@@ -12,7 +12,8 @@ from pathlib import Path
 from bench import report, summary
 from bench.summary import Row
 
-FASTEST = 6
+# Tunings that are shown, and how many a problem must have been measured with for its own table.
+FASTEST, COMPARED = 6, 3
 
 
 def load(folder: Path) -> list[Row]:
@@ -50,13 +51,33 @@ def render(folder: Path) -> str:
         _tunings(rows),
         _checks(rows),
         ["", *report.wrong(cases)],
-        report.tables(sorted(right, key=_importance)),
+        _alone([row for row in right if not _is_compared(row, right)]),
+        report.tables(sorted((r for r in right if _is_compared(r, right)), key=_importance)),
     )
     text = "\n".join(line for section in sections for line in section).rstrip() + "\n"
     (folder / "report.md").write_text(text)
     if any(row["op"] == "hybrid_loss" for row in right):
         report.plot(folder, right)
     return text
+
+
+def _is_compared(row: Row, rows: list[Row]) -> bool:
+    """Whether its problem has a table of its own."""
+    alike = (all(row[key] == other[key] for key in report.CASE) for other in rows)
+    return sum(alike) >= COMPARED
+
+
+def _alone(rows: list[Row]) -> Iterable[str]:
+    """One table for problems that few have been measured on."""
+    if rows:
+        yield from ("", "| | N | V | dtype, divergence, inputs | median ms | of copy | of add |")
+        yield "|---|---|---|---|---|---|---|"
+    for row in rows:
+        inputs = ", ".join(row[key] for key in ("dtype", "divergence", "inputs") if row[key])
+        floors = (row.get(key) for key in ("floor_fraction", "add_fraction"))
+        of = " | ".join("" if floor is None else f"{floor:.0%}" for floor in floors)
+        name = f"{row['provider']} | {row['n']:,} | {row['v']:,} | {inputs}"
+        yield f"| {name} | {row['median_ms']:.3g} | {of} |"
 
 
 def _importance(row: Row) -> tuple:
