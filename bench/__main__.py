@@ -63,7 +63,9 @@ def main() -> None:
         options = [f"--deadline={arguments.deadline}"] if arguments.deadline else []
         measure(arguments.suite, folder, *options)
     elif arguments.command == "report":
-        print(report.render(folder))
+        staged = any(folder.glob("results-*.jsonl"))
+        module = importlib.import_module("bench.gpu.report") if staged else report
+        print(module.render(folder))
     elif arguments.command == "aot":
         sys.exit(importlib.import_module("bench.aot").main())
     else:

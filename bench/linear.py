@@ -287,7 +287,7 @@ def linear_oracle(problem: LinearProblem, rows: Tensor, sparse: bool) -> Tensor:
     assert isinstance(own.weight, Tensor)
     hidden = problem.hidden.detach()[rows].double().requires_grad_()
     logits = hidden @ problem.weight.detach().double().T
-    theirs = own.hidden.double() @ own.weight.double().cpu().T
+    theirs = own.hidden.double() @ own.weight.double().T
     result = reference.hybrid_loss(
         logits,
         theirs,

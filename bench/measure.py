@@ -75,33 +75,39 @@ def measure(case: Case, device: str = "cuda") -> Row:
 def gradient_error(problem: Problem | LinearProblem, run: Run, op: str = "") -> float | None:
     """Relative L2 error of some valid rows' gradient, against float64 on the same inputs; of the
     hidden states where these are given. None on a device without values."""
-    linear = isinstance(problem, LinearProblem)
-    first = problem.hidden if linear else problem.student
+    first = problem.hidden if isinstance(problem, LinearProblem) else problem.student
     gradient = run()
-    if first.is_meta:
-        return None
-    if linear:
-        rows = steady_rows(len(first), 1).to(first.device)
+    if isinstance(problem, LinearProblem):
+        rows = steady_rows(first, 1)
         truth = linear_oracle(problem, rows, sparse=op == TERMS)
     else:
-        launch = config.resident(first.shape[1], first.element_size(), *_place(first))
-        rows = steady_rows(len(first), launch.groups if launch else 1).to(first.device)
+        rows = steady_rows(first, groups_of(first))
         if problem.mask is not None:
             rows = rows[problem.mask[rows]]
         truth = oracle(problem, rows)
-    found = gradient[rows].double()
-    return float((found - truth).norm() / truth.norm())
+    return relative_error(gradient[rows], truth)
 
 
-def _place(logits: torch.Tensor) -> tuple[int, config.Device]:
-    return len(logits), config.Device.of(logits)
+def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float | None:
+    """||found - truth|| / ||truth||; None on a device without values."""
+    error = (found.double() - truth).norm() / truth.norm()
+    return None if error.is_meta else float(error)
 
 
-def steady_rows(count: int, groups: int) -> torch.Tensor:
-    """Rows that tell: the first, those that a group comes to second and third, the middle, the
-    last."""
-    rows = {0, groups, 2 * groups + 1, count // 2, count - 1}
-    return torch.tensor(sorted(row for row in rows if row < count))
+def groups_of(logits: torch.Tensor) -> int:
+    """How many rows of one full teacher's problem the row-resident form has in flight."""
+    rows, vocabulary = logits.shape
+    device = config.Device.of(logits)
+    launch = config.resident(vocabulary, logits.element_size(), rows, device)
+    return launch.groups if launch else 1
+
+
+def steady_rows(rows: torch.Tensor, groups: int) -> torch.Tensor:
+    """Of some rows those that differ in how a kernel comes to them: the first, those that a group
+    of programs takes second and third, one in the middle, the last."""
+    count = len(rows)
+    chosen = {0, groups, 2 * groups + 1, count // 2, count - 1}
+    return torch.tensor(sorted(row for row in chosen if row < count), device=rows.device)
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:

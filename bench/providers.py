@@ -350,7 +350,7 @@ PROVIDERS: dict[str, Provider] = {
 def oracle(problem: Problem, rows: Tensor) -> Tensor:
     """The dense gradient of some valid rows in float64, scaled as in the mean over all of them."""
     student = problem.student.detach()[rows].double().requires_grad_()
-    count = problem.student.shape[0] if problem.mask is None else int(problem.mask.sum())
+    count = len(problem.student) if problem.mask is None else problem.mask.sum()
     teacher: Tensor | TopK = problem.teacher[rows].double()
     if problem.known is not None:
         teacher = TopK(problem.known.ids[rows], problem.known.log_probs[rows])

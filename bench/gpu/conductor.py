@@ -11,6 +11,8 @@ Nothing is needed but torch and Triton. Two folders are used where they are ther
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import os
 import re
@@ -29,7 +31,7 @@ from bench.gpu import report
 ROOT = Path(__file__).parents[2]
 # Seconds of the whole run; those between the signals that end a stage; those to print the tables.
 CLOCK, GRACE, LAST = 540, 5, 8
-# A stage that has said nothing for so long when its time is up hangs; it was not just slow.
+# A stage that has said nothing for so long, after it began what may wait, hangs; it is not slow.
 SILENCE = 15
 HEALTH = 20
 # The newest part of a stage's output that is kept.
@@ -37,28 +39,38 @@ LOG_BYTES = 2**20
 
 
 class Stage(NamedTuple):
-    """What runs, for how many seconds at most, and the decision that it is for."""
+    """What runs, and for how many seconds at most.
+
+    Attributes:
+        name: a key of `stages.FUNCTIONS`.
+        seconds: its time.
+        after_a_hang: whether it makes sense without programs that wait for each other.
+        command: what runs; by default the function of that name.
+    """
 
     name: str
     seconds: float
-    decides: str
-    command: tuple[str, ...] = ()  # by default that of `stages.py`
+    after_a_hang: bool = True
+    command: tuple[str, ...] = ()
 
 
+# What they decide is in GPU.md. Together they take longer than the run; most end early.
 STAGES = (
-    Stage("setup", 45, "what is here; whether prebuilt kernels are found"),
-    Stage("ceilings", 15, "what bandwidth is measured against"),
-    Stage("meeting", 15, "whether programs may wait for each other, and what it costs"),
-    Stage("right", 40, "which kernels are right"),
-    Stage("headline", 25, "the figures that matter"),
-    Stage("tuning", 40, "DEFAULT_TUNING; whether the lean prototype is worth building"),
-    Stage("profile", 40, "what binds"),
-    Stage("peers", 80, "the comparison"),
-    Stage("matrix", 60, "vocabularies, divergences, rows"),
-    Stage("linear", 60, "the budget of a chunk"),
-    Stage("hangs", 40, "whether launches hang beside other work"),
-    Stage("sanitizers", 40, "whether memory is used as it should be"),
-    Stage("smoke", 90, "the tests that need a GPU"),
+    Stage("setup", 45),
+    Stage("ceilings", 30),
+    Stage("meeting", 30, False),
+    Stage("right", 45),
+    Stage("headline", 30),
+    Stage("lean", 25, False),
+    Stage("tuning", 40, False),
+    Stage("profile", 40, False),
+    Stage("peers", 80),
+    Stage("matrix", 60),
+    Stage("linear", 60),
+    Stage("hangs", 40, False),
+    Stage("memcheck", 40, False),
+    Stage("synccheck", 30, False),
+    Stage("smoke", 90, False),
 )
 
 
@@ -82,7 +94,7 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--stages: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     device = "dry-run" if options.dry_run else device_name()
     if device is None:
-        print("python -m bench gpu: nvidia-smi sees no GPU; --dry-run walks the stages without one")
+        print("python -m bench gpu: there is no GPU; --dry-run walks the stages without one")
         return 2
     stages = [stage for stage in STAGES if stage.name in ("setup", *wanted)]
     if options.stage_seconds:
@@ -109,29 +121,41 @@ def slug(device: str) -> str:
 
 
 def device_name() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    """As nvidia-smi or torch has it; None where there is no GPU."""
+    smi = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    own = smi or output(sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())")
+    return own.splitlines()[0].strip() if own else None
+
+
+def output(*command: str) -> str:
+    """What a command prints; nothing where it is missing, fails or does not end."""
     try:
-        names = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return names.splitlines()[0].strip() if names.strip() else None
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return run.stdout.strip() if run.returncode == 0 else ""
 
 
 def commit(prebuilt: Path) -> str:
     """Of the sources. Where the checkout has no history, `HYBRID_KERNELS_COMMIT`, or that at which
-    the kernels were prebuilt."""
+    kernels were prebuilt from the same sources."""
     if given := os.environ.get("HYBRID_KERNELS_COMMIT"):
         return given
+    if head := output("git", "rev-parse", "HEAD"):
+        changed = output("git", "status", "--porcelain", "--untracked-files=no")
+        return head + ("-dirty" if changed else "")
+    try:
+        about = json.loads((prebuilt / "kernels.json").read_text())
+    except (OSError, ValueError):
+        return "unknown"
+    return about["commit"] if about["sources"] == sources() else "unknown"
 
-    def git(*command: str) -> str:
-        return subprocess.run(
-            ["git", *command], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
 
-    if head := git("rev-parse", "HEAD"):
-        return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
-    noted = prebuilt / "commit"
-    return noted.read_text().strip() if noted.exists() else "unknown"
+def sources() -> str:
+    """A digest of everything that kernels are made from."""
+    files = [*(ROOT / "hybrid_kernels").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
+    parts = (str(path.relative_to(ROOT)).encode() + path.read_bytes() for path in sorted(files))
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 class Run:
@@ -145,7 +169,8 @@ class Run:
         self.results = folder / f"results-{self.id}.jsonl"
         self.log = folder / f"log-{self.id}.txt"
         self.sweeps = False  # from a hang on
-        self.scratch = tempfile.TemporaryDirectory(prefix="bench-gpu-")
+        self.answers = True
+        self.scratch = tempfile.TemporaryDirectory(prefix="bench-gpu-", ignore_cleanup_errors=True)
         # A kernel cache that starts empty, and no tuning file but what is found here.
         self.environment = {
             "TRITON_CACHE_DIR": f"{self.scratch.name}/triton",
@@ -158,23 +183,20 @@ class Run:
 
     def all(self, stages: list[Stage]) -> int:
         """Runs them; the exit status is 1 if one did not end well."""
-        outcomes = []
-        for stage in stages:
-            left = self.seconds - self.passed() - LAST
-            if left < GRACE + 3:
-                self.write({"stage": stage.name, "outcome": "not begun: the run's time was up"})
-                outcomes.append(False)
-                continue
-            outcomes.append(self.stage(stage._replace(seconds=min(stage.seconds, left - GRACE))))
+        endings = [self.stage(stage) for stage in stages]
         try:
             print(report.render(self.folder), flush=True)
         except Exception:  # the findings are in the results all the same
             traceback.print_exc()
         self.scratch.cleanup()
-        return int(not all(outcomes))
+        return int(not all(endings))
 
     def passed(self) -> float:
         return time.monotonic() - self.begin
+
+    def left(self) -> float:
+        """Seconds for stages, their end included."""
+        return self.seconds - self.passed() - LAST
 
     def write(self, row: dict[str, Any]) -> None:
         row = {"stage": "run", "at": round(self.passed(), 1), **row}
@@ -182,35 +204,53 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def stage(self, stage: Stage) -> bool:
-        """Runs one; whether it ended well."""
-        begin, lines = self.passed(), self.lines()
-        output = Path(self.scratch.name, f"{stage.name}.log")
-        ending = self.execute(self.command(stage), stage.seconds, output)
-        seconds = self.passed() - begin
+        """Runs one, unless there is a reason not to; whether it ended well."""
+        reason = None
+        if self.left() < GRACE + 3:
+            reason = "the run's time was up"
+        elif not self.answers:
+            reason = "the GPU no longer answers"
+        elif self.sweeps and not stage.after_a_hang:
+            reason = "programs that wait have hung"
+        if reason:
+            self.write({"stage": stage.name, "outcome": f"not begun: {reason}"})
+            return False
+        begin, lines = self.passed(), len(self.rows())
+        seconds = min(stage.seconds, self.left() - GRACE)
+        log = Path(self.scratch.name, f"{stage.name}.log")
+        ending, silence = self.execute(self.command(stage, seconds), seconds, log)
         ok = ending == "ok"
-        if ok and self.lines() == lines:
+        if ok and len(self.rows()) == lines:
             ok, ending = False, "said nothing"
-        self.keep(stage.name, output)
-        row = {"stage": stage.name, "outcome": ending, "seconds": round(seconds, 1)}
-        print(f"{stage.name:10} {ending:32} {seconds:5.0f} s of {stage.seconds:.0f}", flush=True)
+        self.keep(stage.name, log)
+        passed = self.passed() - begin
+        row = {"stage": stage.name, "outcome": ending, "seconds": round(passed, 1)}
+        print(f"{stage.name:10} {ending:32} {passed:5.0f} s of {seconds:.0f}", flush=True)
         if "cut off" in ending:
-            hung = time.time() - self.results.stat().st_mtime > min(SILENCE, stage.seconds / 2)
+            hung = silence > SILENCE and self.waits()
             self.sweeps |= hung
-            row |= {"hung": hung, "health": self.health()}
+            self.answers = self.health()
+            row |= {"hung": hung, "health": self.answers}
         self.write(row)
         return ok
 
-    def command(self, stage: Stage) -> list[str]:
+    def waits(self) -> bool:
+        """Whether the last that was heard is that something began which may wait."""
+        heard = [row for row in self.rows() if "compiled" not in row]
+        return bool(heard) and bool(heard[-1].get("waits"))
+
+    def command(self, stage: Stage, seconds: float) -> list[str]:
         if stage.command:
             return list(stage.command)
         flags = ["--dry-run"] * self.dry + ["--sweeping"] * self.sweeps
         own = [sys.executable, "-m", "bench.gpu.stages", stage.name, str(self.results)]
         # (A stage that knows when to end is not cut off in the middle of a case.)
-        return [*own, f"--until={time.time() + stage.seconds - 3:.1f}", *flags]
+        return [*own, f"--until={time.time() + seconds - 3:.1f}", *flags]
 
-    def execute(self, command: list[str], seconds: float, output: Path) -> str:
-        """Runs a command for so long at most; how it ended, which is "ok" or says more."""
-        with output.open("w") as file:
+    def execute(self, command: list[str], seconds: float, log: Path) -> tuple[str, float]:
+        """Runs a command for so long at most; how it ended, which is "ok" or says more, and for how
+        long nothing had been heard then."""
+        with log.open("w") as file:
             process = subprocess.Popen(
                 command,
                 stdout=file,
@@ -220,42 +260,41 @@ class Run:
                 env={**os.environ, **self.environment},
                 start_new_session=True,
             )
-            try:
+            status = None
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 status = process.wait(seconds)
-            except subprocess.TimeoutExpired:
+            silence = time.time() - self.results.stat().st_mtime
+            if status is None:
                 end_group(process, signal.SIGINT)
-                status = None
             # Whatever the stage has started: a kernel that hangs must not keep the GPU.
             end_group(process, signal.SIGKILL)
         if status is None:
-            return f"cut off after {seconds:.0f} s"
+            return f"cut off after {seconds:.0f} s", silence
         if status < 0:
-            return f"died of {signal.Signals(-status).name}"
-        return "ok" if status == 0 else f"failed with status {status}"
+            return f"died of {signal.Signals(-status).name}", silence
+        return ("ok" if status == 0 else f"failed with status {status}"), silence
 
     def health(self) -> bool:
         """Whether the GPU still answers, from a process of its own."""
-        if self.dry:
+        seconds = min(HEALTH, self.left() - GRACE)
+        if self.dry or seconds < 3:
             return True
         probe = "import torch; assert int(torch.ones(8, device='cuda').sum()) == 8"
-        output = Path(self.scratch.name, "health.log")
-        return self.execute([sys.executable, "-c", probe], HEALTH, output) == "ok"
+        log = Path(self.scratch.name, "health.log")
+        return self.execute([sys.executable, "-c", probe], seconds, log)[0] == "ok"
 
-    def lines(self) -> int:
-        with self.results.open() as file:
-            return sum(1 for _ in file)
+    def rows(self) -> list[dict[str, Any]]:
+        return report.parse(self.results)
 
-    def keep(self, name: str, output: Path) -> None:
+    def keep(self, name: str, log: Path) -> None:
         """Appends the end of a stage's output to the log, as soon as there is one."""
-        text = output.read_bytes()[-LOG_BYTES:].decode(errors="replace")
+        text = log.read_bytes()[-LOG_BYTES:].decode(errors="replace")
         with self.log.open("a") as file:
             file.write(f"==== {name}\n{text}\n")
 
 
 def end_group(process: subprocess.Popen, number: signal.Signals) -> None:
     """Sends a signal to a process and all that it has started; waits a while for the first."""
-    try:
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
         os.killpg(process.pid, number)
         process.wait(GRACE)
-    except (ProcessLookupError, subprocess.TimeoutExpired):
-        pass

@@ -4,14 +4,14 @@
 wrong result and not as a hang. The time of a meeting is what a row costs on top of its bytes.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from bench.summary import Row
 from hybrid_kernels import timing
 from hybrid_kernels.kernels import config
 from hybrid_kernels.kernels.resident import _arrive
@@ -87,33 +87,51 @@ def meet(splits: int, groups: int, rounds: int, device: str) -> Tensor:
     return wrong
 
 
-def measure(device: str) -> Iterator[dict[str, Any]]:
-    """Microseconds a meeting, alone; and whether all is right in a graph and on two streams."""
-    places = 132 * PROGRAMS
+def measurements(device: str) -> dict[str, Callable[[], Row]]:
+    """By its name each measurement: microseconds a meeting, alone; and whether all is right in a
+    graph and on two streams."""
+    places = config.Device.of(torch.empty(0, device=device)).multiprocessors * PROGRAMS
+    found: dict[str, Callable[[], Row]] = {
+        f"{splits} programs, {places // splits} groups": lambda splits=splits: _alone(
+            splits, places // splits, device
+        )
+        for splits in SPLITS
+    }
     if device != "meta":
-        places = config.Device.of(torch.empty(0, device=device)).multiprocessors * PROGRAMS
-    for splits in SPLITS:
-        groups = places // splits
-        wrong = meet(splits, groups, ROUNDS, device)
-        times = timing.device_times(lambda s=splits, g=groups: meet(s, g, ROUNDS, device), 3, 1)
-        us = min(times.ms) * 1e3 / ROUNDS if times.ms else None
-        found = None if device == "meta" else int(wrong.abs().sum())
-        yield {"meeting": f"{splits} programs, {groups} groups", "us": us, "wrong": found}
-    if device == "meta":
-        return
-    splits, groups = SPLITS[0], places // SPLITS[0]
+        sizes = (SPLITS[0], places // SPLITS[0], ROUNDS, device)
+        found["in a graph"] = lambda: _in_a_graph(*sizes)
+        found["on two streams"] = lambda: _on_two_streams(*sizes)
+    return found
+
+
+def _wrong(found: Tensor) -> int | None:
+    return None if found.is_meta else int(found.abs().sum())
+
+
+def _alone(splits: int, groups: int, device: str) -> Row:
+    wrong = meet(splits, groups, ROUNDS, device)
+    times = timing.device_times(lambda: meet(splits, groups, ROUNDS, device), 3, 1)
+    us = min(times.ms) * 1e3 / ROUNDS if times.ms else None
+    return {"us": us, "wrong": _wrong(wrong)}
+
+
+def _in_a_graph(*sizes) -> Row:
+    meet(*sizes)  # what is compiled and loaded is not captured
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        wrong = meet(splits, groups, 100, device)
-    for _ in range(20):
+        wrong = meet(*sizes)
+    for _ in range(3):
         graph.replay()
-    yield {"meeting": "in a graph", "us": None, "wrong": int(wrong.abs().sum())}
+    return {"us": None, "wrong": _wrong(wrong)}
+
+
+def _on_two_streams(*sizes) -> Row:
     streams = [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
     found = []
-    for _ in range(20):
+    for _ in range(3):
         for stream in streams:
             with torch.cuda.stream(stream):
-                found.append(meet(splits, groups, 100, device))
+                found.append(meet(*sizes))
     torch.cuda.synchronize()
-    yield {"meeting": "on two streams", "us": None, "wrong": int(torch.stack(found).abs().sum())}
+    return {"us": None, "wrong": _wrong(torch.stack(found))}

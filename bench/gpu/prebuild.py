@@ -36,7 +36,7 @@ from triton.runtime import build, cache, driver
 
 from bench.gpu import conductor
 
-PACK, LIMIT_MIB = "kernels.tar.xz", 20
+PACK, ABOUT, LIMIT_MIB = "kernels.tar.xz", "kernels.json", 20
 KEYS, LAUNCHERS = "keys.jsonl", "launchers"
 TARGET = GPUTarget("cuda", 90, 32)
 NVIDIA = "triton.backends.nvidia.driver"
@@ -149,9 +149,13 @@ def pack(folder: Path, target: Path) -> int:
         for name in sorted(keys):
             archive.add(folder / name, name)
         archive.add(folder / LAUNCHERS, LAUNCHERS)
-    about = {"triton": triton.__version__, "kernels": list(keys.values())}
-    (target / "kernels.json").write_text(json.dumps(about))
-    (target / "commit").write_text(conductor.commit(target) + "\n")
+    about = {
+        "triton": triton.__version__,
+        "commit": conductor.commit(target),
+        "sources": conductor.sources(),
+        "kernels": list(keys.values()),
+    }
+    (target / ABOUT).write_text(json.dumps(about))
     return len(keys)
 
 
@@ -159,7 +163,7 @@ def unpack(folder: Path) -> str:
     """Puts packed kernels into this Triton's cache, under its own names; says what it did."""
     if not (folder / PACK).exists():
         return f"there is no {PACK} in {folder}"
-    about = json.loads((folder / "kernels.json").read_text())
+    about = json.loads((folder / ABOUT).read_text())
     if about["triton"] != triton.__version__:
         return f"made with Triton {about['triton']}, of no use to {triton.__version__}"
     cached = Path(cache.knobs.cache.dir)
@@ -179,9 +183,10 @@ def unpack(folder: Path) -> str:
                 paths = content["child_paths"]
                 content["child_paths"] = {n: str(target / Path(p).name) for n, p in paths.items()}
                 group.write_text(json.dumps(content))
-        if Path(temporary, LAUNCHERS).exists():
-            shutil.copytree(Path(temporary, LAUNCHERS), folder / LAUNCHERS, dirs_exist_ok=True)
-    return f"{len(about['kernels'])} kernels, for {cache.triton_key()[:16]}"
+        shutil.copytree(Path(temporary, LAUNCHERS), cached / LAUNCHERS, dirs_exist_ok=True)
+    same = about["sources"] == conductor.sources()
+    note = "" if same else ", from OTHER SOURCES (some will be missed)"
+    return f"{len(about['kernels'])} kernels, for {cache.triton_key()[:16]}{note}"
 
 
 class _Hashed:
@@ -200,10 +205,11 @@ def _name(key: str) -> str:
     return base64.b32encode(bytes.fromhex(digest)).decode().rstrip("=")
 
 
-def build_launchers(folder: Path) -> str:
+def build_launchers() -> str:
     """Compiles the launchers side by side into this Triton's cache; says what it did."""
     begin = time.monotonic()
-    sources = [path.read_text() for path in sorted((folder / LAUNCHERS).glob("*.c"))]
+    folder = Path(cache.knobs.cache.dir, LAUNCHERS)
+    sources = [path.read_text() for path in sorted(folder.glob("*.c"))]
     getattr(driver.active, "utils")  # noqa: B009 (which compiles what all launches share, once)
     with ProcessPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         built = sum(pool.map(_build, sources))

@@ -1,5 +1,6 @@
 """What binds a kernel: hardware counters, read by Nsight Compute in a process of its own."""
 
+import contextlib
 import csv
 import io
 import re
@@ -42,7 +43,7 @@ def work(device: str) -> None:
     for provider, divergence in PROFILED:
         problem = Problem.random(ROWS, VOCABULARY, torch.bfloat16, divergence, device)
         PROVIDERS[provider].make(problem)()
-    experiment.prepare({}, ROWS, device)
+    experiment.prepare(experiment.SHAPES["8,000"], ROWS, device)
 
 
 def measure(device: str, seconds: float) -> Iterator[dict[str, Any]]:
@@ -51,7 +52,16 @@ def measure(device: str, seconds: float) -> Iterator[dict[str, Any]]:
         work(device)
         yield {"profiled": "nothing"}
         return
-    command = ["ncu", "--clock-control", "none", "--csv", "--metrics", ",".join(METRICS)]
+    command = [
+        "ncu",
+        "--clock-control",
+        "none",
+        "--csv",
+        "--print-units",
+        "base",
+        "--metrics",
+        ",".join(METRICS),
+    ]
     command += ["-k", "regex:resident_kernel|lean_kernel", "--launch-count", "3"]
     command += [sys.executable, "-m", "bench.gpu.profiler"]
     try:
@@ -64,6 +74,8 @@ def measure(device: str, seconds: float) -> Iterator[dict[str, Any]]:
         return
     print(run.stdout[-20_000:], run.stderr[-5000:])
     rows = parse(run.stdout)
+    for row, (_, divergence) in zip(rows, PROFILED, strict=False):  # in the order of `work`
+        row["profiled"] += f", {divergence}"
     yield from rows or [{"profiled": "nothing", "failed": f"ncu's status: {run.returncode}"}]
 
 
@@ -74,9 +86,11 @@ def parse(output: str) -> list[dict[str, Any]]:
         return []
     found: dict[str, dict[str, Any]] = {}
     for line in csv.DictReader(io.StringIO(output[start.start() :])):
-        row = found.setdefault(line["ID"], {"profiled": line["Kernel Name"]})
         name = METRICS.get(line["Metric Name"])
-        if name:
+        if name is None:  # as in ncu's own messages between the lines
+            continue
+        row = found.setdefault(line["ID"], {"profiled": line["Kernel Name"]})
+        with contextlib.suppress(ValueError):  # "n/a"
             row[name] = float(line["Metric Value"].replace(",", ""))
     return list(found.values())
 

@@ -5,6 +5,7 @@ most comes last, where the end of a terminal's output is.
 """
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,17 +15,24 @@ from bench.summary import Row
 
 # Tunings that are shown, and how many a problem must have been measured with for its own table.
 FASTEST, COMPARED = 6, 3
+# By which a row may be called.
+NAMES = ("case", "tuning", "hang", "meeting", "profiled")
+
+
+def parse(path: Path) -> list[Row]:
+    """The rows of a run. (What was cut off in the middle of a line leaves half of one.)"""
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def load(folder: Path) -> list[Row]:
     """The rows of the newest commit, oldest first; each with its `device`."""
     runs: list[list[Row]] = []
     for path in sorted(folder.glob("results-*.jsonl")):
-        rows = []
-        for line in path.read_text().splitlines():
-            # (What was cut off in the middle of a line leaves half of one.)
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
+        rows = parse(path)
         if rows and "commit" in rows[0]:
             runs.append(rows)
     if not runs:
@@ -44,20 +52,31 @@ def render(folder: Path) -> str:
     measured = {row["case"]: row for row in rows if row.get("median_ms") and "case" in row}
     cases = summary.with_floors(list(measured.values()))
     right = [row for row in cases if report.is_right(row)]
-    sections = (
-        _header(rows),
-        _stages(rows),
-        _others(rows, set(measured)),
-        _tunings(rows),
-        _checks(rows),
-        ["", *report.wrong(cases)],
-        _alone([row for row in right if not _is_compared(row, right)]),
-        report.tables(sorted((r for r in right if _is_compared(r, right)), key=_importance)),
-    )
-    text = "\n".join(line for section in sections for line in section).rstrip() + "\n"
+    sections = {
+        "head": lambda: _header(rows),
+        "stages": lambda: _stages(rows),
+        "others": lambda: _others(rows, set(measured)),
+        "tunings": lambda: _tunings(rows),
+        "checks": lambda: _checks(rows),
+        "wrong": lambda: ["", *report.wrong(cases)],
+        "alone": lambda: _alone([row for row in right if not _is_compared(row, right)]),
+        "tables": lambda: report.tables(
+            sorted((row for row in right if _is_compared(row, right)), key=_importance)
+        ),
+    }
+    lines = []
+    for name, section in sections.items():
+        try:
+            lines += section()
+        except Exception as error:  # which must not cost the others
+            lines += ["", f"The section {name!r} failed: {error!r}"]
+    text = "\n".join(lines).rstrip() + "\n"
     (folder / "report.md").write_text(text)
-    if any(row["op"] == "hybrid_loss" for row in right):
-        report.plot(folder, right)
+    try:
+        if any(row["op"] == "hybrid_loss" for row in right):
+            report.plot(folder, right)
+    except Exception as error:
+        print(f"report.png: {error!r}")
     return text
 
 
@@ -114,30 +133,32 @@ def _stages(rows: list[Row]) -> Iterable[str]:
 def _others(rows: list[Row], measured: set[str]) -> Iterable[str]:
     yield ""
     for row in rows:
-        if "meeting" in row:
+        if "meeting" in row and "wrong" in row:
             us = "" if row["us"] is None else f", {row['us']:.2f} us"
             wrong = "" if row["wrong"] is None else f", {row['wrong']} wrong"
             yield f"- meeting, {row['meeting']}{us}{wrong}"
         elif "right" in row and "hang" in row:
             verdict = {True: "right", False: "WRONG", None: "not run"}[row["right"]]
-            yield f"- {row['hang']}: {verdict}, {row['seconds']} s"
+            yield f"- {row['hang']}: {verdict}"
         elif "tool" in row:
             yield f"- {row['tool']}: status {row['status']}"
         elif "pytest_status" in row:
             yield f"- smoke tests: pytest's status {row['pytest_status']}"
         elif "profiled" in row:
-            name = row["profiled"].split("(")[0]
+            name = str(row["profiled"]).split("(")[0]
             known = ("device", "commit", "stage", "at", "profiled")
             yield f"- {name}: " + ", ".join(f"{k} {v}" for k, v in row.items() if k not in known)
-        elif "failed" in row and "case" in row and row["case"] not in measured:
-            yield f"- {row['case']}: {row['failed']}"
+        elif "failed" in row and "check" not in row and row.get("case") not in measured:
+            name = next((row[key] for key in NAMES if key in row), row["stage"])
+            yield f"- {name}: {row['failed']}"
         elif row.get("host_ahead", 1) < 1:
             late = 1 - row["host_ahead"]
             name = row.get("case") or row["tuning"]
-            yield f"- {name}: the host was late in {late:.0%} of the samples, which are its times"
-    begun = {row["hang"] for row in rows if row.get("begun")}
-    for name in sorted(begun - {row["hang"] for row in rows if "hang" in row and "right" in row}):
-        yield f"- {name}: begun, never ended"
+            yield f"- {name}: the host was late in {late:.0%} of the samples, which may include it"
+    heard = [row for row in rows if "compiled" not in row and "cache" not in row]
+    for row, after in itertools.pairwise([*heard, {"outcome": ""}]):
+        if "begun" in row and "outcome" in after:
+            yield f"- {row['begun']}: begun, never ended"
 
 
 def _tunings(rows: list[Row]) -> Iterable[str]:
@@ -152,11 +173,16 @@ def _tunings(rows: list[Row]) -> Iterable[str]:
 
 
 def _checks(rows: list[Row]) -> Iterable[str]:
-    checks = {row["check"]: row for row in rows if "check" in row}
+    checks: dict[str, Row] = {}
+    for row in rows:
+        # (What was not begun is no news of what was.)
+        if "check" in row and ("right" in row or row["check"] not in checks):
+            checks[row["check"]] = row
     good = sum(row.get("right") is True for row in checks.values())
     if checks:
         yield from ("", f"Against float64: {good} of {len(checks)} right.")
     for row in checks.values():
-        if row.get("right") is False:
-            errors = {k: row[k] for k in ("gradient", "values", "failed") if k in row}
-            yield f"- WRONG: {row['check']}: {errors}"
+        if "failed" in row:
+            yield f"- {row['check']}: {row['failed']}"
+        elif row["right"] is False:
+            yield f"- WRONG: {row['check']}: gradient {row['gradient']:.1e}, {row['values']:.1e}"

@@ -8,13 +8,14 @@ kernel in Triton's cache: that is how kernels are prebuilt, so that the list of 
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,6 +40,7 @@ from bench.suites import (
     TWO_TEACHERS,
     Case,
 )
+from bench.summary import Row
 from hybrid_kernels import available_divergences, tune
 from hybrid_kernels.kernels import config
 
@@ -47,15 +49,18 @@ ROWS, MAIN = 8192, 151_936
 VOCABULARIES = (32_000, 50_257, 128_256, MAIN, 262_144)
 # The denominators: 2.5 GB a tensor.
 PLAIN = ("copy", "add", "read")
-KINDS = ("reverse_kl", "forward_kl", "jeffreys", "jsd")
+# What an error says after which nothing works on a device in the same process.
+LOST = ("CUDA error", "[CUDA]")
 PEERS = ("speculators 0.9.0", "Liger 0.8.5", "torch eager", "torch.compile")
 
 
 class Stage:
     """Where a stage runs, and where it says what it finds."""
 
-    def __init__(self, name: str, results: Path, until: float, device: str) -> None:
-        self.name, self.results, self.device = name, results, device
+    def __init__(
+        self, name: str, results: Path, until: float, device: str, sweeps: bool = False
+    ) -> None:
+        self.name, self.results, self.device, self.sweeps = name, results, device, sweeps
         self.begin, self.until = time.time(), until
 
     @property
@@ -66,29 +71,51 @@ class Stage:
         """Seconds until this stage had better be over."""
         return self.until - time.time()
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Row) -> None:
         at = round(time.time() - self.begin, 2)
         with self.results.open("a") as file:
             file.write(json.dumps({"stage": self.name, "at": at, **row}) + "\n")
 
+    def attempt(self, row: Row, run: Callable[[], Row], waits: bool = True) -> None:
+        """Writes that something begins and what came of it, added to a row that names it.
+
+        What fails does not keep the next from running, unless the device is lost with it.
+
+        Args:
+            row: what names it.
+            run: does it.
+            waits: whether programs may wait for each other, so that silence from here on is a hang.
+        """
+        if self.left() <= 0:
+            self.write({**row, "failed": "not begun: out of time"})
+            return
+        self.write({"begun": next(iter(row.values())), "waits": waits and not self.sweeps})
+        try:
+            found = run()
+        except Exception as error:
+            self.write({**row, "failed": repr(error)[:300]})
+            if any(sign in str(error) for sign in LOST):
+                raise
+        else:
+            self.write({**row, **found})
+
     def cases(self, cases: list[Case]) -> None:
-        """Measures cases while there is time. What fails does not keep the next from running,
-        unless the device is lost with it."""
+        """Measures cases while there is time."""
         for case in cases:
-            if self.left() <= 0:
-                self.write({"case": str(case), "failed": "not begun: out of time"})
-                continue
+            name = f"{case}, sweeping" if self.sweeps else str(case)
             if reason := self.missing(case):
-                self.write({"case": str(case), "failed": reason})
-                continue
-            try:
-                self.write({"case": str(case), **measure.measure(case, self.device)})
-            except Exception as error:
-                self.write({"case": str(case), "failed": repr(error)[:300]})
-                if "CUDA error" in str(error):
-                    raise
+                self.write({"case": name, "failed": reason})
+            else:
+                ours = case.provider.startswith(OURS)
+                self.attempt({"case": name}, lambda case=case: self.measured(case), waits=ours)
             if not self.dry:
                 torch.cuda.empty_cache()
+
+    def measured(self, case: Case) -> Row:
+        row = measure.measure(case, self.device)
+        if self.sweeps:
+            row["inputs"] = ", ".join(filter(None, (row["inputs"], "sweeping form")))
+        return row
 
     def missing(self, case: Case) -> str | None:
         """Why a case can't be measured here."""
@@ -105,10 +132,9 @@ def setup(stage: Stage) -> None:
     """What is here; prebuilt kernels under the names of this Triton; peers from their wheels."""
     if not stage.dry:
         stage.write(_machine())
-    prebuilt = Path(os.environ["BENCH_PREBUILT"])
-    stage.write({"prebuilt": prebuild.unpack(prebuilt)})
+    stage.write({"prebuilt": prebuild.unpack(Path(os.environ["BENCH_PREBUILT"]))})
     if not stage.dry:
-        stage.write({"launchers": prebuild.build_launchers(prebuilt)})
+        stage.write({"launchers": prebuild.build_launchers()})
     wheels = sorted(str(path) for path in Path(os.environ["BENCH_PEERS"]).glob("*.whl"))
     if wheels:
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
@@ -153,16 +179,13 @@ def ceilings(stage: Stage) -> None:
 
 
 def meeting_alone(stage: Stage) -> None:
-    for row in meeting.measure(stage.device):
-        stage.write(row)
+    for name, run in meeting.measurements(stage.device).items():
+        stage.attempt({"meeting": name}, run, waits=False)
 
 
 def right(stage: Stage) -> None:
     for check in checks.CHECKS:
-        if stage.left() <= 0:
-            stage.write({"check": str(check), "failed": "not begun: out of time"})
-            continue
-        stage.write(checks.run(check, stage.device))
+        stage.attempt({"check": str(check)}, lambda c=check: checks.run(c, stage.device))
 
 
 def headline(stage: Stage) -> None:
@@ -180,27 +203,31 @@ def headline(stage: Stage) -> None:
     )
 
 
+def lean(stage: Stage) -> None:
+    """The prototype: right first, then timed."""
+    for name, options in experiment.SHAPES.items():
+        row = {"tuning": f"lean: {name}", "n": experiment.ROWS, "v": experiment.VOCABULARY}
+        stage.attempt(row, lambda o=options: experiment.measure(o, stage.device))
+
+
 def tuning(stage: Stage) -> None:
-    """The lean prototype, then every candidate on two vocabularies; the best goes into a file."""
-    for row in experiment.measure(stage.device):
-        stage.write(row)
-    times: dict[config.Tuning, list[float]] = {}
-    for candidate in config.CANDIDATES:
-        if stage.left() <= 0:
-            stage.write({"tuning": str(candidate), "failed": "not begun: out of time"})
-            continue
-        times[candidate] = []
-        for vocabulary in tune.VOCABULARIES:
-            ms = tune.milliseconds(candidate, 2, vocabulary, "reverse_kl", stage.device)
-            times[candidate].append(ms)
-            rows = tune.BYTES // 2 // vocabulary
-            row = {"tuning": str(candidate), "n": rows, "v": vocabulary}
-            stage.write({**row, "median_ms": ms if math.isfinite(ms) else None})
-    if not stage.dry:
-        best = tune.fastest({c: ms for c, ms in times.items() if ms})
+    """Every candidate on two vocabularies; the best goes into a file."""
+    times: dict[config.Tuning, list[float]] = {candidate: [] for candidate in config.CANDIDATES}
+
+    def timed(candidate: config.Tuning, vocabulary: int) -> Row:
+        ms = tune.milliseconds(candidate, 2, vocabulary, "reverse_kl", stage.device)
+        times[candidate].append(ms)
+        return {"median_ms": ms if math.isfinite(ms) else None}
+
+    for candidate, v in itertools.product(times, tune.VOCABULARIES):
+        row = {"tuning": str(candidate), "n": tune.BYTES // 2 // v, "v": v}
+        stage.attempt(row, lambda c=candidate, v=v: timed(c, v))
+    tried = {c: ms for c, ms in times.items() if len(ms) == len(tune.VOCABULARIES)}
+    if tried and not stage.dry:
+        best = tune.fastest(tried)
         os.environ["HYBRID_KERNELS_TUNING"] = os.environ["BENCH_TUNING"]
         config.write_tuning(torch.cuda.get_device_name(), 2, best)
-        stage.write({"best_tuning": str(best), "of": len(times)})
+        stage.write({"best_tuning": str(best), "of": len(tried)})
 
 
 def profile(stage: Stage) -> None:
@@ -219,7 +246,8 @@ def peers(stage: Stage) -> None:
     cases += [Case(TOP_K, ROWS, MAIN, inputs="K=128")]
     cases += [Case(name, ROWS, MAIN, inputs="K=128") for name in TOP_K_TORCH if "comp" not in name]
     cases += [Case(peer, ROWS, 32_000) for peer in PEERS[:-1]]
-    stage.cases(cases + [Case(PEERS[-1], ROWS, vocabulary) for vocabulary in (MAIN, 32_000)])
+    cases += [Case(PEERS[-1], ROWS, vocabulary) for vocabulary in (MAIN, 32_000)]
+    stage.cases([*cases, Case("torch.compile, max-autotune", ROWS, MAIN)])
 
 
 def matrix(stage: Stage) -> None:
@@ -258,47 +286,45 @@ def linear(stage: Stage) -> None:
 
 def hanging(stage: Stage) -> None:
     for name, check in hangs.CHECKS.items():
-        stage.write({"hang": name, "begun": True})
-        begin = time.monotonic()
-        found = check(stage.device)
-        stage.write({"hang": name, "right": found, "seconds": round(time.monotonic() - begin, 1)})
+        stage.attempt({"hang": name}, lambda check=check: {"right": check(stage.device)})
 
 
-def sanitizers(stage: Stage) -> None:
+def memcheck(stage: Stage) -> None:
+    _sanitize(stage, "memcheck")
+
+
+def synccheck(stage: Stage) -> None:
+    _sanitize(stage, "synccheck")
+
+
+def _sanitize(stage: Stage, tool: str) -> None:
     """compute-sanitizer on small problems. (Its racecheck sees shared memory only.)"""
-    command = [sys.executable, "-m", "bench.memory_check", stage.device]
     if stage.dry:
         memory_check.main(stage.device)
-        stage.write({"tool": "none", "status": 0})
+        stage.write({"tool": tool, "status": None})
         return
-    for tool in ("memcheck", "synccheck"):
-        own = ["compute-sanitizer", "--error-exitcode=9", f"--tool={tool}", *command]
-        try:
-            status = subprocess.run(own, timeout=max(5, stage.left())).returncode
-        except FileNotFoundError:
-            status = "compute-sanitizer is missing on this machine"
-        except subprocess.TimeoutExpired:
-            status = "out of time"
-        stage.write({"tool": tool, "status": status})
+    # With torch's allocator, which cuts tensors out of larger pieces, few writes are out of bounds.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = ["compute-sanitizer", "--error-exitcode=9", f"--tool={tool}"]
+    command += [sys.executable, "-m", "bench.memory_check", stage.device]
+    try:
+        status: Any = subprocess.run(command, env=environment).returncode
+    except FileNotFoundError:
+        status = "compute-sanitizer is missing on this machine"
+    stage.write({"tool": tool, "status": status})
 
 
 def smoke(stage: Stage) -> None:
     """Tests marked `smoke`, in processes that share out the compilation."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "gpu and smoke",
-    ]
-    command += ["-n", "8", "--dist", "worksteal", "--timeout=30", "tests"]
+    files = [f"tests/test_{name}.py" for name in ("gpu", "ops", "token_terms")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
     if stage.dry:
-        command = [sys.executable, "-m", "pytest", "-q", "--co", "-m", "smoke", "tests/test_gpu.py"]
-    status = subprocess.run(command, cwd=ROOT).returncode
-    stage.write({"pytest_status": status})
+        command += ["-q", "--collect-only", "-m", "smoke"]
+    else:
+        # A wait for the device can't be interrupted by a signal.
+        command += ["-v", "-m", "gpu and smoke", "-n", "8", "--dist", "worksteal"]
+        command += ["--timeout=30", "--timeout-method=thread"]
+    stage.write({"pytest_status": subprocess.run(command, cwd=ROOT).returncode})
 
 
 FUNCTIONS = {
@@ -307,13 +333,15 @@ FUNCTIONS = {
     "meeting": meeting_alone,
     "right": right,
     "headline": headline,
+    "lean": lean,
     "tuning": tuning,
     "profile": profile,
     "peers": peers,
     "matrix": matrix,
     "linear": linear,
     "hangs": hanging,
-    "sanitizers": sanitizers,
+    "memcheck": memcheck,
+    "synccheck": synccheck,
     "smoke": smoke,
 }
 
@@ -328,10 +356,12 @@ def counted_compilations(stage: Stage) -> Iterator[None]:
         if not cache_hit:
             stage.write({"compiled": src.name})
 
-    with mock.patch.object(knobs.compilation, "listener", listener):
-        yield
-    if any(counts.values()):
-        stage.write({"cache": counts})
+    try:
+        with mock.patch.object(knobs.compilation, "listener", listener):
+            yield
+    finally:
+        if any(counts.values()):
+            stage.write({"cache": counts})
 
 
 def main() -> None:
@@ -344,7 +374,7 @@ def main() -> None:
     parser.add_argument("--sweeping", action="store_true", help="no programs that wait")
     options = parser.parse_args()
     device = "meta" if options.dry_run else "cuda"
-    stage = Stage(options.name, options.results, options.until, device)
+    stage = Stage(options.name, options.results, options.until, device, options.sweeping)
     with contextlib.ExitStack() as stack:
         if options.dry_run:
             stack.enter_context(standin.gpu("sm_90", compiles=options.compile))

@@ -228,9 +228,10 @@ def _round_up(number: int, multiple: int) -> int:
 
 def tuning_file() -> Path:
     """`$HYBRID_KERNELS_TUNING`, else `hybrid_kernels/tuning.json` in the user's cache folder."""
+    if given := os.environ.get("HYBRID_KERNELS_TUNING"):
+        return Path(given)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    default = Path(cache) / "hybrid_kernels" / "tuning.json"
-    return Path(os.environ.get("HYBRID_KERNELS_TUNING") or default)
+    return Path(cache) / "hybrid_kernels" / "tuning.json"
 
 
 @functools.cache
