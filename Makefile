@@ -64,7 +64,7 @@ bench: setup
 	$(BIN)/python -m bench run
 
 gpu: setup
-	$(BIN)/python -m bench gpu
+	$(BIN)/python -m bench gpu bench/results
 
 doctor: setup
 	$(BIN)/python -m hybrid_kernels

@@ -9,8 +9,6 @@ import cases
 from cases import DIVERGENCES, divergence_id
 from hybrid_kernels import Divergence, Mixture, TopK, hybrid_loss, ops, token_terms
 
-pytestmark = pytest.mark.smoke
-
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
 
 
