@@ -105,7 +105,6 @@ def test_every_candidate_is_right(tuning, monkeypatch):
             assert_matches_reference(case, "triton", divergence=divergence)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("check", hangs.CHECKS)
 def test_launches_beside_other_work(check):
     assert hangs.CHECKS[check]("cuda")
