@@ -366,7 +366,7 @@ def test_prebuilt_kernels_are_found_by_another_build(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(other))
     assert prebuild.unpack(packed) == f"{len(meeting.SPLITS)} kernels, for another-build"
     monkeypatch.setattr(conductor, "output", lambda *command: "")  # no git
-    about = json.loads((packed / prebuild.ABOUT).read_text())
+    about = json.loads((packed / conductor.ABOUT).read_text())
     assert conductor.commit(packed) == about["commit"]
     monkeypatch.setattr(conductor, "sources", lambda: "changed")
     assert conductor.commit(packed) == "unknown"
@@ -382,5 +382,5 @@ def test_prebuilt_kernels_are_found_by_another_build(tmp_path, monkeypatch):
 def test_kernels_of_another_version_are_left_alone(tmp_path):
     assert prebuild.unpack(tmp_path) == f"there is no {prebuild.PACK} in {tmp_path}"
     (tmp_path / prebuild.PACK).write_bytes(b"")
-    (tmp_path / prebuild.ABOUT).write_text(json.dumps({"triton": "1.0", "kernels": []}))
+    (tmp_path / conductor.ABOUT).write_text(json.dumps({"triton": "1.0", "kernels": []}))
     assert prebuild.unpack(tmp_path).startswith("made with Triton 1.0, of no use to")

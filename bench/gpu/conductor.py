@@ -34,6 +34,8 @@ CLOCK, GRACE, LAST = 540, 5, 8
 # A stage that has said nothing for so long, after it began what may wait, hangs; it is not slow.
 SILENCE = 15
 HEALTH = 20
+# In the folder of prebuilt kernels: what they were made from.
+ABOUT = "kernels.json"
 # The newest part of a stage's output that is kept.
 LOG_BYTES = 2**20
 
@@ -145,7 +147,7 @@ def commit(prebuilt: Path) -> str:
         changed = output("git", "status", "--porcelain", "--untracked-files=no")
         return head + ("-dirty" if changed else "")
     try:
-        about = json.loads((prebuilt / "kernels.json").read_text())
+        about = json.loads((prebuilt / ABOUT).read_text())
     except (OSError, ValueError):
         return "unknown"
     return about["commit"] if about["sources"] == sources() else "unknown"
@@ -214,6 +216,7 @@ class Run:
             reason = "programs that wait have hung"
         if reason:
             self.write({"stage": stage.name, "outcome": f"not begun: {reason}"})
+            print(f"{stage.name:10} not begun: {reason}", flush=True)
             return False
         begin, lines = self.passed(), len(self.rows())
         seconds = min(stage.seconds, self.left() - GRACE)
@@ -236,7 +239,7 @@ class Run:
 
     def waits(self) -> bool:
         """Whether the last that was heard is that something began which may wait."""
-        heard = [row for row in self.rows() if "compiled" not in row]
+        heard = report.heard(self.rows())
         return bool(heard) and bool(heard[-1].get("waits"))
 
     def command(self, stage: Stage, seconds: float) -> list[str]:

@@ -36,7 +36,7 @@ from triton.runtime import build, cache, driver
 
 from bench.gpu import conductor
 
-PACK, ABOUT, LIMIT_MIB = "kernels.tar.xz", "kernels.json", 20
+PACK, LIMIT_MIB = "kernels.tar.xz", 20
 KEYS, LAUNCHERS = "keys.jsonl", "launchers"
 TARGET = GPUTarget("cuda", 90, 32)
 NVIDIA = "triton.backends.nvidia.driver"
@@ -155,7 +155,7 @@ def pack(folder: Path, target: Path) -> int:
         "sources": conductor.sources(),
         "kernels": list(keys.values()),
     }
-    (target / ABOUT).write_text(json.dumps(about))
+    (target / conductor.ABOUT).write_text(json.dumps(about))
     return len(keys)
 
 
@@ -163,7 +163,7 @@ def unpack(folder: Path) -> str:
     """Puts packed kernels into this Triton's cache, under its own names; says what it did."""
     if not (folder / PACK).exists():
         return f"there is no {PACK} in {folder}"
-    about = json.loads((folder / ABOUT).read_text())
+    about = json.loads((folder / conductor.ABOUT).read_text())
     if about["triton"] != triton.__version__:
         return f"made with Triton {about['triton']}, of no use to {triton.__version__}"
     cached = Path(cache.knobs.cache.dir)

@@ -28,6 +28,11 @@ def parse(path: Path) -> list[Row]:
     return rows
 
 
+def heard(rows: list[Row]) -> list[Row]:
+    """What a stage has said itself, and not Triton's compiler."""
+    return [row for row in rows if "compiled" not in row and "cache" not in row]
+
+
 def load(folder: Path) -> list[Row]:
     """The rows of the newest commit, oldest first; each with its `device`."""
     runs: list[list[Row]] = []
@@ -155,8 +160,7 @@ def _others(rows: list[Row], measured: set[str]) -> Iterable[str]:
             late = 1 - row["host_ahead"]
             name = row.get("case") or row["tuning"]
             yield f"- {name}: the host was late in {late:.0%} of the samples, which may include it"
-    heard = [row for row in rows if "compiled" not in row and "cache" not in row]
-    for row, after in itertools.pairwise([*heard, {"outcome": ""}]):
+    for row, after in itertools.pairwise([*heard(rows), {"outcome": ""}]):
         if "begun" in row and "outcome" in after:
             yield f"- {row['begun']}: begun, never ended"
 

@@ -99,10 +99,13 @@ class Stage:
         else:
             self.write({**row, **found})
 
+    def named(self, problem: str) -> str:
+        return f"{problem}, sweeping" if self.sweeps else problem
+
     def cases(self, cases: list[Case]) -> None:
         """Measures cases while there is time."""
         for case in cases:
-            name = f"{case}, sweeping" if self.sweeps else str(case)
+            name = self.named(str(case))
             if reason := self.missing(case):
                 self.write({"case": name, "failed": reason})
             else:
@@ -185,7 +188,8 @@ def meeting_alone(stage: Stage) -> None:
 
 def right(stage: Stage) -> None:
     for check in checks.CHECKS:
-        stage.attempt({"check": str(check)}, lambda c=check: checks.run(c, stage.device))
+        name = stage.named(str(check))
+        stage.attempt({"check": name}, lambda c=check: checks.run(c, stage.device))
 
 
 def headline(stage: Stage) -> None:
