@@ -316,6 +316,8 @@ def _sanitize(stage: Stage, tool: str) -> None:
     except FileNotFoundError:
         status = "compute-sanitizer is missing on this machine"
     stage.write({"tool": tool, "status": status})
+    if status:
+        sys.exit(f"{tool}: {status}")
 
 
 def smoke(stage: Stage) -> None:
@@ -328,7 +330,10 @@ def smoke(stage: Stage) -> None:
         # A wait for the device can't be interrupted by a signal.
         command += ["-v", "-m", "gpu and smoke", "-n", "8", "--dist", "worksteal"]
         command += ["--timeout=30", "--timeout-method=thread"]
-    stage.write({"pytest_status": subprocess.run(command, cwd=ROOT).returncode})
+    status = subprocess.run(command, cwd=ROOT).returncode
+    stage.write({"pytest_status": status})
+    if status:
+        sys.exit(f"pytest: {status}")
 
 
 FUNCTIONS = {
