@@ -218,7 +218,7 @@ def _load(
     for i in tl.static_range(CHUNKS):
         within = _places(i, W)
         chunk = tl.load(ptr + within, mask=within < limit, other=PADDING)
-        pairs = pairs + (chunk,)  # noqa: RUF005 (Triton does not know `(*a, b)`)
+        pairs = pairs + (chunk,)
     return pairs
 
 
@@ -339,7 +339,7 @@ def _merged(
             _read(slot_ptr, 4, i, 0.0, SPLITS, LANES, W),
             _read(slot_ptr, 5, i, 0.0, SPLITS, LANES, W),
         )
-        parts = parts + (part,)  # noqa: RUF005
+        parts = parts + (part,)
     z_max = parts[0][0]
     w_max = parts[0][1]
     for i in tl.static_range(1, LANES // _TILE):
