@@ -206,14 +206,24 @@ def _places(i, W: tl.constexpr):
 
 
 @triton.jit
+def _limit(part, V: tl.constexpr, SLICE: tl.constexpr):
+    """Pairs of a slice. (A row's last one may be shorter.)"""
+    return tl.minimum(SLICE // 2, V // 2 - part * (SLICE // 2))
+
+
+@triton.jit
+def _slice_of(ptr, stride, row, part, SLICE: tl.constexpr):
+    return ptr + row.to(tl.int64) * (stride * 4) + part * (SLICE // 2)
+
+
+@triton.jit
 def _load(
     ptr, stride, row, part, count, V: tl.constexpr, SLICE: tl.constexpr, CHUNKS: tl.constexpr,
     W: tl.constexpr,
 ):  # fmt: skip
     """A slice of a row in pairs, CHUNKS tiles; padding where there is no such row."""
-    ptr += row.to(tl.int64) * (stride * 4) + part * (SLICE // 2)
-    # (A row's last slice may be shorter.)
-    limit = tl.where(row < count, tl.minimum(SLICE // 2, V // 2 - part * (SLICE // 2)), 0)
+    ptr = _slice_of(ptr, stride, row, part, SLICE)
+    limit = tl.where(row < count, _limit(part, V, SLICE), 0)
     pairs = ()
     for i in tl.static_range(CHUNKS):
         within = _places(i, W)
@@ -357,6 +367,175 @@ def _merged(
     return Sums(z_max, w_max, student, teacher, student_y, student_u)
 
 
+# -- a meeting without a fence: each number travels with the meeting that it belongs to ------------
+
+
+@triton.jit
+def _merge_2(
+    z_max, w_max, student, teacher, student_y, student_u,
+    z_max2, w_max2, student2, teacher2, student_y2, student_u2,
+):  # fmt: skip
+    z = tl.maximum(z_max, z_max2)
+    w = tl.maximum(w_max, w_max2)
+    part = _about((z_max, w_max, student, teacher, student_y, student_u), z, w)
+    part2 = _about((z_max2, w_max2, student2, teacher2, student_y2, student_u2), z, w)
+    return (
+        z,
+        w,
+        part[0] + part2[0],
+        part[1] + part2[1],
+        part[2] + part2[2],
+        part[3] + part2[3],
+    )
+
+
+@triton.jit
+def _merged_warps(sums, PLAIN: tl.constexpr):
+    """Those of a program, which all of its threads know."""
+    if PLAIN:
+        z_max = tl.max(sums.student_max, 0, keep_dims=True)
+        w_max = tl.max(sums.teacher_max, 0, keep_dims=True)
+        part = _about(
+            (sums.student_max, sums.teacher_max, sums.student, sums.teacher, sums.student_y,
+             sums.student_u), z_max, w_max,
+        )  # fmt: skip
+        return Sums(
+            tl.max(tl.max(z_max, 1), 0),
+            tl.max(tl.max(w_max, 1), 0),
+            tl.sum(tl.sum(part[0], 0), 0),
+            tl.sum(tl.sum(part[1], 0), 0),
+            tl.sum(tl.sum(part[2], 0), 0),
+            tl.sum(tl.sum(part[3], 0), 0),
+        )
+    else:
+        z, w, e, f, y, u = tl.reduce(
+            (
+                sums.student_max,
+                sums.teacher_max,
+                sums.student,
+                sums.teacher,
+                sums.student_y,
+                sums.student_u,
+            ),
+            0,
+            _merge_2,
+        )
+        return Sums(
+            tl.max(z, 0), tl.max(w, 0), tl.max(e, 0), tl.max(f, 0), tl.max(y, 0), tl.max(u, 0)
+        )
+
+
+@triton.jit
+def _publish_words(slot_ptr, part, sums, epoch):
+    """A program's sums, each in a word of 64 bits with the number of the meeting above it."""
+    field = tl.arange(0, 8)
+    value = tl.where(field == 0, sums.student_max, sums.teacher_max)
+    value = tl.where(field == 2, sums.student, value)
+    value = tl.where(field == 3, sums.teacher, value)
+    value = tl.where(field == 4, sums.student_y, value)
+    value = tl.where(field == 5, sums.student_u, value)
+    word = value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    word = word | (epoch.to(tl.int64) << 32)
+    tl.store(slot_ptr + part * 8 + field, word)
+
+
+@triton.jit
+def _field(word):
+    return word.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _waited_for(ptr, epoch, PLAIN: tl.constexpr):
+    """The six numbers at each pointer, once they are those of a meeting."""
+    if PLAIN:
+        polls = 0
+        here = 0
+        while (here == 0) & (polls < MAX_POLLS):
+            a = tl.atomic_add(ptr, 0)
+            b = tl.atomic_add(ptr + 1, 0)
+            c = tl.atomic_add(ptr + 2, 0)
+            d = tl.atomic_add(ptr + 3, 0)
+            e = tl.atomic_add(ptr + 4, 0)
+            f = tl.atomic_add(ptr + 5, 0)
+            late = ((a >> 32) != epoch) | ((b >> 32) != epoch) | ((c >> 32) != epoch)
+            late = late | ((d >> 32) != epoch) | ((e >> 32) != epoch) | ((f >> 32) != epoch)
+            here = 1 - tl.max(late.to(tl.int32), 0)
+            polls += 1
+        assert polls < MAX_POLLS, "programs that share a row did not arrive"
+        return _field(a), _field(b), _field(c), _field(d), _field(e), _field(f)
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred late;
+            .reg .b64 w0, w1, w2, w3, w4, w5;
+            .reg .b32 v0, v1, v2, v3, v4, v5, t0, t1, t2, t3, t4, t5, polls;
+            mov.u32 polls, 0;
+            AGAIN:
+            ld.relaxed.gpu.global.v2.b64 {w0, w1}, [$6];
+            ld.relaxed.gpu.global.v2.b64 {w2, w3}, [$6 + 16];
+            ld.relaxed.gpu.global.v2.b64 {w4, w5}, [$6 + 32];
+            mov.b64 {v0, t0}, w0;
+            mov.b64 {v1, t1}, w1;
+            mov.b64 {v2, t2}, w2;
+            mov.b64 {v3, t3}, w3;
+            mov.b64 {v4, t4}, w4;
+            mov.b64 {v5, t5}, w5;
+            xor.b32 t0, t0, $7;
+            xor.b32 t1, t1, $7;
+            xor.b32 t2, t2, $7;
+            xor.b32 t3, t3, $7;
+            xor.b32 t4, t4, $7;
+            xor.b32 t5, t5, $7;
+            or.b32 t0, t0, t1;
+            or.b32 t2, t2, t3;
+            or.b32 t4, t4, t5;
+            or.b32 t0, t0, t2;
+            or.b32 t0, t0, t4;
+            add.u32 polls, polls, 1;
+            setp.ge.u32 late, polls, $8;
+            @late trap;
+            setp.ne.b32 late, t0, 0;
+            @late bra AGAIN;
+            mov.b32 $0, v0;
+            mov.b32 $1, v1;
+            mov.b32 $2, v2;
+            mov.b32 $3, v3;
+            mov.b32 $4, v4;
+            mov.b32 $5, v5;
+            }""",
+            "=f,=f,=f,=f,=f,=f,l,r,r",
+            [ptr, epoch, MAX_POLLS],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _met(slot_ptr, epoch, SPLITS: tl.constexpr, LANES: tl.constexpr, PLAIN: tl.constexpr):
+    """The row's sums, in every thread."""
+    place = tl.arange(0, LANES)
+    there = place < SPLITS
+    got = _waited_for(slot_ptr + tl.where(there, place, 0) * 8, epoch, PLAIN)
+    z = tl.where(there, got[0], -1e30)
+    w = tl.where(there, got[1], -1e30)
+    student = tl.where(there, got[2], 0.0)
+    teacher = tl.where(there, got[3], 0.0)
+    student_y = tl.where(there, got[4], 0.0)
+    student_u = tl.where(there, got[5], 0.0)
+    if PLAIN:
+        z_max = tl.max(z, 0)
+        w_max = tl.max(w, 0)
+    else:
+        z_max, w_max = tl.reduce((z, w), 0, _larger_2)
+    e, f, y, u = _about((z, w, student, teacher, student_y, student_u), z_max, w_max)
+    if PLAIN:
+        return Sums(z_max, w_max, tl.sum(e, 0), tl.sum(f, 0), tl.sum(y, 0), tl.sum(u, 0))
+    else:
+        e, f, y, u = tl.reduce((e, f, y, u), 0, _add_4)
+        return Sums(z_max, w_max, e, f, y, u)
+
+
 # -- the gradient ----------------------------------------------------------------------------------
 
 
@@ -396,12 +575,36 @@ def _store_gradient(
     ptr, part, zs, ws, slope, scale, V: tl.constexpr, SLICE: tl.constexpr, CHUNKS: tl.constexpr,
     W: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    limit = tl.minimum(SLICE // 2, V // 2 - part * (SLICE // 2))
+    ptr += part * (SLICE // 2)
+    limit = _limit(part, V, SLICE)
     for i in tl.static_range(CHUNKS):
         within = _places(i, W)
         first, second = _gradient(zs[i], ws[i], slope, scale, PLAIN)
         pair = _pack(first, second, PLAIN)
-        tl.store(ptr + part * (SLICE // 2) + within, pair, mask=within < limit)
+        tl.store(ptr + within, pair, mask=within < limit)
+
+
+@triton.jit
+def _store_gradient_and_load(
+    ptr, part, zs, ws, slope, scale, next_z_ptr, next_w_ptr, there, V: tl.constexpr,
+    SLICE: tl.constexpr, CHUNKS: tl.constexpr, W: tl.constexpr, PLAIN: tl.constexpr,
+):  # fmt: skip
+    """`_store_gradient`, with the loads of a later row into the registers that become free."""
+    ptr += part * (SLICE // 2)
+    limit = _limit(part, V, SLICE)
+    wanted = tl.where(there, limit, 0)
+    next_zs = ()
+    next_ws = ()
+    for i in tl.static_range(CHUNKS):
+        within = _places(i, W)
+        first, second = _gradient(zs[i], ws[i], slope, scale, PLAIN)
+        pair = _pack(first, second, PLAIN)
+        tl.store(ptr + within, pair, mask=within < limit)
+        z = tl.load(next_z_ptr + within, mask=within < wanted, other=PADDING)
+        w = tl.load(next_w_ptr + within, mask=within < wanted, other=PADDING)
+        next_zs = next_zs + (z,)
+        next_ws = next_ws + (w,)
+    return next_zs, next_ws
 
 
 @triton.jit
@@ -445,6 +648,8 @@ def lean_kernel(
     W: tl.constexpr,
     SLOTS: tl.constexpr,
     LAG: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WORDS: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
     """Statistics and gradient of the rows of a group.
@@ -452,7 +657,7 @@ def lean_kernel(
     Logits and gradient are int32, two entries each. Strides count 16 bytes, which tells the
     compiler that rows begin at multiples of as many.
     """
-    SLOT: tl.constexpr = _PUBLISHED * LANES
+    SLOT: tl.constexpr = 8 * LANES if WORDS else _PUBLISHED * LANES
     group = tl.program_id(0) // SPLITS
     part = tl.program_id(0) % SPLITS
     published_ptr += group * (SLOTS * SLOT)
@@ -463,12 +668,20 @@ def lean_kernel(
     meeting = 0
     zs = _load(student_ptr, student_stride, row, part, count, V, SLICE, CHUNKS, W)
     ws = _load(teacher_ptr, teacher_stride, row, part, count, V, SLICE, CHUNKS, W)
-    if LAG:
+    if LAG or DEPTH:
         ahead = row + groups
         next_zs = _load(student_ptr, student_stride, ahead, part, count, V, SLICE, CHUNKS, W)
         next_ws = _load(teacher_ptr, teacher_stride, ahead, part, count, V, SLICE, CHUNKS, W)
+    if DEPTH == 3:
+        ahead = row + 2 * groups
+        last_zs = _load(student_ptr, student_stride, ahead, part, count, V, SLICE, CHUNKS, W)
+        last_ws = _load(teacher_ptr, teacher_stride, ahead, part, count, V, SLICE, CHUNKS, W)
+    if LAG:
         sums = _sums(zs, ws, scale, CHUNKS, PLAIN)
-        _publish(published_ptr, counter_ptr, part, sums, LANES, W)
+        if WORDS:
+            _publish_words(published_ptr, part, _merged_warps(sums, PLAIN), meeting + 1)
+        else:
+            _publish(published_ptr, counter_ptr, part, sums, LANES, W)
     while row < count:
         # All that a row needs from memory, before it is waited for. (The gradient may overwrite the
         # student's logits.)
@@ -490,17 +703,34 @@ def lean_kernel(
             sums = _sums(zs, ws, scale, CHUNKS, PLAIN)
             slot = meeting % SLOTS
             ahead = row + groups
-        _publish(published_ptr + slot * SLOT, counter_ptr + slot, part, sums, LANES, W)
-        far_zs = _load(student_ptr, student_stride, ahead, part, count, V, SLICE, CHUNKS, W)
-        far_ws = _load(teacher_ptr, teacher_stride, ahead, part, count, V, SLICE, CHUNKS, W)
+        if WORDS:
+            own = _merged_warps(sums, PLAIN)
+            _publish_words(published_ptr + slot * SLOT, part, own, meeting + LAG + 1)
+        else:
+            _publish(published_ptr + slot * SLOT, counter_ptr + slot, part, sums, LANES, W)
+        if not DEPTH:
+            far_zs = _load(student_ptr, student_stride, ahead, part, count, V, SLICE, CHUNKS, W)
+            far_ws = _load(teacher_ptr, teacher_stride, ahead, part, count, V, SLICE, CHUNKS, W)
 
         slot = meeting % SLOTS
-        _wait(counter_ptr + slot, (meeting // SLOTS + 1) * SPLITS, PLAIN)
-        sums = _merged(published_ptr + slot * SLOT, SPLITS, LANES, W, PLAIN)
+        if WORDS:
+            merged = _met(published_ptr + slot * SLOT, meeting + 1, SPLITS, LANES, PLAIN)
+        else:
+            _wait(counter_ptr + slot, (meeting // SLOTS + 1) * SPLITS, PLAIN)
+            merged = _merged(published_ptr + slot * SLOT, SPLITS, LANES, W, PLAIN)
         meeting += 1
-        kl, entropy, log_e, log_f, slope = _row(sums, c_div, c_logp, c_ent)
+        kl, entropy, log_e, log_f, slope = _row(merged, c_div, c_logp, c_ent)
         ptr = gradient_ptr + row.to(tl.int64) * (gradient_stride * 4)
-        _store_gradient(ptr, part, zs, ws, slope, scale, V, SLICE, CHUNKS, W, PLAIN)
+        if DEPTH:
+            ahead = row + DEPTH * groups
+            far_zs, far_ws = _store_gradient_and_load(
+                ptr, part, zs, ws, slope, scale,
+                _slice_of(student_ptr, student_stride, ahead, part, SLICE),
+                _slice_of(teacher_ptr, teacher_stride, ahead, part, SLICE),
+                ahead < count, V, SLICE, CHUNKS, W, PLAIN,
+            )  # fmt: skip
+        else:
+            _store_gradient(ptr, part, zs, ws, slope, scale, V, SLICE, CHUNKS, W, PLAIN)
         if owned:
             _store_sampled(ptr, token, z_token, w_token, slope, c_logp, scale, W, PLAIN)
         if part == 0:
@@ -510,7 +740,14 @@ def lean_kernel(
             value = tl.where(field == 3, log_f, value)
             tl.store(statistics_ptr + row * 4 + field, value, mask=field < 4)
         row += groups
-        if LAG:
+        if DEPTH == 3:
+            zs = next_zs
+            ws = next_ws
+            next_zs = last_zs
+            next_ws = last_ws
+            last_zs = far_zs
+            last_ws = far_ws
+        elif LAG or DEPTH == 2:
             zs = next_zs
             ws = next_ws
             next_zs = far_zs
@@ -540,6 +777,8 @@ class Shape(NamedTuple):
     registers: int
     groups: int
     lag: bool
+    depth: int
+    words: bool
 
 
 def shape(
@@ -550,6 +789,8 @@ def shape(
     num_warps: int = 4,
     lag: bool = False,
     programs: int = 2,
+    depth: int = 0,
+    words: bool = False,
 ) -> Shape:
     """Equal slices, of which the last may be shorter.
 
@@ -582,11 +823,13 @@ def shape(
         slice_v,
         -(-slice_v // (num_warps * 2 * TILE)),
         splits,
-        -(-splits * num_warps // TILE) * TILE,
+        triton.next_power_of_2(splits) if words else -(-splits * num_warps // TILE) * TILE,
         num_warps,
         min(255, 65536 // (programs * num_warps * config.WARP) // 8 * 8),
         groups,
         lag,
+        depth,
+        words,
     )
 
 
@@ -626,7 +869,11 @@ def lean(
     statistics = torch.empty((count, 4), dtype=torch.float32, device=student.device)
     if not count:
         return statistics.t()
-    published = statistics.new_empty(shape.groups * SLOTS * PUBLISHED * shape.lanes)
+    if shape.words:
+        places = shape.groups * SLOTS * 8 * shape.lanes
+        published = torch.zeros(places, dtype=torch.int64, device=student.device)
+    else:
+        published = statistics.new_empty(shape.groups * SLOTS * PUBLISHED * shape.lanes)
     counters = torch.zeros(shape.groups * COUNTERS, dtype=torch.int32, device=student.device)
     lean_kernel[(shape.groups * shape.splits,)](
         *(tensor.view(torch.int32) for tensor in (student, teacher, gradient)),
@@ -647,6 +894,8 @@ def lean(
         W=shape.num_warps,
         SLOTS=SLOTS,
         LAG=shape.lag,
+        DEPTH=shape.depth,
+        WORDS=shape.words,
         PLAIN=config.INTERPRETED,
         num_warps=shape.num_warps,
         maxnreg=shape.registers,

@@ -276,8 +276,9 @@ LINEAR_PROVIDERS: dict[str, Provider] = {
         )
         for rows in (1024, 4096)
     },
-    "orda-kernel 0.1.0": Provider(orda, "orda_kernel", True, _KL, **_ALONE),
     "fla-core 0.6.0": Provider(fla, "fla", True, ("forward_kl",), **_ALONE),
+    # Last, for it compiles many variants.
+    "orda-kernel 0.1.0": Provider(orda, "orda_kernel", True, _KL, **_ALONE),
 }
 
 

@@ -36,15 +36,21 @@ class Times(NamedTuple):
 
 
 def device_times(
-    run: Callable[[], object], samples: int = SAMPLES, warmups: int = WARMUPS
+    run: Callable[[], object],
+    samples: int = SAMPLES,
+    warmups: int = WARMUPS,
+    cycles: int = BUSY_CYCLES,
 ) -> Times:
-    """Times of `run` on the current CUDA device, warm-ups left out."""
+    """Times of `run` on the current CUDA device, warm-ups left out.
+
+    The host has about `cycles` of the device to queue everything.
+    """
     flushed = torch.zeros(FLUSHED_BYTES // 4, device="cuda")
     ms, ahead = [], 0
     for index in range(warmups + samples):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flushed.sum()
-        torch.cuda._sleep(BUSY_CYCLES)
+        torch.cuda._sleep(cycles)
         start.record()
         run()
         end.record()

@@ -140,7 +140,7 @@ def test_slices_cover_a_row_and_the_grid_fits(vocabulary, itemsize, rows, monkey
     for tuning in config.CANDIDATES:
         launch = config.resident(vocabulary, itemsize, rows, config.Device("H200", 132), tuning)
         if launch is None:
-            assert vocabulary * itemsize > 132 * 8192
+            assert vocabulary > 132 * 4096
             continue
         assert launch.slice_v % 8 == 0
         assert (launch.splits - 1) * launch.slice_v < vocabulary <= launch.splits * launch.slice_v

@@ -26,12 +26,21 @@ class Layout(NamedTuple):
     rows: int
     programs: int
 
-    def shape(self, lag: bool) -> lean.Shape:
-        return lean.shape(
-            self.vocabulary, self.rows, self.programs, self.slice_max, self.num_warps, lag, 1
-        )
+    def shape(self, **options) -> lean.Shape:
+        cut = (self.vocabulary, self.rows, self.programs, self.slice_max, self.num_warps)
+        return lean.shape(*cut, programs=1, **options)
 
 
+# Ways to meet, and how many rows are held.
+WAYS = {
+    f"{'words' if words else 'counters'}-{'lag' if lag else 'no-lag'}-{depth}": {
+        "words": words,
+        "lag": lag,
+        "depth": depth,
+    }
+    for words in (False, True)
+    for lag, depth in ((False, 0), (True, 0), (False, 2), (True, 2), (True, 3))
+}
 # One group, which uses every slot again.
 MEETINGS = Layout(96, 32, num_warps=1, rows=7, programs=3)
 LAYOUTS = {
@@ -123,13 +132,13 @@ def check(given: Problem, statistics: Tensor, expected=None, eager=None) -> None
     assert room[:, vocabulary:].isnan().all(), "wrote past a row"
 
 
-@pytest.mark.parametrize("lag", [False, True], ids=["", "lag"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_right_in_any_order(layout, lag, interleaved):
+def test_right_in_any_order(layout, way, interleaved):
     for seed in range(2):
         given = problem(LAYOUTS[layout], seed)
         with interleaved(seed, loads=seed > 0):
-            statistics = given.run(LAYOUTS[layout].shape(lag))
+            statistics = given.run(LAYOUTS[layout].shape(**WAYS[way]))
         check(given, statistics)
 
 
@@ -150,20 +159,20 @@ def test_far_from_zero(offset, spread, temperature, interleaved):
     layout = LAYOUTS["padding"]
     given = problem(layout, 1, offset=offset, spread=spread, inv_t=1 / temperature)
     with interleaved(1, loads=False):
-        statistics = given.run(layout.shape(lag=offset == 1e3))
+        statistics = given.run(layout.shape(lag=offset == 1e3, words=offset == 1e4))
     check(given, statistics)
     divergence = given.expected(torch.float64)[0][0]
     assert ((statistics[0] - divergence).abs() <= 1e-6 * (1 + divergence)).all()
 
 
-@pytest.mark.parametrize("lag", [False, True], ids=["", "lag"])
-def test_a_gradient_over_the_logits(lag, interleaved):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gradient_over_the_logits(way, interleaved):
     layout = LAYOUTS["two-groups"]
     given = problem(layout, 2)
     expected, eager = given.expected(torch.float64), given.expected(torch.float32)
     given = given._replace(gradient=given.student)
     with interleaved(2, loads=False):
-        statistics = given.run(layout.shape(lag))
+        statistics = given.run(layout.shape(**WAYS[way]))
     check(given, statistics, expected, eager)
 
 
@@ -173,11 +182,11 @@ def test_each_term_alone(term, interleaved):
     for other in {0, 1, 2} - {term}:
         given.coefficients[other].zero_()
     with interleaved(3, loads=False):
-        statistics = given.run(MEETINGS.shape(lag=False))
+        statistics = given.run(MEETINGS.shape())
     check(given, statistics)
 
 
-def orders_that_go_wrong(interleaved, slots, lag, monkeypatch, seeds=8):
+def orders_that_go_wrong(interleaved, slots, way, monkeypatch, seeds=8):
     """Of each order, whether something else came out, or nothing at all."""
     from interleave import Deadlock
 
@@ -186,7 +195,7 @@ def orders_that_go_wrong(interleaved, slots, lag, monkeypatch, seeds=8):
         given = problem(MEETINGS, seed)
         try:
             with interleaved(seed, limit=20_000, loads=False):
-                statistics = given.run(MEETINGS.shape(lag))
+                statistics = given.run(MEETINGS.shape(**way))
         except Deadlock:
             yield True
         else:
@@ -194,19 +203,22 @@ def orders_that_go_wrong(interleaved, slots, lag, monkeypatch, seeds=8):
             yield not (statistics[0] - expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("words", [False, True], ids=["counters", "words"])
 @pytest.mark.parametrize(("slots", "lag"), [(1, False), (3, True)], ids=["", "lag"])
-def test_a_slot_less_is_found_out(slots, lag, interleaved, monkeypatch):
+def test_a_slot_less_is_found_out(slots, lag, words, interleaved, monkeypatch):
     """The orders above can tell right from wrong."""
-    assert any(orders_that_go_wrong(interleaved, slots, lag, monkeypatch))
+    way = {"lag": lag, "words": words}
+    assert any(orders_that_go_wrong(interleaved, slots, way, monkeypatch))
 
 
-def test_two_slots_are_enough_without_lag(interleaved, monkeypatch):
-    assert not any(orders_that_go_wrong(interleaved, 2, False, monkeypatch, 4))
+@pytest.mark.parametrize("words", [False, True], ids=["counters", "words"])
+def test_two_slots_are_enough_without_lag(words, interleaved, monkeypatch):
+    assert not any(orders_that_go_wrong(interleaved, 2, {"words": words}, monkeypatch, 4))
 
 
 @pytest.fixture
 def a_program_too_few(monkeypatch):
-    programs = MEETINGS.shape(lag=False).splits
+    programs = MEETINGS.shape().splits
     kernel = lean.lean_kernel
     monkeypatch.setattr(lean, "lean_kernel", {(programs,): kernel[(programs - 1,)]})
 
@@ -215,14 +227,14 @@ def test_a_deadlock_is_told(interleaved, a_program_too_few):
     from interleave import Deadlock
 
     with pytest.raises(Deadlock, match="2 programs"), interleaved(limit=500):
-        problem(MEETINGS).run(MEETINGS.shape(lag=False))
+        problem(MEETINGS).run(MEETINGS.shape())
 
 
 def test_no_program_waits_for_ever(interleaved, a_program_too_few):
     from triton.runtime.errors import InterpreterError
 
     with pytest.raises(InterpreterError, match="did not arrive"):
-        problem(MEETINGS).run(MEETINGS.shape(lag=False))
+        problem(MEETINGS).run(MEETINGS.shape())
 
 
 # -- without it ------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def work(device: str) -> None:
     for provider, divergence in PROFILED:
         problem = Problem.random(ROWS, VOCABULARY, torch.bfloat16, divergence, device)
         PROVIDERS[provider].make(problem)()
-    experiment.prepare(experiment.SHAPES["8,000"], ROWS, device)
+    experiment.prepare(experiment.BEST, ROWS, device)
 
 
 def measure(device: str, seconds: float) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ most comes last, where the end of a terminal's output is.
 import contextlib
 import itertools
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from bench import report, summary
 from bench.summary import Row
 
 # Tunings that are shown, and how many a problem must have been measured with for its own table.
-FASTEST, COMPARED = 6, 3
+FASTEST, COMPARED = 8, 3
 # By which a row may be called.
 NAMES = ("case", "tuning", "hang", "meeting", "profiled")
 
@@ -166,14 +167,19 @@ def _others(rows: list[Row], measured: set[str]) -> Iterable[str]:
 
 
 def _tunings(rows: list[Row]) -> Iterable[str]:
-    """The fastest of each problem."""
+    """The fastest of each problem, and what share of `add`'s bandwidth they reach."""
     tried = [row for row in rows if "tuning" in row and row.get("median_ms")]
-    for v in sorted({row["v"] for row in tried}):
-        yield from ("", f"Tunings, V={v:,}, reverse_kl", "", "| | median ms | N |", "|---|---|---|")
-        own = sorted((row for row in tried if row["v"] == v), key=lambda row: row["median_ms"])
+    add = [row for row in rows if row.get("provider") == "add" and row.get("median_ms")]
+    rate = max((row["floor_bytes"] / row["median_ms"] for row in add), default=math.inf)
+    for of in dict.fromkeys(row["of"] for row in tried):
+        yield from ("", f"Tunings, {of}", "", "| | median ms | of add |", "|---|---|---|")
+        own = sorted((row for row in tried if row["of"] == of), key=lambda row: row["median_ms"])
         for row in own[:FASTEST]:
-            yield f"| {row['tuning']} | {row['median_ms']:.3g} | {row['n']:,} |"
-    yield from (f"Best: {row['best_tuning']}" for row in rows if "best_tuning" in row)
+            ms = row["median_ms"]
+            yield f"| {row['tuning']} | {ms:.3g} | {row['floor_bytes'] / rate / ms:.0%} |"
+    for row in rows:
+        if "best_tuning" in row:
+            yield f"Best of {row['itemsize']} bytes: {row['best_tuning']}"
 
 
 def _checks(rows: list[Row]) -> Iterable[str]:

@@ -51,6 +51,15 @@ VOCABULARIES = (32_000, 50_257, 128_256, MAIN, 262_144)
 PLAIN = ("copy", "add", "read")
 # What an error says after which nothing works on a device in the same process.
 LOST = ("CUDA error", "[CUDA]")
+# What a tuning is chosen by.
+TUNED = (
+    Case(OURS, 3533, MAIN),
+    Case(OURS, 16_384, 32_000),
+    Case(OURS, 3533, MAIN, divergence="jsd"),
+    Case(OURS, 3533, MAIN, torch.float32),
+    Case(TOP_K, 3533, MAIN, inputs="K=128"),
+    Case(TWO_TEACHERS[0], 3533, MAIN),
+)
 PEERS = ("speculators 0.9.0", "Liger 0.8.5", "torch eager", "torch.compile")
 
 
@@ -210,28 +219,31 @@ def headline(stage: Stage) -> None:
 def lean(stage: Stage) -> None:
     """The prototype: right first, then timed."""
     for name, options in experiment.SHAPES.items():
-        row = {"tuning": f"lean: {name}", "n": experiment.ROWS, "v": experiment.VOCABULARY}
+        row = {"tuning": f"lean: {name}", "of": str(experiment.case(options))}
         stage.attempt(row, lambda o=options: experiment.measure(o, stage.device))
 
 
 def tuning(stage: Stage) -> None:
-    """Every candidate on two vocabularies; the best goes into a file."""
-    times: dict[config.Tuning, list[float]] = {candidate: [] for candidate in config.CANDIDATES}
+    """Every candidate on a few problems; the best ones of both sizes of logits go into a file."""
+    times: dict[Case, dict[config.Tuning, float]] = {case: {} for case in TUNED}
 
-    def timed(candidate: config.Tuning, vocabulary: int) -> Row:
-        ms = tune.milliseconds(candidate, 2, vocabulary, "reverse_kl", stage.device)
-        times[candidate].append(ms)
-        return {"median_ms": ms if math.isfinite(ms) else None}
+    def timed(case: Case, candidate: config.Tuning) -> Row:
+        with mock.patch.object(config, "tuned", return_value=candidate):
+            found = measure.measure(case, stage.device)
+        times[case][candidate] = found["median_ms"]
+        return found
 
-    for candidate, v in itertools.product(times, tune.VOCABULARIES):
-        row = {"tuning": str(candidate), "n": tune.BYTES // 2 // v, "v": v}
-        stage.attempt(row, lambda c=candidate, v=v: timed(c, v))
-    tried = {c: ms for c, ms in times.items() if len(ms) == len(tune.VOCABULARIES)}
-    if tried and not stage.dry:
-        best = tune.fastest(tried)
-        os.environ["HYBRID_KERNELS_TUNING"] = os.environ["BENCH_TUNING"]
-        config.write_tuning(torch.cuda.get_device_name(), 2, best)
-        stage.write({"best_tuning": str(best), "of": len(tried)})
+    for case, candidate in itertools.product(TUNED, config.CANDIDATES):
+        row = {"tuning": str(candidate), "of": str(case)}
+        stage.attempt(row, lambda case=case, candidate=candidate: timed(case, candidate))
+    if stage.dry:
+        return
+    os.environ["HYBRID_KERNELS_TUNING"] = os.environ["BENCH_TUNING"]
+    for itemsize in (2, 4):
+        alike = [own for case, own in times.items() if case.dtype.itemsize == itemsize]
+        best = tune.fastest({c: [own.get(c, math.inf) for own in alike] for c in config.CANDIDATES})
+        config.write_tuning(torch.cuda.get_device_name(), itemsize, best)
+        stage.write({"best_tuning": str(best), "itemsize": itemsize})
 
 
 def profile(stage: Stage) -> None:

@@ -71,37 +71,33 @@ class Tuning(NamedTuple):
     """The free choices of the row-resident form.
 
     Attributes:
-        slice_bytes: of one side's longest slice.
+        slice_v: entries of the longest slice where there is one teacher.
         num_warps: of a program with such a slice.
         programs: that a multiprocessor holds at once.
         prefetch: whether the next row's loads start before the meeting.
     """
 
-    slice_bytes: int
+    slice_v: int
     num_warps: int
     programs: int
     prefetch: bool
 
 
-# For logits of 2 and of 4 bytes. Chosen by the registers and instructions that the compiler reports
-# (`python -m bench aot`); no GPU has been asked yet.
-DEFAULT_TUNING = {2: Tuning(8192, 4, 2, True), 4: Tuning(12288, 4, 2, True)}
+# For logits of 2 and of 4 bytes. The first is what an H100 ran fastest (bench/results); the second
+# the longest slices that the compiler finds registers for (`python -m bench aot`).
+DEFAULT_TUNING = {2: Tuning(8192, 4, 2, False), 4: Tuning(6144, 4, 2, False)}
 
 # What `python -m hybrid_kernels tune` tries. Some keep a few scalars on the stack.
 CANDIDATES = [
-    Tuning(slice_bytes, num_warps, programs, prefetch)
-    for slice_bytes, num_warps, programs in (
-        (8192, 4, 2),
-        (10240, 4, 2),
-        (12288, 4, 2),
-        (16384, 4, 2),
-        (8192, 4, 3),
-        (8192, 8, 2),
-        (16384, 8, 1),
-        (32768, 8, 1),
-        (16384, 16, 1),
-    )
-    for prefetch in (True, False)
+    Tuning(4096, 4, 2, True),
+    Tuning(6144, 4, 2, True),
+    Tuning(6144, 4, 2, False),
+    Tuning(7168, 4, 2, False),
+    Tuning(8192, 4, 2, False),
+    Tuning(4096, 4, 3, True),
+    Tuning(4096, 4, 3, False),
+    Tuning(12288, 8, 1, False),
+    Tuning(16384, 8, 1, False),
 ]
 
 
@@ -189,7 +185,7 @@ def resident(
         chunks, splits = -(-slice_v // chunk_v), -(-vocabulary // slice_v)
         return Resident(chunk_v, chunks, slice_v, splits, rows, 1, 0, True)
     tuning = tuning or tuned(device.name, itemsize) or DEFAULT_TUNING[itemsize]
-    slice_v = _slice(vocabulary, 2 * tuning.slice_bytes // (itemsize * sides))
+    slice_v = _slice(vocabulary, 2 * tuning.slice_v // sides)
     splits = -(-vocabulary // slice_v)
     num_warps = tuning.num_warps
     # A short row takes a smaller program, and more of them.
