@@ -233,6 +233,30 @@ def _load(
 
 
 @triton.jit
+def _fetch(ptr, stride, row, part, count, V: tl.constexpr, SLICE: tl.constexpr):
+    """Asks for a slice of a row to be brought into the L2 cache, by one instruction of one thread:
+    nothing waits for it, and it holds no registers."""
+    ptr = _slice_of(ptr, stride, row, part, SLICE)
+    size = tl.where(row < count, _limit(part, V, SLICE) * 4, 0)
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred one;
+        .reg .b32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 one, thread, 0;
+        setp.gt.and.s32 one, $2, 0, one;
+        @one cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,r",
+        [ptr, size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _largest(pairs, CHUNKS: tl.constexpr, PLAIN: tl.constexpr):
     top = pairs[0]
     for i in tl.static_range(1, CHUNKS):
@@ -445,57 +469,100 @@ def _field(word):
 
 
 @triton.jit
-def _waited_for(ptr, epoch, PLAIN: tl.constexpr):
-    """The six numbers at each pointer, once they are those of a meeting."""
+def _peek(slot_ptr, SPLITS: tl.constexpr, LANES: tl.constexpr, PLAIN: tl.constexpr):
+    """The words of each program as they are now, six tiles."""
+    place = tl.arange(0, LANES)
+    ptr = slot_ptr + tl.where(place < SPLITS, place, 0) * 8
+    if PLAIN:
+        return (
+            tl.atomic_add(ptr, 0),
+            tl.atomic_add(ptr + 1, 0),
+            tl.atomic_add(ptr + 2, 0),
+            tl.atomic_add(ptr + 3, 0),
+            tl.atomic_add(ptr + 4, 0),
+            tl.atomic_add(ptr + 5, 0),
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            ld.relaxed.gpu.global.v2.b64 {$0, $1}, [$6];
+            ld.relaxed.gpu.global.v2.b64 {$2, $3}, [$6 + 16];
+            ld.relaxed.gpu.global.v2.b64 {$4, $5}, [$6 + 32];
+            }""",
+            "=&l,=&l,=&l,=&l,=&l,=&l,l",
+            [ptr],
+            dtype=(tl.int64, tl.int64, tl.int64, tl.int64, tl.int64, tl.int64),
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _late(words, epoch):
+    late = (words[0] >> 32) ^ epoch
+    for i in tl.static_range(1, 6):
+        late = late | ((words[i] >> 32) ^ epoch)
+    return late
+
+
+@triton.jit
+def _waited_for(words, slot_ptr, epoch, SPLITS: tl.constexpr, LANES: tl.constexpr,
+    PLAIN: tl.constexpr,
+):  # fmt: skip
+    """The six numbers of each program, once they are those of a meeting."""
     if PLAIN:
         polls = 0
-        here = 0
-        while (here == 0) & (polls < MAX_POLLS):
-            a = tl.atomic_add(ptr, 0)
-            b = tl.atomic_add(ptr + 1, 0)
-            c = tl.atomic_add(ptr + 2, 0)
-            d = tl.atomic_add(ptr + 3, 0)
-            e = tl.atomic_add(ptr + 4, 0)
-            f = tl.atomic_add(ptr + 5, 0)
-            late = ((a >> 32) != epoch) | ((b >> 32) != epoch) | ((c >> 32) != epoch)
-            late = late | ((d >> 32) != epoch) | ((e >> 32) != epoch) | ((f >> 32) != epoch)
-            here = 1 - tl.max(late.to(tl.int32), 0)
+        a, b, c, d, e, f = words
+        while (tl.max((_late((a, b, c, d, e, f), epoch) != 0).to(tl.int32), 0) > 0) & (
+            polls < MAX_POLLS
+        ):
+            a, b, c, d, e, f = _peek(slot_ptr, SPLITS, LANES, PLAIN)
             polls += 1
         assert polls < MAX_POLLS, "programs that share a row did not arrive"
         return _field(a), _field(b), _field(c), _field(d), _field(e), _field(f)
     else:
+        place = tl.arange(0, LANES)
+        ptr = slot_ptr + tl.where(place < SPLITS, place, 0) * 8
         return tl.inline_asm_elementwise(
             """{
-            .reg .pred late;
+            .reg .pred here, lost;
             .reg .b64 w0, w1, w2, w3, w4, w5;
             .reg .b32 v0, v1, v2, v3, v4, v5, t0, t1, t2, t3, t4, t5, polls;
+            mov.b64 w0, $6;
+            mov.b64 w1, $7;
+            mov.b64 w2, $8;
+            mov.b64 w3, $9;
+            mov.b64 w4, $10;
+            mov.b64 w5, $11;
             mov.u32 polls, 0;
             AGAIN:
-            ld.relaxed.gpu.global.v2.b64 {w0, w1}, [$6];
-            ld.relaxed.gpu.global.v2.b64 {w2, w3}, [$6 + 16];
-            ld.relaxed.gpu.global.v2.b64 {w4, w5}, [$6 + 32];
             mov.b64 {v0, t0}, w0;
             mov.b64 {v1, t1}, w1;
             mov.b64 {v2, t2}, w2;
             mov.b64 {v3, t3}, w3;
             mov.b64 {v4, t4}, w4;
             mov.b64 {v5, t5}, w5;
-            xor.b32 t0, t0, $7;
-            xor.b32 t1, t1, $7;
-            xor.b32 t2, t2, $7;
-            xor.b32 t3, t3, $7;
-            xor.b32 t4, t4, $7;
-            xor.b32 t5, t5, $7;
+            xor.b32 t0, t0, $13;
+            xor.b32 t1, t1, $13;
+            xor.b32 t2, t2, $13;
+            xor.b32 t3, t3, $13;
+            xor.b32 t4, t4, $13;
+            xor.b32 t5, t5, $13;
             or.b32 t0, t0, t1;
             or.b32 t2, t2, t3;
             or.b32 t4, t4, t5;
             or.b32 t0, t0, t2;
             or.b32 t0, t0, t4;
+            setp.eq.b32 here, t0, 0;
+            @here bra DONE;
+            ld.relaxed.gpu.global.v2.b64 {w0, w1}, [$12];
+            ld.relaxed.gpu.global.v2.b64 {w2, w3}, [$12 + 16];
+            ld.relaxed.gpu.global.v2.b64 {w4, w5}, [$12 + 32];
             add.u32 polls, polls, 1;
-            setp.ge.u32 late, polls, $8;
-            @late trap;
-            setp.ne.b32 late, t0, 0;
-            @late bra AGAIN;
+            setp.ge.u32 lost, polls, $14;
+            @lost trap;
+            bra AGAIN;
+            DONE:
             mov.b32 $0, v0;
             mov.b32 $1, v1;
             mov.b32 $2, v2;
@@ -503,8 +570,11 @@ def _waited_for(ptr, epoch, PLAIN: tl.constexpr):
             mov.b32 $4, v4;
             mov.b32 $5, v5;
             }""",
-            "=f,=f,=f,=f,=f,=f,l,r,r",
-            [ptr, epoch, MAX_POLLS],
+            "=f,=f,=f,=f,=f,=f,l,l,l,l,l,l,l,r,r",
+            [
+                words[0], words[1], words[2], words[3], words[4], words[5], ptr, epoch,
+                MAX_POLLS,
+            ],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
             is_pure=False,
             pack=1,
@@ -512,11 +582,12 @@ def _waited_for(ptr, epoch, PLAIN: tl.constexpr):
 
 
 @triton.jit
-def _met(slot_ptr, epoch, SPLITS: tl.constexpr, LANES: tl.constexpr, PLAIN: tl.constexpr):
+def _met(
+    words, slot_ptr, epoch, SPLITS: tl.constexpr, LANES: tl.constexpr, PLAIN: tl.constexpr
+):  # fmt: skip
     """The row's sums, in every thread."""
-    place = tl.arange(0, LANES)
-    there = place < SPLITS
-    got = _waited_for(slot_ptr + tl.where(there, place, 0) * 8, epoch, PLAIN)
+    there = tl.arange(0, LANES) < SPLITS
+    got = _waited_for(words, slot_ptr, epoch, SPLITS, LANES, PLAIN)
     z = tl.where(there, got[0], -1e30)
     w = tl.where(there, got[1], -1e30)
     student = tl.where(there, got[2], 0.0)
@@ -650,6 +721,8 @@ def lean_kernel(
     LAG: tl.constexpr,
     DEPTH: tl.constexpr,
     WORDS: tl.constexpr,
+    FETCH: tl.constexpr,
+    PEEK: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
     """Statistics and gradient of the rows of a group.
@@ -682,7 +755,13 @@ def lean_kernel(
             _publish_words(published_ptr, part, _merged_warps(sums, PLAIN), meeting + 1)
         else:
             _publish(published_ptr, counter_ptr, part, sums, LANES, W)
+    if PEEK:
+        words = _peek(published_ptr, SPLITS, LANES, PLAIN)
     while row < count:
+        if FETCH and not PLAIN:
+            far = row + FETCH * groups
+            _fetch(student_ptr, student_stride, far, part, count, V, SLICE)
+            _fetch(teacher_ptr, teacher_stride, far, part, count, V, SLICE)
         # All that a row needs from memory, before it is waited for. (The gradient may overwrite the
         # student's logits.)
         c_div = tl.load(divergence_ptr + row) * inv_t
@@ -714,7 +793,10 @@ def lean_kernel(
 
         slot = meeting % SLOTS
         if WORDS:
-            merged = _met(published_ptr + slot * SLOT, meeting + 1, SPLITS, LANES, PLAIN)
+            if not PEEK:
+                words = _peek(published_ptr + slot * SLOT, SPLITS, LANES, PLAIN)
+            slot_ptr = published_ptr + slot * SLOT
+            merged = _met(words, slot_ptr, meeting + 1, SPLITS, LANES, PLAIN)
         else:
             _wait(counter_ptr + slot, (meeting // SLOTS + 1) * SPLITS, PLAIN)
             merged = _merged(published_ptr + slot * SLOT, SPLITS, LANES, W, PLAIN)
@@ -731,6 +813,9 @@ def lean_kernel(
             )  # fmt: skip
         else:
             _store_gradient(ptr, part, zs, ws, slope, scale, V, SLICE, CHUNKS, W, PLAIN)
+        if PEEK:
+            # By now they may well be there.
+            words = _peek(published_ptr + meeting % SLOTS * SLOT, SPLITS, LANES, PLAIN)
         if owned:
             _store_sampled(ptr, token, z_token, w_token, slope, c_logp, scale, W, PLAIN)
         if part == 0:
@@ -779,6 +864,8 @@ class Shape(NamedTuple):
     lag: bool
     depth: int
     words: bool
+    fetch: int
+    peek: bool
 
 
 def shape(
@@ -791,6 +878,8 @@ def shape(
     programs: int = 2,
     depth: int = 0,
     words: bool = False,
+    fetch: int = 0,
+    peek: bool = False,
 ) -> Shape:
     """Equal slices, of which the last may be shorter.
 
@@ -830,6 +919,8 @@ def shape(
         lag,
         depth,
         words,
+        fetch,
+        peek,
     )
 
 
@@ -896,6 +987,8 @@ def lean(
         LAG=shape.lag,
         DEPTH=shape.depth,
         WORDS=shape.words,
+        FETCH=shape.fetch,
+        PEEK=shape.peek,
         PLAIN=config.INTERPRETED,
         num_warps=shape.num_warps,
         maxnreg=shape.registers,

@@ -33,13 +33,16 @@ class Layout(NamedTuple):
 
 # Ways to meet, and how many rows are held.
 WAYS = {
-    f"{'words' if words else 'counters'}-{'lag' if lag else 'no-lag'}-{depth}": {
-        "words": words,
-        "lag": lag,
-        "depth": depth,
-    }
-    for words in (False, True)
-    for lag, depth in ((False, 0), (True, 0), (False, 2), (True, 2), (True, 3))
+    "counters": {},
+    "counters-lag": {"lag": True},
+    "counters-two": {"depth": 2},
+    "words": {"words": True},
+    "words-two": {"words": True, "depth": 2},
+    "words-lag": {"words": True, "lag": True},
+    "words-lag-two": {"words": True, "lag": True, "depth": 2},
+    "words-lag-three": {"words": True, "lag": True, "depth": 3},
+    "words-lag-peek": {"words": True, "lag": True, "peek": True},
+    "words-lag-two-peek": {"words": True, "lag": True, "depth": 2, "peek": True},
 }
 # One group, which uses every slot again.
 MEETINGS = Layout(96, 32, num_warps=1, rows=7, programs=3)

@@ -139,18 +139,17 @@ def output(*command: str) -> str:
 
 
 def commit(prebuilt: Path) -> str:
-    """Of the sources. Where the checkout has no history, `HYBRID_KERNELS_COMMIT`, or that at which
-    kernels were prebuilt from the same sources."""
+    """Of the sources: `HYBRID_KERNELS_COMMIT`; that at which kernels were prebuilt from the same
+    sources, whose history may not have travelled with them; that of the checkout."""
     if given := os.environ.get("HYBRID_KERNELS_COMMIT"):
         return given
-    if head := output("git", "rev-parse", "HEAD"):
-        changed = output("git", "status", "--porcelain", "--untracked-files=no")
-        return head + ("-dirty" if changed else "")
-    try:
+    with contextlib.suppress(OSError, ValueError):
         about = json.loads((prebuilt / ABOUT).read_text())
-    except (OSError, ValueError):
-        return "unknown"
-    return about["commit"] if about["sources"] == sources() else "unknown"
+        if about["sources"] == sources():
+            return about["commit"]
+    head = output("git", "rev-parse", "HEAD")
+    changed = output("git", "status", "--porcelain", "--untracked-files=no")
+    return head + ("-dirty" if changed else "") if head else "unknown"
 
 
 def sources() -> str:

@@ -15,62 +15,41 @@ from hybrid_kernels import reference, timing
 from hybrid_kernels.kernels import config
 
 # Rows that all problems have so many entries of, and the main vocabulary.
-ENTRIES, VOCABULARY = 3533 * 151_936, 151_936
-BEST: dict[str, Any] = {"depth": 2, "words": True}
+ENTRIES, VOCABULARY = 8192 * 151_936, 151_936
+LAG: dict[str, Any] = {"lag": True, "words": True}
+BEST: dict[str, Any] = {**LAG, "depth": 2, "fetch": 3, "peek": True}
+THREE: dict[str, Any] = {"slice_max": 5100, "programs": 3}
 SHAPES: dict[str, dict[str, Any]] = {
     "8,000": {},
-    "8,000, lag": {"lag": True},
-    "8,000, depth 2": {"depth": 2},
-    "8,000, words": {"words": True},
-    "8,000, words, lag": {"words": True, "lag": True},
-    "8,000, words, lag, depth 2": {**BEST, "lag": True},
-    "8,000, words, depth 2": BEST,
-    "8,700, words, depth 2": {**BEST, "slice_max": 8700},
-    "9,500, words, depth 2": {**BEST, "slice_max": 9500},
-    "10,240, words, depth 2": {**BEST, "slice_max": 10_240},
-    "12,700, words, depth 2": {**BEST, "slice_max": 12_700},
+    "8,000, fetch 2": {"fetch": 2},
     "12,700": {"slice_max": 12_700},
-    "12,700, words": {"slice_max": 12_700, "words": True},
-    "7,000, words, lag, depth 3": {**BEST, "slice_max": 7000, "lag": True, "depth": 3},
-    "5,100, 3 programs, words": {"slice_max": 5100, "programs": 3, "words": True},
-    "5,100, 3 programs, words, lag": {
-        "slice_max": 5100,
-        "programs": 3,
-        "words": True,
-        "lag": True,
-    },
-    "5,100, 3 programs, words, depth 2": {**BEST, "slice_max": 5100, "programs": 3},
-    "5,100, 3 programs, words, lag, depth 2": {
-        **BEST,
-        "slice_max": 5100,
-        "programs": 3,
-        "lag": True,
-    },
-    "4,000, 4 programs of 2 warps, depth 2": {
-        "slice_max": 4000,
-        "programs": 4,
-        "num_warps": 2,
-        "depth": 2,
-    },
-    "4,000, 4 programs of 2 warps, words, depth 2": {
-        **BEST,
-        "slice_max": 4000,
-        "programs": 4,
-        "num_warps": 2,
-    },
-    "16,000, 8 warps, words, depth 2": {
-        **BEST,
-        "slice_max": 16_000,
-        "programs": 1,
-        "num_warps": 8,
-    },
+    "12,700, fetch 2": {"slice_max": 12_700, "fetch": 2},
+    "12,700, fetch 3": {"slice_max": 12_700, "fetch": 3},
+    "8,000, counters, lag": {"lag": True},
+    "8,000, counters, lag, fetch 3": {"lag": True, "fetch": 3},
+    "8,000, lag": LAG,
+    "8,000, lag, fetch 3": {**LAG, "fetch": 3},
+    "8,000, lag, fetch 3, peek": {**LAG, "fetch": 3, "peek": True},
+    "8,000, lag, depth 2": {**LAG, "depth": 2},
+    "8,000, lag, depth 2, peek": {**LAG, "depth": 2, "peek": True},
+    "8,000, lag, depth 2, fetch 3": {**LAG, "depth": 2, "fetch": 3},
+    "8,000, lag, depth 2, fetch 3, peek": BEST,
+    "8,000, lag, depth 2, fetch 4, peek": {**BEST, "fetch": 4},
+    "8,000, lag, depth 2, fetch 5, peek": {**BEST, "fetch": 5},
+    "8,700, lag, depth 2, fetch 3, peek": {**BEST, "slice_max": 8700},
+    "10,240, lag, depth 2, fetch 3, peek": {**BEST, "slice_max": 10_240},
+    "5,100, 3 programs, lag, depth 2": {**LAG, **THREE, "depth": 2},
+    "5,100, 3 programs, lag, fetch 3, peek": {**LAG, **THREE, "fetch": 3, "peek": True},
+    "5,100, 3 programs, lag, depth 2, fetch 3": {**LAG, **THREE, "depth": 2, "fetch": 3},
+    "5,100, 3 programs, lag, depth 2, fetch 3, peek": {**BEST, **THREE},
+    "5,100, 3 programs, lag, depth 2, fetch 4, peek": {**BEST, **THREE, "fetch": 4},
     **{
-        f"V={v:,}, 8,192{name}": {"vocabulary": v, "slice_max": 8192, **options}
+        f"V={v:,}, {name}": {"vocabulary": v, **options}
         for v in (32_000, 128_256, 262_144)
         for name, options in (
-            (", lag", {"lag": True}),
-            (", words, lag", {"words": True, "lag": True}),
-            (", words, depth 2", BEST),
+            ("8,192, lag", {**LAG, "slice_max": 8192}),
+            ("8,192, lag, depth 2, fetch 3, peek", {**BEST, "slice_max": 8192}),
+            ("5,120, 3 programs, lag, depth 2, fetch 3, peek", {**BEST, **THREE, "slice_max": 5120}),
         )
     },
 }

@@ -145,6 +145,7 @@ def pack(folder: Path, target: Path) -> int:
         entry = json.loads(line)
         keys[entry["name"]] = entry
     target.mkdir(parents=True, exist_ok=True)
+    (target / conductor.ABOUT).unlink(missing_ok=True)  # which may name an older commit
     with tarfile.open(target / PACK, "w:xz") as archive:
         for name in sorted(keys):
             archive.add(folder / name, name)
