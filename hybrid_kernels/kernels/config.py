@@ -166,7 +166,7 @@ def resident(
     rows: int,
     device: Device,
     tuning: Tuning | None = None,
-    sides: int = 2,
+    sides: float = 2,
 ) -> Resident | None:
     """How many programs share a row, and how many rows are in flight; None if a row needs more
     programs than the device holds at once.
@@ -185,7 +185,7 @@ def resident(
         chunks, splits = -(-slice_v // chunk_v), -(-vocabulary // slice_v)
         return Resident(chunk_v, chunks, slice_v, splits, rows, 1, 0, True)
     tuning = tuning or tuned(device.name, itemsize) or DEFAULT_TUNING[itemsize]
-    slice_v = _slice(vocabulary, 2 * tuning.slice_v // sides)
+    slice_v = _slice(vocabulary, int(2 * tuning.slice_v / sides))
     splits = -(-vocabulary // slice_v)
     num_warps = tuning.num_warps
     # A short row takes a smaller program, and more of them.

@@ -83,17 +83,18 @@ def values_form(rows: Rows) -> config.Sweep:
     return config.sweep(rows.student.shape[-1], one_sweep=False)
 
 
-def held(rows: Rows) -> int:
+def held(rows: Rows) -> float:
     """For how many logits of an entry a program of the row-resident form has to have room.
 
-    Those that it holds, and more where registers go elsewhere: to a large support, to the scalars
-    of several teachers, to the intermediate results of the alpha divergences.
+    Those that it holds, and more where registers go elsewhere: to supports, to a floor, to the
+    scalars of several teachers, to the intermediate results of the alpha divergences.
     """
-    costly = rows.divergence in ("alpha", "renyi")
     if rows.support is not None:
-        return 2 if costly or rows.support.ids.shape[-1] > SMALL_SUPPORT else 1
-    several = len(rows.logits) if len(rows.teachers) < 2 else max(4, len(rows.logits))
-    return several * (2 if costly else 1)
+        several = 4 / 3 if rows.support.ids.shape[-1] <= SMALL_SUPPORT else 2.0
+    else:
+        least = 1.0 if rows.teacher_floor is None else 8 / 3
+        several = max(least, 2.0 * len(rows.teachers))
+    return several * (4 if rows.divergence in ("alpha", "renyi") else 1)
 
 
 def scale_rows(gradient: Tensor, factor: Tensor) -> None:
