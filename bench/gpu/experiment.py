@@ -17,39 +17,25 @@ from hybrid_kernels.kernels import config
 # Rows that all problems have so many entries of, and the main vocabulary.
 ENTRIES, VOCABULARY = 8192 * 151_936, 151_936
 LAG: dict[str, Any] = {"lag": True, "words": True}
-BEST: dict[str, Any] = {**LAG, "depth": 2, "fetch": 3, "peek": True}
-THREE: dict[str, Any] = {"slice_max": 5100, "programs": 3}
+BEST: dict[str, Any] = {**LAG, "slice_max": 5100, "programs": 3, "two": True}
 SHAPES: dict[str, dict[str, Any]] = {
     "8,000": {},
-    "8,000, fetch 2": {"fetch": 2},
     "12,700": {"slice_max": 12_700},
-    "12,700, fetch 2": {"slice_max": 12_700, "fetch": 2},
-    "12,700, fetch 3": {"slice_max": 12_700, "fetch": 3},
-    "8,000, counters, lag": {"lag": True},
-    "8,000, counters, lag, fetch 3": {"lag": True, "fetch": 3},
-    "8,000, lag": LAG,
-    "8,000, lag, fetch 3": {**LAG, "fetch": 3},
-    "8,000, lag, fetch 3, peek": {**LAG, "fetch": 3, "peek": True},
-    "8,000, lag, depth 2": {**LAG, "depth": 2},
-    "8,000, lag, depth 2, peek": {**LAG, "depth": 2, "peek": True},
-    "8,000, lag, depth 2, fetch 3": {**LAG, "depth": 2, "fetch": 3},
-    "8,000, lag, depth 2, fetch 3, peek": BEST,
-    "8,000, lag, depth 2, fetch 4, peek": {**BEST, "fetch": 4},
-    "8,000, lag, depth 2, fetch 5, peek": {**BEST, "fetch": 5},
-    "8,700, lag, depth 2, fetch 3, peek": {**BEST, "slice_max": 8700},
-    "10,240, lag, depth 2, fetch 3, peek": {**BEST, "slice_max": 10_240},
-    "5,100, 3 programs, lag, depth 2": {**LAG, **THREE, "depth": 2},
-    "5,100, 3 programs, lag, fetch 3, peek": {**LAG, **THREE, "fetch": 3, "peek": True},
-    "5,100, 3 programs, lag, depth 2, fetch 3": {**LAG, **THREE, "depth": 2, "fetch": 3},
-    "5,100, 3 programs, lag, depth 2, fetch 3, peek": {**BEST, **THREE},
-    "5,100, 3 programs, lag, depth 2, fetch 4, peek": {**BEST, **THREE, "fetch": 4},
+    "8,000, lag": {"lag": True},
+    "8,000, lag, two": {"lag": True, "two": True},
+    "8,000, words, lag": LAG,
+    "7,600, words, lag": {**LAG, "slice_max": 7600},
+    "6,912, words, lag": {**LAG, "slice_max": 6912},
+    "8,000, words, lag, two": {**LAG, "two": True},
+    "10,240, words, lag, two": {**LAG, "slice_max": 10_240, "two": True},
+    "5,100, 3 programs, words, lag, two": BEST,
+    "4,608, 3 programs, words, lag, two": {**BEST, "slice_max": 4608},
     **{
         f"V={v:,}, {name}": {"vocabulary": v, **options}
         for v in (32_000, 128_256, 262_144)
         for name, options in (
-            ("8,192, lag", {**LAG, "slice_max": 8192}),
-            ("8,192, lag, depth 2, fetch 3, peek", {**BEST, "slice_max": 8192}),
-            ("5,120, 3 programs, lag, depth 2, fetch 3, peek", {**BEST, **THREE, "slice_max": 5120}),
+            ("8,192, words, lag", {**LAG, "slice_max": 8192}),
+            ("5,120, 3 programs, words, lag, two", {**BEST, "slice_max": 5120}),
         )
     },
 }
