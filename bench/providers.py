@@ -36,6 +36,11 @@ class Problem(NamedTuple):
     mask: Tensor | None = None
     known: TopK | None = None
 
+    @property
+    def loss_scale(self) -> float:
+        """As a GradScaler would have it: fp16 can't hold the gradient of a mean over many rows."""
+        return 2.0**16 if self.student.dtype == torch.float16 else 1.0
+
     @classmethod
     def random(
         cls,
@@ -312,7 +317,7 @@ def _samples(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def _backward(problem: Problem, loss: Tensor) -> Tensor:
     problem.student.grad = None
-    loss.backward()
+    (loss if problem.loss_scale == 1 else loss * problem.loss_scale).backward()
     assert problem.student.grad is not None
     return problem.student.grad
 
@@ -360,6 +365,6 @@ def oracle(problem: Problem, rows: Tensor) -> Tensor:
         divergence=problem.divergence,
         num_tokens=count,
     )
-    result.loss.backward()
+    (result.loss * problem.loss_scale).backward()
     assert student.grad is not None
     return student.grad

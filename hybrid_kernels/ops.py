@@ -329,7 +329,10 @@ class HybridLossFunction(torch.autograd.Function):
         # detach() shares storage and version counter: whoever saved the logits for their own
         # backward is told by autograd that they were overwritten.
         gradient = student.detach() if inplace else _empty_gradient(student)
-        own = coefficients(weights, scale)
+        # A mean over thousands of rows takes a gradient below what fp16 can hold, and a loss scale
+        # would come too late: fp16 gets the normaliser together with the upstream gradient.
+        later = summed and gradient.dtype == torch.float16
+        own = coefficients(weights, torch.ones_like(scale) if later else scale)
         problem = (student, teachers, support, token_log_prob, token_ids, valid, *config)
         if statistics is None:
             statistics = hybrid_rows(gradient, *own, *problem)
@@ -338,7 +341,7 @@ class HybridLossFunction(torch.autograd.Function):
         loss = row_losses(statistics, weights, valid)
         if summed:
             loss = (loss * scale).sum()
-        ctx.save_for_backward(gradient, valid)
+        ctx.save_for_backward(gradient, valid, scale if later else None)
         ctx.backend, ctx.inputs = config[-1], 13 + len(teachers)
         ctx.mark_non_differentiable(statistics)
         return loss, statistics
@@ -346,12 +349,14 @@ class HybridLossFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, upstream, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradient, valid = ctx.saved_tensors
+        gradient, valid, scale = ctx.saved_tensors
         if graph_is_kept():
             gradient = gradient.clone()
         upstream = upstream.reshape(-1)
         if valid is not None and upstream.shape == valid.shape:
             upstream = torch.where(valid, upstream, 0.0)
+        if scale is not None:
+            upstream = upstream * scale
         scale_rows(gradient, upstream.contiguous(), ctx.backend)
         return gradient, *(None,) * (ctx.inputs - 1)
 

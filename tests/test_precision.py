@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import cases
+import hybrid_kernels
 from hybrid_kernels import Divergence, hybrid_loss, reference, token_terms
 from tolerance import relative_error
 
@@ -78,6 +79,28 @@ def test_an_offset_of_both_sides_changes_nothing(offset, backend, device):
     got = case.hybrid_loss(backend=backend)
     torch.testing.assert_close(got.gradient, expected.gradient, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(got.result.divergence, expected.result.divergence, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_loss_scale_saves_the_mean_of_fp16_logits(inplace, backend, device):
+    """Entries of 1e-8, which fp16 can't hold, times 65,536, which it can."""
+    generator = torch.Generator().manual_seed(6)
+    student = torch.randn(4, 3000, generator=generator).half().to(device)
+    teacher = (student + 0.5 * torch.randn(student.shape, generator=generator).to(device)).half()
+    options = {"token_ids": torch.tensor([0, 7, -100, 9], device=device), "num_tokens": 8192}
+
+    def gradient(module, leaf, **others):
+        advantages = torch.ones(4, device=device)
+        logits = leaf.clone() if inplace else leaf
+        found = module.hybrid_loss(logits, teacher, advantages=advantages, **options, **others)
+        (2.0**16 * found.loss).backward()
+        return leaf.grad.double()
+
+    got = gradient(
+        hybrid_kernels, student.clone().requires_grad_(), backend=backend, inplace=inplace
+    )
+    truth = gradient(reference, student.double().requires_grad_())
+    assert (got - truth).norm() < 1e-3 * truth.norm()
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", Divergence("jsd", beta=0.5)], ids=str)
