@@ -311,6 +311,7 @@ def test_the_report_shows_one_commit_and_nothing_wrong(tmp_path):
         wrong,
         later,
         {"stage": "lean", "tuning": "lean: 8,000", "failed": "gradient error 1e+00"},
+        {"stage": "lean", "tuning": "good", "of": "a problem", "median_ms": 5.0, "floor_bytes": 3},
         {"stage": "profile", "profiled": None},
         {"stage": "hangs", "begun": "two streams", "waits": True},
         {"stage": "headline", "outcome": "cut off after 2 s", "hung": True, "seconds": 2},
@@ -325,7 +326,10 @@ def test_the_report_shows_one_commit_and_nothing_wrong(tmp_path):
     assert "failed: " not in text
     assert "- two streams: begun, never ended" in text
     assert "cut off after 2 s, hung" in text
-    assert "- ours: the host was late in 10% of the samples" in text
+    assert "- the host was late, in this share of the samples: ours (10%)" in text
+    assert (
+        "Tunings, a problem\n\n| | median ms | of add |\n|---|---|---|\n| good | 5 | 80% |" in text
+    )
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -157,10 +157,13 @@ def _others(rows: list[Row], measured: set[str]) -> Iterable[str]:
         elif "failed" in row and "check" not in row and row.get("case") not in measured:
             name = next((row[key] for key in NAMES if key in row), row["stage"])
             yield f"- {name}: {row['failed']}"
-        elif row.get("host_ahead", 1) < 1:
-            late = 1 - row["host_ahead"]
-            name = row.get("case") or row["tuning"]
-            yield f"- {name}: the host was late in {late:.0%} of the samples, which may include it"
+    late = {
+        f"{row.get('case') or row['tuning']} ({1 - row['host_ahead']:.0%})": None
+        for row in rows
+        if row.get("host_ahead", 1) < 1
+    }
+    if late:
+        yield f"- the host was late, in this share of the samples: {'; '.join(late)}"
     for row, after in itertools.pairwise([*heard(rows), {"outcome": ""}]):
         if "begun" in row and "outcome" in after:
             yield f"- {row['begun']}: begun, never ended"
@@ -169,9 +172,9 @@ def _others(rows: list[Row], measured: set[str]) -> Iterable[str]:
 def _tunings(rows: list[Row]) -> Iterable[str]:
     """The fastest of each problem, and what share of `add`'s bandwidth they reach."""
     tried = [row for row in rows if "tuning" in row and row.get("median_ms")]
-    add = [row for row in rows if row.get("provider") == "add" and row.get("median_ms")]
-    # (Small tensors move faster: some of them are in the cache.)
-    rate = min((row["floor_bytes"] / row["median_ms"] for row in add), default=math.inf)
+    add = next((row for row in rows if row.get("provider") == "add" and row.get("median_ms")), None)
+    # (The first is that of the stage `ceilings`.)
+    rate = add["floor_bytes"] / add["median_ms"] if add else math.inf
     for of in dict.fromkeys(row["of"] for row in tried):
         yield from ("", f"Tunings, {of}", "", "| | median ms | of add |", "|---|---|---|")
         own = sorted((row for row in tried if row["of"] == of), key=lambda row: row["median_ms"])
