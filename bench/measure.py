@@ -17,8 +17,8 @@ from bench.summary import Row, percentiles
 from hybrid_kernels import timing
 from hybrid_kernels.kernels import config
 
-# From hidden states a sample takes 50 to 150 ms, in launches that the host queues in 10 to 20.
-LINEAR = {"samples": 10, "warmups": 2, "cycles": 60_000_000}
+# From hidden states a sample takes 50 to 150 ms, in launches that the host queues in 10 to 20 ms.
+LINEAR_TIMING = {"samples": 10, "warmups": 2, "cycles": 60_000_000}
 
 
 def provider_of(case: Case) -> Provider:
@@ -68,7 +68,7 @@ def prepare(case: Case, device: str) -> tuple[Run, Row]:
 def measure(case: Case, device: str = "cuda") -> Row:
     """All of a case on a GPU."""
     run, row = prepare(case, device)
-    times = timing.device_times(run, **(LINEAR if case.size else {}))
+    times = timing.device_times(run, **(LINEAR_TIMING if case.size else {}))
     return {**row, **percentiles(times.ms), "samples": len(times.ms), "host_ahead": times.ahead}
 
 

@@ -106,8 +106,8 @@ def hybrid_loss(
         none with `inplace`; backward multiplies it by the upstream gradient, or leaves it alone
         where that is 1. Without a gradient to compute, only the statistics are. Arithmetic is
         fp32. Second derivatives raise. No call synchronises the device with the host.
-        In fp16 the normaliser of the mean is in the gradient before a loss scale can reach it, and
-        small entries flush to zero: use `reduction="sum"`, or bf16.
+        In fp16, which can't hold the gradient of a mean over thousands of tokens without a loss
+        scale, that of a scalar loss is computed in the backward, upstream gradient included.
 
         An entry with z = -inf takes no part; w = -inf where p > 0 makes the reverse KL +inf and its
         gradient non-finite (see `teacher_floor`); NaN or +inf makes its own row NaN.
@@ -266,7 +266,8 @@ def linear_hybrid_loss(
         ValueError: as in `hybrid_loss`.
 
     Notes:
-        The gradients are computed in the forward; backward multiplies them by the upstream one.
+        The gradients are computed in the forward; backward multiplies them by the upstream one and,
+        where any is fp16, by the normaliser, so that a loss scale saves what fp16 can't hold.
         Memory beside them: the chunks' buffers, and an fp32 sum of dW where a 16-bit weight meets
         several chunks. Of a single chunk the buffers lie inside dW until it is written, if they
         fit; what is left beside it is a copy of the part N / D of dz. 16-bit hidden states are

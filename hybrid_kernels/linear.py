@@ -341,7 +341,6 @@ class Gradients:
 
     Attributes:
         hiddens, weights, bias: a tensor where one is wanted, else None.
-        factor: of all of them, where dz does not have it yet.
         dropped, whole: squares of the L2 norms of what the filter drops, and of all.
     """
 
@@ -350,9 +349,7 @@ class Gradients:
         problem: Problem,
         wanted: Sequence[bool],
         bound: Tensor | None,
-        factor: Tensor | None = None,
     ) -> None:
-        self.factor = factor
         student, several = problem.student, problem.count > problem.size
         pairs = len(student.weights)
         self.problem, self.bound = problem, bound
@@ -463,10 +460,6 @@ class Gradients:
             for gradient in self.weights:
                 if gradient is not None:
                     gradient.zero_()
-        if self.factor is not None:
-            for gradient in (*self.hiddens, *self.weights, self.bias):
-                if gradient is not None:
-                    gradient.mul_(self.factor)
         found = []
         for gradient, tensor in zip(self.hiddens, student.hiddens, strict=True):
             if gradient is not None:

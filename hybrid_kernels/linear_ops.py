@@ -68,13 +68,12 @@ def gradients_of_kept(
     statistics: Tensor,
     coefficients: Coefficients,
     bound: Tensor | None,
-    factor: Tensor | None,
     wanted: Sequence[bool],
     *arguments,
 ) -> list[Tensor]:
     """As `linear_gradient`, from logits that `keep_logits` has kept, which are written over."""
     problem = _problem(*arguments, gradient=True, kept=kept)
-    return _differentiate(problem, statistics, coefficients, bound, factor, wanted)
+    return _differentiate(problem, statistics, coefficients, bound, wanted)
 
 
 def _differentiate(
@@ -82,10 +81,9 @@ def _differentiate(
     statistics: Tensor | None,
     coefficients: Coefficients,
     bound: Tensor | None,
-    factor: Tensor | None,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    gradients = Gradients(problem, wanted, bound, factor)
+    gradients = Gradients(problem, wanted, bound)
     for chunk in problem.chunks():
         gradients.add(chunk, chunk.differentiate(coefficients, statistics))
     dropped, found = gradients.finish()
@@ -151,7 +149,6 @@ def linear_gradient(
     log_prob_coefficient: Tensor | None,
     entropy_coefficient: Tensor | None,
     bound: Tensor | None,
-    factor: Tensor | None,
     wanted: Sequence[bool],
     hiddens: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -179,7 +176,7 @@ def linear_gradient(
     backend: str,
 ) -> list[Tensor]:
     """Statistics (those given, where they are), what the filter dropped, and the gradients that are
-    `wanted`, of hiddens, weights and bias, times the `factor` where there is one."""
+    `wanted`, of hiddens, weights and bias."""
     # The gradient of the weight is free memory until it is written.
     first = weights[0]
     room = first.numel() * first.element_size() if wanted[len(hiddens)] else 0
@@ -190,13 +187,11 @@ def linear_gradient(
         gradient=True, room=room,
     )  # fmt: skip
     coefficients = Coefficients(divergence_coefficient, log_prob_coefficient, entropy_coefficient)
-    return _differentiate(problem, statistics, coefficients, bound, factor, wanted)
+    return _differentiate(problem, statistics, coefficients, bound, wanted)
 
 
 @linear_gradient.register_fake
-def _(
-    statistics, c_div, c_logp, c_ent, bound, factor, wanted, hiddens, weights, bias, teachers, *args
-):
+def _(statistics, c_div, c_logp, c_ent, bound, wanted, hiddens, weights, bias, teachers, *args):
     found = _fake_statistics(hiddens, teachers) if statistics is None else statistics.new_empty(0)
     tensors = [*hiddens, *weights, *([] if bias is None else [bias])]
     pairs = zip(tensors, wanted, strict=False)
@@ -232,12 +227,6 @@ class Layout(NamedTuple):
         return (*found, *(None,) * (count - len(found)))
 
 
-def scales_late(weight: Tensor) -> bool:
-    """Whether the normaliser waits for the sums of the GEMMs: 1/N of a probability is nothing in
-    fp16, in which dz enters them on a GPU."""
-    return weight.dtype == torch.float16 and weight.device.type != "cpu"
-
-
 class LinearTermsFunction(torch.autograd.Function):
     """Statistics whose first rows are differentiable with any upstream gradient: the logits are
     computed anew for the backward. `known` are the statistics, where they are."""
@@ -266,7 +255,6 @@ class LinearTermsFunction(torch.autograd.Function):
             upstream[FIELDS.log_prob].contiguous() if token_ids is not None else None,
             upstream[FIELDS.entropy].contiguous(),
             bound,
-            None,
             wanted,
             hiddens,
             weights,
@@ -297,25 +285,24 @@ class LinearLossFunction(torch.autograd.Function):
     ):  # fmt: skip
         weights = ops.Weights(dense, advantages, entropy)
         wanted = layout.wanted(ctx.needs_input_grad[10:])
-        problem, factor = layout.arguments(tensors), None
-        coefficients = ops.coefficients(weights, scale)
-        if scales_late(tensors[layout.pairs]):
-            factor, coefficients = scale, ops.coefficients(weights, torch.ones_like(scale))
-            bound = None if bound is None else bound / scale
+        problem, late = layout.arguments(tensors), None
+        if ops.scales_late(*tensors[: 2 * layout.pairs]):
+            late, bound = scale, None if bound is None else bound / scale
+        coefficients = ops.coefficients(weights, scale if late is None else torch.ones_like(scale))
         if kept:
             found, dropped, *gradients = gradients_of_kept(
-                kept, statistics, coefficients, bound, factor, wanted, *problem, *config
+                kept, statistics, coefficients, bound, wanted, *problem, *config
             )
         else:
             found, dropped, *gradients = linear_gradient(
-                statistics, *coefficients, bound, factor, wanted, *problem, *config
+                statistics, *coefficients, bound, wanted, *problem, *config
             )
         statistics = found if statistics is None else statistics
         valid = tensors[-1]
         loss = ops.row_losses(statistics, weights, valid)
         if summed:
             loss = (loss * scale).sum()
-        ctx.save_for_backward(valid, *gradients)
+        ctx.save_for_backward(valid, late, *gradients)
         ctx.layout, ctx.wanted, ctx.count, ctx.backend = layout, wanted, len(tensors), config[-1]
         ctx.mark_non_differentiable(statistics, dropped)
         return loss, statistics, dropped
@@ -323,12 +310,14 @@ class LinearLossFunction(torch.autograd.Function):
     @staticmethod
     @ops.first_order
     def backward(ctx, upstream, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
-        valid, *gradients = ctx.saved_tensors
+        valid, late, *gradients = ctx.saved_tensors
         if ops.graph_is_kept():
             gradients = [gradient.clone() for gradient in gradients]
         upstream = upstream.reshape(-1)
         if valid is not None and upstream.shape == valid.shape:
             upstream = torch.where(valid, upstream, 0.0)
+        if late is not None:
+            upstream = upstream * late
         for gradient in gradients:
             ops.scale_rows(gradient, upstream.contiguous(), ctx.backend)
         found = ctx.layout.spread(ctx.wanted, gradients, ctx.count)

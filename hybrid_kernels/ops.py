@@ -282,7 +282,7 @@ class TokenTermsFunction(torch.autograd.Function):
     @first_order
     def backward(ctx, upstream):  # pyright: ignore[reportIncompatibleMethodOverride]
         student, support, token_ids, valid, statistics, *teachers = ctx.saved_tensors
-        gradient = _empty_gradient(student)
+        gradient = _gradient_of(student)
         row_gradient(
             gradient,
             statistics,
@@ -302,6 +302,7 @@ class TokenTermsFunction(torch.autograd.Function):
 
 class HybridLossFunction(torch.autograd.Function):
     """The loss and its gradient in one forward; backward scales the gradient by the upstream one.
+    In fp16 the gradient of a scalar loss is made in the backward, see `scales_late`.
 
     `scale` is the normaliser, a scalar tensor. `summed` tells a scalar loss from one per row.
     `statistics`, where given, are those of the same rows (a callable `advantages` needed them).
@@ -326,39 +327,53 @@ class HybridLossFunction(torch.autograd.Function):
         *teachers,
     ):
         weights = Weights(dense, advantages, entropy)
-        # detach() shares storage and version counter: whoever saved the logits for their own
-        # backward is told by autograd that they were overwritten.
-        gradient = student.detach() if inplace else _empty_gradient(student)
-        # A mean over thousands of rows takes a gradient below what fp16 can hold, and a loss scale
-        # would come too late: fp16 gets the normaliser together with the upstream gradient.
-        later = summed and gradient.dtype == torch.float16
-        own = coefficients(weights, torch.ones_like(scale) if later else scale)
+        own = coefficients(weights, scale)
         problem = (student, teachers, support, token_log_prob, token_ids, valid, *config)
-        if statistics is None:
-            statistics = hybrid_rows(gradient, *own, *problem)
+        late = summed and scales_late(student)
+        gradient = None
+        if late:
+            if statistics is None:
+                statistics = row_statistics(*problem)
         else:
-            row_gradient(gradient, statistics, *own, *problem)
+            gradient = _gradient_of(student, inplace)
+            if statistics is None:
+                statistics = hybrid_rows(gradient, *own, *problem)
+            else:
+                row_gradient(gradient, statistics, *own, *problem)
         loss = row_losses(statistics, weights, valid)
         if summed:
             loss = (loss * scale).sum()
-        ctx.save_for_backward(gradient, valid, scale if later else None)
-        ctx.backend, ctx.inputs = config[-1], 13 + len(teachers)
+        kept = (student, *problem[2:6], statistics, *own, *teachers) if late else ()
+        ctx.save_for_backward(gradient, valid, *kept)
+        ctx.config, ctx.inplace, ctx.inputs = config, inplace, 13 + len(teachers)
         ctx.mark_non_differentiable(statistics)
         return loss, statistics
 
     @staticmethod
     @first_order
     def backward(ctx, upstream, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradient, valid, scale = ctx.saved_tensors
+        gradient, valid, *kept = ctx.saved_tensors
+        if gradient is None:
+            student, support, token_log_prob, token_ids, _, statistics, *rest = kept
+            own, teachers = rest[:3], rest[3:]
+            gradient = _gradient_of(student, ctx.inplace and not graph_is_kept())
+            own = (None if c is None else c * upstream for c in own)
+            rows = (student, teachers, support, token_log_prob, token_ids, valid)
+            row_gradient(gradient, statistics, *own, *rows, *ctx.config)
+            return gradient, *(None,) * (ctx.inputs - 1)
         if graph_is_kept():
             gradient = gradient.clone()
         upstream = upstream.reshape(-1)
         if valid is not None and upstream.shape == valid.shape:
             upstream = torch.where(valid, upstream, 0.0)
-        if scale is not None:
-            upstream = upstream * scale
-        scale_rows(gradient, upstream.contiguous(), ctx.backend)
+        scale_rows(gradient, upstream.contiguous(), ctx.config[-1])
         return gradient, *(None,) * (ctx.inputs - 1)
+
+
+def scales_late(*tensors: Tensor) -> bool:
+    """Whether a gradient has to wait for the upstream one: a mean over thousands of rows takes it
+    below what fp16 can hold, and a loss scale would come too late."""
+    return any(tensor.dtype == torch.float16 for tensor in tensors)
 
 
 class Weights(NamedTuple):
@@ -405,7 +420,12 @@ def coefficients(weights: Weights, scale: Tensor) -> Coefficients:
     )
 
 
-def _empty_gradient(student: Tensor) -> Tensor:
+def _gradient_of(student: Tensor, inplace: bool = False) -> Tensor:
+    """Memory for a gradient."""
+    # detach() shares storage and version counter: whoever saved the logits for their own backward
+    # is told by autograd that they were overwritten.
+    if inplace:
+        return student.detach()
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)
 
 

@@ -55,12 +55,10 @@ def fastest(times: dict[config.Tuning, list[float]]) -> config.Tuning:
     return min(ran, key=lambda c: math.prod(ran[c]))
 
 
-def milliseconds(
-    tuning: config.Tuning, itemsize: int, vocabulary: int, divergence: str, device: str = "cuda"
-) -> float:
+def milliseconds(tuning: config.Tuning, itemsize: int, vocabulary: int, divergence: str) -> float:
     """Median time of the loss and its gradient; infinite for a candidate that can't run."""
     rows = BYTES // itemsize // vocabulary
-    student = torch.randn(rows, vocabulary, device=device).to(DTYPES[itemsize])
+    student = torch.randn(rows, vocabulary, device="cuda").to(DTYPES[itemsize])
     teacher = torch.randn_like(student)
     student.requires_grad_()
     with mock.patch.object(config, "tuned", return_value=tuning):

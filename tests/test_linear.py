@@ -601,17 +601,35 @@ class TestChunks:
 
 
 def test_a_normaliser_that_waits_for_the_gemms(backend, device, monkeypatch):
-    """As in fp16 on a GPU, where 1/N of a probability would be 0."""
-    from hybrid_kernels import linear_ops
+    """As in fp16, where 1/N of a probability would be 0."""
+    from hybrid_kernels import ops
 
     case = make(masked=True, bias=True, device=device)
     options = {"backend": backend, "chunk_rows": 4, "num_tokens": 1000, "grad_filter": 1e-3}
     expected, gradients = case.ours(**options)
-    monkeypatch.setattr(linear_ops, "scales_late", lambda weight: True)
+    monkeypatch.setattr(ops, "scales_late", lambda *tensors: True)
     got, late = case.ours(**options)
     torch.testing.assert_close(got.dropped_norm, expected.dropped_norm)
     for own, plain in zip(late, gradients, strict=True):
         torch.testing.assert_close(own, plain, rtol=1e-5, atol=1e-9)
+
+
+def test_a_loss_scale_saves_the_mean_of_fp16(backend, device):
+    """Gradients of 1e-9, which fp16 can't hold, times what the mean is divided by."""
+    case = make(dtype=torch.float16, device=device)
+
+    def scaled(factor, **options):
+        hidden, weight = case.leaves(None)
+        sides = (hidden, weight, case.given(None), case.token_ids)
+        found = linear_hybrid_loss(*sides, backend=backend, **options)
+        (factor * found.loss).backward()
+        return hidden.grad, weight.grad
+
+    count = 2.0**22
+    total = scaled(1.0, reduction="sum")
+    for own, expected in zip(scaled(count, num_tokens=count), total, strict=True):
+        assert torch.equal(own, expected)
+        assert own.count_nonzero() > 0.9 * own.numel()
 
 
 @pytest.mark.parametrize("function", [hybrid_loss, linear_hybrid_loss])

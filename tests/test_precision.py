@@ -103,6 +103,17 @@ def test_a_loss_scale_saves_the_mean_of_fp16_logits(inplace, backend, device):
     assert (got - truth).norm() < 1e-3 * truth.norm()
 
 
+def test_large_advantages_do_not_overflow_fp16(backend, device):
+    """As long as the loss, its mean and its scale together, does not."""
+    student = torch.zeros(2, 3, dtype=torch.float16, device=device, requires_grad=True)
+    ids, advantages = torch.tensor([0, 1], device=device), torch.tensor([3e5, -3e5], device=device)
+    options = {"num_tokens": 8192, "dense_weight": 0.0, "backend": backend}
+    found = hybrid_loss(student, None, ids, advantages, **options)
+    (4 * found.loss).backward()
+    expected = 4 * 3e5 / 8192 / 3 * torch.tensor([[-2.0, 1, 1], [-1, 2, -1]], device=device)
+    torch.testing.assert_close(student.grad, expected.half(), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("divergence", ["reverse_kl", Divergence("jsd", beta=0.5)], ids=str)
 def test_closed_form_of_two_entries(divergence, backend, device):
     """Against formulas of two numbers, in Python's own floats."""

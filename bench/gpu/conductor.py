@@ -60,11 +60,11 @@ class Stage(NamedTuple):
 STAGES = (
     Stage("setup", 45),
     Stage("ceilings", 20),
-    Stage("meeting", 30, False),
+    Stage("meeting", 20, False),
     Stage("right", 45),
     Stage("headline", 30),
     Stage("lean", 30, False),
-    Stage("tuning", 40, False),
+    Stage("tuning", 50, False),
     Stage("profile", 40, False),
     Stage("peers", 80),
     Stage("matrix", 60),

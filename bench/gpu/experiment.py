@@ -16,25 +16,25 @@ from hybrid_kernels.kernels import config
 
 # Rows that all problems have so many entries of, and the main vocabulary.
 ENTRIES, VOCABULARY = 8192 * 151_936, 151_936
-LAG: dict[str, Any] = {"lag": True, "words": True}
-BEST: dict[str, Any] = {**LAG, "slice_max": 5100, "programs": 3, "two": True}
+WORDS_LAG: dict[str, Any] = {"lag": True, "words": True}
+BEST: dict[str, Any] = {**WORDS_LAG, "slice_max": 5100, "programs": 3, "two": True}
 SHAPES: dict[str, dict[str, Any]] = {
     "8,000": {},
     "12,700": {"slice_max": 12_700},
     "8,000, lag": {"lag": True},
     "8,000, lag, two": {"lag": True, "two": True},
-    "8,000, words, lag": LAG,
-    "7,600, words, lag": {**LAG, "slice_max": 7600},
-    "6,912, words, lag": {**LAG, "slice_max": 6912},
-    "8,000, words, lag, two": {**LAG, "two": True},
-    "10,240, words, lag, two": {**LAG, "slice_max": 10_240, "two": True},
+    "8,000, words, lag": WORDS_LAG,
+    "7,600, words, lag": {**WORDS_LAG, "slice_max": 7600},
+    "6,912, words, lag": {**WORDS_LAG, "slice_max": 6912},
+    "8,000, words, lag, two": {**WORDS_LAG, "two": True},
+    "10,240, words, lag, two": {**WORDS_LAG, "slice_max": 10_240, "two": True},
     "5,100, 3 programs, words, lag, two": BEST,
     "4,608, 3 programs, words, lag, two": {**BEST, "slice_max": 4608},
     **{
         f"V={v:,}, {name}": {"vocabulary": v, **options}
         for v in (32_000, 128_256, 262_144)
         for name, options in (
-            ("8,192, words, lag", {**LAG, "slice_max": 8192}),
+            ("8,192, words, lag", {**WORDS_LAG, "slice_max": 8192}),
             ("5,120, 3 programs, words, lag, two", {**BEST, "slice_max": 5120}),
         )
     },
@@ -87,15 +87,15 @@ def prepare(options: dict[str, Any], rows: int, device: str) -> tuple[Callable[[
 
 def measure(options: dict[str, Any], device: str) -> Row:
     """Error and time of a shape; no time where its gradient is wrong."""
-    rows, vocabulary = case(options)[1:3]
-    run, error = prepare(options, rows, device)
+    of = case(options)
+    run, error = prepare(options, of.rows, device)
     if error is not None and not error <= TOLERANCE["bfloat16"]:
         return {"failed": f"gradient error {error:.0e}"}
     times = timing.device_times(run)
     return {
-        "n": rows,
-        "v": vocabulary,
-        "floor_bytes": 6 * rows * vocabulary,
+        "n": of.rows,
+        "v": of.vocabulary,
+        "floor_bytes": 6 * of.rows * of.vocabulary,
         "grad_error": error,
         **percentiles(times.ms),
         "host_ahead": times.ahead,

@@ -233,7 +233,7 @@ def tuning(stage: Stage) -> None:
         times[case][candidate] = found["median_ms"]
         return found
 
-    for case, candidate in itertools.product(TUNED, config.CANDIDATES):
+    for candidate, case in itertools.product(config.CANDIDATES, TUNED):
         row = {"tuning": str(candidate), "of": str(case)}
         stage.attempt(row, lambda case=case, candidate=candidate: timed(case, candidate))
     if stage.dry:
@@ -241,7 +241,8 @@ def tuning(stage: Stage) -> None:
     os.environ["HYBRID_KERNELS_TUNING"] = os.environ["BENCH_TUNING"]
     for itemsize in (2, 4):
         alike = [own for case, own in times.items() if case.dtype.itemsize == itemsize]
-        best = tune.fastest({c: [own.get(c, math.inf) for own in alike] for c in config.CANDIDATES})
+        tried = {c: [own.get(c, math.inf) for own in alike] for c in config.CANDIDATES}
+        best = tune.fastest(tried)
         config.write_tuning(torch.cuda.get_device_name(), itemsize, best)
         stage.write({"best_tuning": str(best), "itemsize": itemsize})
 
