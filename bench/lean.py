@@ -12,7 +12,8 @@ and writes its slice of the gradient. The ideas under test:
 - Logits stay packed, two to a register, and are unpacked where they are used, twice. So a prefetch
   of the next row is not waited for where it was begun, and half as many registers hold a slice.
 - Statistics are alike in all lanes of a warp: tiles are [W, 128] for W warps, sums are [W, 1]. No
-  reduction crosses warps; each warp publishes its own sums and merges those of all warps.
+  reduction crosses warps; each warp publishes its own sums and merges those of all warps. (Not
+  with WORDS, which are too many for that: programs publish.)
 - A row's coefficients and its sampled token are read before the wait.
 - An exponent is one fused multiply-add of the raw logit, the same in sums and gradient.
 - sum e d, for the divergence, is sum e y - sum e u; see below.
@@ -22,6 +23,7 @@ and writes its slice of the gradient. The ideas under test:
   rows in registers, where LAG alone has three.
 - WORDS: every number is published in 64 bits together with the meeting that it belongs to. So a
   single read tells whether it is there and what it is; there are no fences and no counters.
+  (Aligned accesses of 64 bits are not torn.)
 
 With s = log2(e)/T, and M and N the maxima of s z and s w:
 
@@ -39,11 +41,12 @@ What a group publishes lies in SLOTS slots in turn, each with a counter of its o
 WORDS. A program that arrives at meeting k has passed the wait for k - 1 (k - 2 under LAG), for
 which every sibling had arrived, after reading what it was to read of k - 2 (k - 4). So two slots
 are enough, and four under LAG, where one counter for all would not do: a fast program's next
-arrival would pass for a slow one's.
+arrival would pass for a slow one's. (With WORDS to publish is to arrive: all threads of a program
+have read a meeting before their sums of a later one are reduced.)
 
 On an H100, counted on the same bytes, `add` runs at 100 %, this at 70 %, with LAG at 80 %, with
 LAG and WORDS at 83 to 89 % (bench/results). Asking the L2 cache for rows ahead, and looking at the
-meeting before the sums instead of after them, were tried and were slower by a tenth.
+meeting before the sums instead of after them, were tried and were slower by 3 to 14 %.
 
 PLAIN replaces inline assembly, for the interpreter, which has none.
 """
@@ -58,7 +61,7 @@ from torch import Tensor
 from hybrid_kernels.kernels import config
 
 SLOTS = 4
-# That a program publishes for each of its warps: the fields of `Sums`.
+# That a program publishes, for each of its warps or once in words: the fields of `Sums`.
 PUBLISHED = 6
 _PUBLISHED = tl.constexpr(PUBLISHED)
 # Numbers of 32 bits that a warp holds of a tile: four in a thread, which are loaded at once. Triton
@@ -502,10 +505,10 @@ def _waited_for(slot_ptr, epoch, SPLITS: tl.constexpr, LANES: tl.constexpr, PLAI
             or.b32 t4, t4, t5;
             or.b32 t0, t0, t2;
             or.b32 t0, t0, t4;
-            add.u32 polls, polls, 1;
-            setp.ge.u32 lost, polls, $8;
-            @lost trap;
             setp.ne.b32 late, t0, 0;
+            add.u32 polls, polls, 1;
+            setp.ge.and.u32 lost, polls, $8, late;
+            @lost trap;
             @late bra AGAIN;
             mov.b32 $0, v0;
             mov.b32 $1, v1;
@@ -671,7 +674,8 @@ def lean_kernel(
     group = tl.program_id(0) // SPLITS
     part = tl.program_id(0) % SPLITS
     published_ptr += group * (SLOTS * SLOT)
-    counter_ptr += group * _COUNTERS
+    if not WORDS:
+        counter_ptr += group * _COUNTERS
     scale = inv_t * LOG2E
 
     row = group
@@ -765,7 +769,7 @@ class Shape(NamedTuple):
 
     `splits` programs of `num_warps` warps share a row in slices of `slice_v` entries, which a
     program holds as `chunks` tiles; `groups` rows are in flight at once. `lanes` is room for what
-    all warps of a group publish.
+    all warps of a group publish; with words, for its programs.
     """
 
     vocabulary: int
@@ -876,7 +880,9 @@ def lean(
         published = torch.zeros(places, dtype=torch.int64, device=student.device)
     else:
         published = statistics.new_empty(shape.groups * SLOTS * PUBLISHED * shape.lanes)
-    counters = torch.zeros(shape.groups * COUNTERS, dtype=torch.int32, device=student.device)
+    counters = None
+    if not shape.words:
+        counters = torch.zeros(shape.groups * COUNTERS, dtype=torch.int32, device=student.device)
     lean_kernel[(shape.groups * shape.splits,)](
         *(tensor.view(torch.int32) for tensor in (student, teacher, gradient)),
         *(tensor.stride(0) // 8 for tensor in (student, teacher, gradient)),
