@@ -89,10 +89,10 @@ def held(rows: Rows) -> float:
     Those that it holds, and more where registers go elsewhere: to supports, to a floor, to the
     scalars of several teachers, to the intermediate results of the alpha divergences. What more is
     the least with which the compiler keeps all but a few scalars in registers (`python -m bench
-    aot`): slices of 12,288 entries with a small support, of 6,144 with a floor.
+    aot`): slices of 10,240 entries with a small support, of 6,144 with a floor.
     """
     if rows.support is not None:
-        several = 4 / 3 if rows.support.ids.shape[-1] <= SMALL_SUPPORT else 2.0
+        several = 1.6 if rows.support.ids.shape[-1] <= SMALL_SUPPORT else 2.0
     else:
         least = 1.0 if rows.teacher_floor is None else 8 / 3
         several = max(least, 2.0 * len(rows.teachers))
