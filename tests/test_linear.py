@@ -680,7 +680,7 @@ class TestOperators:
         one, rows = torch.ones(1, device=device), torch.ones(10, device=device)
         for statistics in (None, linear_ops.linear_statistics(*arguments)):
             for wanted in ([True] * 3, [True, False, False], [False, True, False]):
-                leading = (statistics, rows, one, None, None, None, wanted)
+                leading = (statistics, rows, one, None, None, wanted)
                 torch.library.opcheck(linear_ops.linear_gradient, (*leading, *arguments))
 
     @pytest.mark.parametrize("kind", ["mean", "none", "function", "terms", "filter"])
