@@ -285,14 +285,20 @@ def _sums(zs, ws, scale, CHUNKS: tl.constexpr, PLAIN: tl.constexpr):
 
 
 @triton.jit
-def _publish(slot_ptr, counter_ptr, part, sums, LANES: tl.constexpr, W: tl.constexpr):
-    """Each warp's sums, in one store, then the arrival."""
-    field = tl.arange(0, 32)[None, :]
+def _numbered(sums, field):
+    """The number of that field of `Sums`, in every lane."""
     value = tl.where(field == 0, sums.student_max, sums.teacher_max)
     value = tl.where(field == 2, sums.student, value)
     value = tl.where(field == 3, sums.teacher, value)
     value = tl.where(field == 4, sums.student_y, value)
-    value = tl.where(field == 5, sums.student_u, value)
+    return tl.where(field == 5, sums.student_u, value)
+
+
+@triton.jit
+def _publish(slot_ptr, counter_ptr, part, sums, LANES: tl.constexpr, W: tl.constexpr):
+    """Each warp's sums, in one store, then the arrival."""
+    field = tl.arange(0, 32)[None, :]
+    value = _numbered(sums, field)
     ptr = slot_ptr + part * W + tl.arange(0, W)[:, None] + field * LANES
     tl.store(ptr, value, mask=field < _PUBLISHED)
     tl.debug_barrier()
@@ -440,11 +446,7 @@ def _merged_warps(sums, PLAIN: tl.constexpr):
 def _publish_words(slot_ptr, part, sums, epoch):
     """A program's sums, each in a word of 64 bits with the number of the meeting above it."""
     field = tl.arange(0, 8)
-    value = tl.where(field == 0, sums.student_max, sums.teacher_max)
-    value = tl.where(field == 2, sums.student, value)
-    value = tl.where(field == 3, sums.teacher, value)
-    value = tl.where(field == 4, sums.student_y, value)
-    value = tl.where(field == 5, sums.student_u, value)
+    value = _numbered(sums, field)
     word = value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
     word = word | (epoch.to(tl.int64) << 32)
     tl.store(slot_ptr + part * 8 + field, word)

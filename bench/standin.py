@@ -83,7 +83,7 @@ class Driver:
 _DRIVERS = {name: Driver(name) for name in GPUS}
 
 
-def _no_times(run: Callable[[], object], *_: int, **__: int) -> timing.Times:
+def _no_times(run: Callable[[], object], *_, **__) -> timing.Times:
     """`timing.device_times` where there is no clock: no samples of one run."""
     run()
     return timing.Times([], 0.0)

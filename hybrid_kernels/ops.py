@@ -330,20 +330,18 @@ class HybridLossFunction(torch.autograd.Function):
         own = coefficients(weights, scale)
         problem = (student, teachers, support, token_log_prob, token_ids, valid, *config)
         late = summed and scales_late(student)
-        gradient = None
-        if late:
-            if statistics is None:
-                statistics = row_statistics(*problem)
+        gradient = None if late else _gradient_of(student, inplace)
+        if gradient is None:
+            statistics = row_statistics(*problem) if statistics is None else statistics
+        elif statistics is None:
+            statistics = hybrid_rows(gradient, *own, *problem)
         else:
-            gradient = _gradient_of(student, inplace)
-            if statistics is None:
-                statistics = hybrid_rows(gradient, *own, *problem)
-            else:
-                row_gradient(gradient, statistics, *own, *problem)
+            row_gradient(gradient, statistics, *own, *problem)
         loss = row_losses(statistics, weights, valid)
         if summed:
             loss = (loss * scale).sum()
-        kept = (student, *problem[2:6], statistics, *own, *teachers) if late else ()
+        inputs = (student, support, token_log_prob, token_ids, statistics, *own, *teachers)
+        kept = inputs if late else ()
         ctx.save_for_backward(gradient, valid, *kept)
         ctx.config, ctx.inplace, ctx.inputs = config, inplace, 13 + len(teachers)
         ctx.mark_non_differentiable(statistics)
@@ -354,10 +352,10 @@ class HybridLossFunction(torch.autograd.Function):
     def backward(ctx, upstream, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         gradient, valid, *kept = ctx.saved_tensors
         if gradient is None:
-            student, support, token_log_prob, token_ids, _, statistics, *rest = kept
-            own, teachers = rest[:3], rest[3:]
+            student, support, token_log_prob, token_ids, statistics, *rest = kept
+            own = (None if c is None else c * upstream for c in rest[:3])
+            teachers = rest[3:]
             gradient = _gradient_of(student, ctx.inplace and not graph_is_kept())
-            own = (None if c is None else c * upstream for c in own)
             rows = (student, teachers, support, token_log_prob, token_ids, valid)
             row_gradient(gradient, statistics, *own, *rows, *ctx.config)
             return gradient, *(None,) * (ctx.inputs - 1)

@@ -95,9 +95,9 @@ def _work(rank: int, size: int, backend: str, folder: str) -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_ranks_agree_with_the_whole(size, backend, device, tmp_path):
     if device != "cpu":
-        pytest.skip("one GPU holds one rank")
+        pytest.skip("the ranks are processes on the CPU; a GPU would hold one of them")
     if backend == "triton" and size > 2:
-        pytest.skip("two ranks are enough for the interpreter")
+        pytest.skip("the interpreter is slow, and two ranks show what it could get wrong")
     torch.multiprocessing.spawn(_work, (size, backend, str(tmp_path)), nprocs=size)
     texts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
     assert not any(texts), "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))

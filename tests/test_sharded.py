@@ -618,10 +618,10 @@ def _work(rank: int, size: int, backend: str, folder: str, names: list[str]) -> 
 def failures(request, backend, device, tmp_path_factory):
     """What failed in a group of processes: for each rank, the cases and why."""
     if device != "cpu":
-        pytest.skip("one GPU holds one rank")
+        pytest.skip("the ranks are processes on the CPU; a GPU would hold one of them")
     size = request.param
     if backend == "triton" and size > 2:
-        pytest.skip("two ranks are enough for the interpreter")
+        pytest.skip("the interpreter is slow, and two ranks show what it could get wrong")
     folder = tmp_path_factory.mktemp("ranks")
     names = [name for name in CASES if backend == "torch" or name in INTERPRETED]
     torch.multiprocessing.spawn(_work, (size, backend, str(folder), names), nprocs=size)
@@ -631,6 +631,6 @@ def failures(request, backend, device, tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_the_ranks_agree_with_the_whole(name, failures, backend):
     if backend == "triton" and name not in INTERPRETED:
-        pytest.skip("one of its kind is enough for the interpreter")
+        pytest.skip("the interpreter is slow, and runs one case of each kind: INTERPRETED")
     found = {rank: failed[name] for rank, failed in enumerate(failures) if name in failed}
     assert not found, "\n".join(f"rank {rank}: {text}" for rank, text in found.items())
