@@ -81,7 +81,8 @@ def test_every_form_takes_every_option(form, options, divergence, backend):
 def test_every_form_takes_mixed_formats(form, divergence, dtype, backend):
     """Lanes outside the row hold the same on both sides, whatever the formats can hold."""
     case = cases.make(203, (1, 3), dtype=dtype, teacher_dtype=torch.float16)
-    assert_matches_reference(case, backend, divergence=divergence)
+    # (The gradient of a scalar loss in fp16 is made in the backward, which takes no form.)
+    assert_matches_reference(case, backend, divergence=divergence, reduction="none")
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "mask"])
