@@ -79,7 +79,7 @@ def test_models_without_logits_to_keep_give_the_same_logits():
     plain = Plain()
     rollout = generate(plain.inner, examples(["a b c", "d e f"]), sampler())
     expected = completion_logits(plain.inner, rollout, 20)
-    got = completion_logits(plain, rollout, 20)  # type: ignore[arg-type]  # Plain is no PreTrainedModel
+    got = completion_logits(plain, rollout, 20)
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
 
 
