@@ -42,6 +42,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    # How many processes share the vocabulary: on the CPU, where two are enough for the interpreter.
+    ranks = "world_size" in metafunc.fixturenames
+    if ranks:
+        sizes = [2] if _interpreted(metafunc.config) else [2, 4]
+        metafunc.parametrize("world_size", sizes, scope="module")
     if "target" not in metafunc.fixturenames:
         return
     if _interpreted(metafunc.config):
@@ -49,7 +54,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     else:
         targets = [pytest.param(Target("torch", "cpu"), id="torch")]
         # Not one skip for every test where there is no GPU: those of test_gpu.py say it.
-        for name in ("torch", "triton") if torch.cuda.is_available() else ():
+        for name in ("torch", "triton") if torch.cuda.is_available() and not ranks else ():
             mark = pytest.mark.gpu
             targets.append(pytest.param(Target(name, "cuda"), id=f"{name}-cuda", marks=mark))
     metafunc.parametrize("target", targets, indirect=True, scope="session")
@@ -58,6 +63,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if _interpreted(config):
         others = [item for item in items if "target" not in getattr(item, "fixturenames", ())]
+        others += [item for item in items if item.get_closest_marker("native")]
         others += [item for item in items if item not in set(others) and _has_a_twin(item)]
     else:
         # On a GPU the form of a kernel follows from the problem (test_gpu.py), and programs run
@@ -104,13 +110,6 @@ def backend(target: Target) -> str:
 @pytest.fixture(scope="session")
 def device(target: Target) -> str:
     return target.device
-
-
-@pytest.fixture(scope="session")
-def native(target: Target) -> None:
-    """For tests of speed, memory or compilation, of which the interpreter says nothing."""
-    if target == ("triton", "cpu"):
-        pytest.skip("a test of speed, memory or compilation, and the interpreter has none of them")
 
 
 @pytest.fixture

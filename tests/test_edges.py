@@ -242,7 +242,8 @@ def test_a_vocabulary_of_one(divergence, backend, device):
         assert (outcome.gradient.abs() < 1e-6).all()
 
 
-def test_more_rows_than_a_grid_dimension_holds(native, backend, device):
+@pytest.mark.native
+def test_more_rows_than_a_grid_dimension_holds(backend, device):
     case = cases.make(3, (70_000,), device=device)
     assert_matches_reference(case, backend, reduction="none")
 

@@ -684,7 +684,8 @@ class TestOperators:
                 torch.library.opcheck(linear_ops.linear_gradient, (*leading, *arguments))
 
     @pytest.mark.parametrize("kind", ["mean", "none", "function", "terms", "filter"])
-    def test_compiles_without_a_break(self, kind, native, backend, device):
+    @pytest.mark.native
+    def test_compiles_without_a_break(self, kind, backend, device):
         case = make(masked=True, device=device)
 
         def compute(hidden, weight, teacher_hidden, teacher_weight):
@@ -718,7 +719,8 @@ class TestOperators:
         torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-5, atol=1e-7)
 
     @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
-    def test_inductor_takes_other_shapes_and_layouts(self, native, backend, device):
+    @pytest.mark.native
+    def test_inductor_takes_other_shapes_and_layouts(self, backend, device):
         def compute(hidden, weight, teacher):
             return linear_hybrid_loss(hidden, weight.T, teacher, backend=backend).loss
 

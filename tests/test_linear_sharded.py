@@ -6,7 +6,6 @@ import os
 import traceback
 from dataclasses import replace
 
-import pytest
 import torch
 
 from hybrid_kernels import Divergence, LinearTeacher, Mixture, TopK
@@ -92,12 +91,7 @@ def _work(rank: int, size: int, backend: str, folder: str) -> None:
     os._exit(0)  # threads of gloo do not always survive an orderly end
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_the_ranks_agree_with_the_whole(size, backend, device, tmp_path):
-    if device != "cpu":
-        pytest.skip("the ranks are processes on the CPU; a GPU would hold one of them")
-    if backend == "triton" and size > 2:
-        pytest.skip("the interpreter is slow, and two ranks show what it could get wrong")
-    torch.multiprocessing.spawn(_work, (size, backend, str(tmp_path)), nprocs=size)
-    texts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)]
+def test_the_ranks_agree_with_the_whole(world_size, backend, tmp_path):
+    torch.multiprocessing.spawn(_work, (world_size, backend, str(tmp_path)), nprocs=world_size)
+    texts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world_size)]
     assert not any(texts), "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))

@@ -15,7 +15,7 @@ from hybrid_kernels import (
 )
 from hybrid_kernels.linear import BUDGET, chunk_size
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = pytest.mark.native
 
 ROWS, VOCABULARY = 100, 50_000
 

@@ -10,6 +10,9 @@ from cases import DIVERGENCES, divergence_id
 from hybrid_kernels import Divergence, Mixture, TopK, hybrid_loss, ops, token_terms
 
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
+needs_cc = pytest.mark.skipif(
+    shutil.which("cc") is None, reason="inductor needs a C compiler: no cc"
+)
 
 
 @pytest.fixture
@@ -97,7 +100,8 @@ def assert_compiles(case, compute, others, compiler="aot_eager", dynamic=None):
     ],
     ids=["mean", "none", "function", "inplace", "inplace-none", "all-options"],
 )
-def test_compiled_loss(options, native, backend, device, fresh_compiler):
+@pytest.mark.native
+def test_compiled_loss(options, backend, device, fresh_compiler):
     case = cases.make(128, (2, 5), device=device)
     options = dict(options)
     if options.pop("advantages", None):
@@ -114,19 +118,22 @@ def test_compiled_loss(options, native, backend, device, fresh_compiler):
     assert_compiles(case, compute, others)
 
 
-def test_compiled_loss_with_a_mask_and_a_device_count(native, backend, device, fresh_compiler):
+@pytest.mark.native
+def test_compiled_loss_with_a_mask_and_a_device_count(backend, device, fresh_compiler):
     case = cases.make(128, (2, 5), masked=True, device=device)
     count = torch.tensor(23.0, device=device)
     compute, others = loss_of(case, backend, mask=case.mask, num_tokens=count)
     assert_compiles(case, compute, others)
 
 
-def test_compiled_terms(native, backend, device, fresh_compiler):
+@pytest.mark.native
+def test_compiled_terms(backend, device, fresh_compiler):
     case = cases.make(128, (2, 5), device=device)
     assert_compiles(case, *terms_of(case, backend))
 
 
-def test_compiled_with_dynamic_shapes(native, backend, device, fresh_compiler):
+@pytest.mark.native
+def test_compiled_with_dynamic_shapes(backend, device, fresh_compiler):
     """One graph for every batch and vocabulary."""
     case = cases.make(128, (2, 5), device=device)
     compiled = assert_compiles(case, *loss_of(case, backend), dynamic=True)
@@ -139,18 +146,18 @@ def test_compiled_with_dynamic_shapes(native, backend, device, fresh_compiler):
             torch.testing.assert_close(loss, compute(other.student, *others))
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="inductor needs a C compiler: no cc")
-def test_compiled_by_inductor(native, backend, device, fresh_compiler):
+@needs_cc
+@pytest.mark.native
+def test_compiled_by_inductor(backend, device, fresh_compiler):
     case = cases.make(128, (2, 5), device=device)
     assert_compiles(case, *loss_of(case, backend, inplace=True), compiler="inductor")
     assert_compiles(case, *terms_of(case, backend), compiler="inductor")
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiled_backward_twice(compiler, native, backend, device, fresh_compiler):
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=needs_cc)])
+@pytest.mark.native
+def test_compiled_backward_twice(compiler, backend, device, fresh_compiler):
     """Compiled code must not scale the buffer that the second backward reads."""
-    if compiler == "inductor" and shutil.which("cc") is None:
-        pytest.skip("inductor needs a C compiler, and this machine has no cc")
     case = cases.make(128, (2, 5), device=device)
     compute, others = loss_of(case, backend)
     compiled = torch.compile(compute, fullgraph=True, backend=compiler)
@@ -207,7 +214,8 @@ def test_gradients_are_checked_by_autograd_itself(backend, device):
 
 
 @pytest.mark.parametrize("kind", ["top-k", "mixture", "mixture of top-k", "given"])
-def test_compiled_with_other_teachers(kind, native, backend, device, fresh_compiler):
+@pytest.mark.native
+def test_compiled_with_other_teachers(kind, backend, device, fresh_compiler):
     """Teachers that are made inside the compiled function, and one that is passed in."""
     case = cases.make(128, (2, 5), device=device)
     ids = case.teacher.topk(9).indices

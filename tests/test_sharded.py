@@ -614,23 +614,23 @@ def _work(rank: int, size: int, backend: str, folder: str, names: list[str]) -> 
     os._exit(0)  # threads of gloo do not always survive an orderly end
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def failures(request, backend, device, tmp_path_factory):
+def names_for(backend: str) -> list[str]:
+    return [name for name in CASES if backend == "torch" or name in INTERPRETED]
+
+
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("name", names_for(metafunc.config.getoption("--backend")))
+
+
+@pytest.fixture(scope="module")
+def failures(world_size, backend, tmp_path_factory):
     """What failed in a group of processes: for each rank, the cases and why."""
-    if device != "cpu":
-        pytest.skip("the ranks are processes on the CPU; a GPU would hold one of them")
-    size = request.param
-    if backend == "triton" and size > 2:
-        pytest.skip("the interpreter is slow, and two ranks show what it could get wrong")
-    folder = tmp_path_factory.mktemp("ranks")
-    names = [name for name in CASES if backend == "torch" or name in INTERPRETED]
-    torch.multiprocessing.spawn(_work, (size, backend, str(folder), names), nprocs=size)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
+    folder, names = tmp_path_factory.mktemp("ranks"), names_for(backend)
+    arguments = (world_size, backend, str(folder), names)
+    torch.multiprocessing.spawn(_work, arguments, nprocs=world_size)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_ranks_agree_with_the_whole(name, failures, backend):
-    if backend == "triton" and name not in INTERPRETED:
-        pytest.skip("the interpreter is slow, and runs one case of each kind: INTERPRETED")
+def test_the_ranks_agree_with_the_whole(name, failures):
     found = {rank: failed[name] for rank, failed in enumerate(failures) if name in failed}
     assert not found, "\n".join(f"rank {rank}: {text}" for rank, text in found.items())
