@@ -148,7 +148,7 @@ def compile_rows(
             meta(1, dtype=torch.int32),
             launch.groups,
         )
-        constants = launchers.resident_constants(rows, target_logits, launch, -1)
+        constants = launchers.resident_constants(rows, target_logits, launch)
         kernel = resident.resident_kernel
     else:
         measure, write = flags

@@ -59,6 +59,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid_kernels.kernels import config
+from hybrid_kernels.kernels.meeting import MAX_POLLS, wait
 
 SLOTS = 4
 # That a program publishes, for each of its warps or once in words: the fields of `Sums`.
@@ -71,8 +72,6 @@ _TILE = tl.constexpr(TILE)
 # 128 bytes, so that groups count in different lines of the cache.
 COUNTERS = 32
 _COUNTERS = tl.constexpr(COUNTERS)
-# Some seconds of them: whoever waits longer waits for something that will not come.
-MAX_POLLS = tl.constexpr(2**12 if config.INTERPRETED else 2**22)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -303,28 +302,6 @@ def _publish(slot_ptr, counter_ptr, part, sums, LANES: tl.constexpr, W: tl.const
     tl.store(ptr, value, mask=field < _PUBLISHED)
     tl.debug_barrier()
     tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
-
-
-@triton.jit
-def _wait(counter_ptr, arrivals, PLAIN: tl.constexpr):
-    """Until that many have arrived; an error where they don't."""
-    polls = 0
-    while (tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < arrivals) & (
-        polls < MAX_POLLS
-    ):
-        polls += 1
-    if PLAIN:
-        assert polls < MAX_POLLS, "programs that share a row did not arrive"
-    else:
-        tl.inline_asm_elementwise(
-            "{.reg .pred lost; setp.ge.s32 lost, $1, $2; @lost trap; mov.b32 $0, $1;}",
-            "=r,r,r",
-            [polls, MAX_POLLS],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -729,7 +706,7 @@ def lean_kernel(
             slot_ptr = published_ptr + slot * SLOT
             merged = _met(slot_ptr, meeting + 1, SPLITS, LANES, PLAIN)
         else:
-            _wait(counter_ptr + slot, (meeting // SLOTS + 1) * SPLITS, PLAIN)
+            wait(counter_ptr + slot, (meeting // SLOTS + 1) * SPLITS)
             merged = _merged(published_ptr + slot * SLOT, SPLITS, LANES, W, PLAIN)
         meeting += 1
         kl, entropy, log_e, log_f, slope = _row(merged, c_div, c_logp, c_ent)

@@ -5,7 +5,9 @@ both backends (mark `gpu`). `--backend triton` runs nothing but those tests, on 
 in the CPU interpreter; `test_interpreter.py` starts that run.
 """
 
+import contextlib
 import os
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -28,6 +30,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("torch", "triton"),
         default="torch",
         help="triton: only the tests that take a backend, on the CPU under TRITON_INTERPRET=1",
+    )
+    parser.addoption(
+        "--orders",
+        type=int,
+        default=2,
+        help="in how many orders programs that share a row run side by side (test_meeting.py)",
     )
 
 
@@ -77,7 +85,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 # The interpreter is slow. These share their arithmetic with another parameter or divergence, and
 # what runs every divergence through every form and teacher is enough for them.
 TWINS = {"skew_forward_kl-0.3", "alpha-0.3", "renyi-0.3"}
-COMPLETE = {"test_forms", "test_teachers"}
+COMPLETE = {"test_forms", "test_teachers", "test_meeting"}
 # Of what is GEMMs around the same row kernels, these run the kernels on a chunk's buffers.
 PICKED = {"test_linear": ("test_every_teacher_and_chunk", "test_every_divergence")}
 
@@ -115,10 +123,30 @@ def device(target: Target) -> str:
 @pytest.fixture
 def interleaved(target):
     """The context manager of `interleave.py`, for tests that only the interpreter can run."""
+    return _interleaved()
+
+
+def _interleaved():
     pytest.importorskip("greenlet", reason="programs that run side by side are greenlets")
     from interleave import interleaved
 
     return interleaved
+
+
+@pytest.fixture(scope="session")
+def orders(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("--orders")
+
+
+@pytest.fixture
+def side_by_side(request: pytest.FixtureRequest, target: Target) -> Iterator[None]:
+    """Programs that share a row can meet: on a GPU they do, in the interpreter they take turns, in
+    an order that is the test's own."""
+    with contextlib.ExitStack() as stack:
+        if target == Target("triton", "cpu"):
+            seed = zlib.crc32(request.node.nodeid.encode())
+            stack.enter_context(_interleaved()(seed, loads=False))
+        yield
 
 
 @pytest.fixture
@@ -131,7 +159,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def small_tiles(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tiles(target: Target, side_by_side: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cuts a short row as a vocabulary is cut: into several tiles, slices and chunks."""
     if target.backend == "triton":
         from hybrid_kernels.kernels import config

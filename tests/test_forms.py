@@ -1,9 +1,4 @@
-"""The forms of the row kernels: whichever runs, the numbers are right.
-
-The interpreter runs programs one after another, so programs that share a row can't wait for each
-other there. They meet at the ends of launches instead (`STAGE` in `kernels/resident.py`), which is
-a stand-in for the meeting and tests what is published and merged, not the waiting.
-"""
+"""The forms of the row kernels: whichever runs, the numbers are right."""
 
 import pytest
 import torch
@@ -19,16 +14,17 @@ from hybrid_kernels.kernels import config
 from hybrid_kernels.kernels import rows as launchers
 from hybrid_kernels.rows import Rows
 
+# Of `kernels/config.py`, without "INTERPRETED_" before it.
 FORMS = {
-    "one program": {"INTERPRETED_SLICE": 2**20, "INTERPRETED_BLOCK_V": 2**16},
-    "chunks": {"INTERPRETED_SLICE": 2**20, "INTERPRETED_BLOCK_V": 64},
-    "two programs": {"INTERPRETED_SLICE": 136, "INTERPRETED_BLOCK_V": 64},
-    "many programs": {"INTERPRETED_SLICE": 40, "INTERPRETED_BLOCK_V": 16},
+    "one program": {},
+    "chunks": {"BLOCK_V": 64, "PREFETCH": True},
+    "two programs": {"SLICE": 136, "BLOCK_V": 64},
+    "many programs": {"SLICE": 40, "BLOCK_V": 16, "GROUPS": 1, "PREFETCH": True},
 }
 
 
 @pytest.fixture(params=[*FORMS, "sweeping"])
-def form(request, monkeypatch):
+def form(request, side_by_side, monkeypatch):
     """Forces a form, and proves that it ran."""
     launched = []
     if request.param == "sweeping":
@@ -37,7 +33,7 @@ def form(request, monkeypatch):
         spy(monkeypatch, "_sweep", launched)
     else:
         for name, value in FORMS[request.param].items():
-            monkeypatch.setattr(config, name, value)
+            monkeypatch.setattr(config, f"INTERPRETED_{name}", value)
         spy(monkeypatch, "_resident", launched)
     yield request.param
     assert launched, f"the {request.param} form did not run"

@@ -20,6 +20,7 @@ PARTS = {
     "edges": ["test_edges.py", "test_precision.py"],
     "teachers": ["test_teachers.py"],
     "sharded": ["test_sharded.py"],
+    "meeting": ["test_meeting.py", "test_lean.py"],
     "others": [],
 }
 

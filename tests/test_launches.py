@@ -5,10 +5,14 @@ stride, dtype and missing argument is specialised as on a GPU. CI runs this file
 Triton that the package allows, too.
 """
 
+import warnings
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs Triton's compiler")
+
+import triton
 
 from bench import standin
 from hybrid_kernels import (
@@ -182,6 +186,36 @@ def test_the_stand_in_leaves_everything_as_it_was():
     assert not meta(2, 9).requires_grad
     with pytest.raises(ValueError, match="backend"):
         hybrid_loss(meta(2, 9), meta(2, 9), backend="triton")
+
+
+@pytest.mark.parametrize("reason", ["too many blocks in cooperative launch", "out of memory"])
+def test_only_a_refused_launch_is_swept(reason, monkeypatch):
+    """Programs that may not run side by side are not asked for again; one warning says so."""
+    launched = []
+
+    def run(kernel, *_, **options):
+        launched.append(kernel.fn.__name__)
+        if "launch_cooperative_grid" in options:
+            raise RuntimeError(f"Triton Error [CUDA]: {reason}")
+
+    monkeypatch.setattr(launchers, "_refusing", set())
+    with standin.gpu(compiles=False), warnings.catch_warnings(record=True) as told:
+        monkeypatch.setattr(triton.JITFunction, "run", run)
+        warnings.simplefilter("always")
+        if reason == "out of memory":
+            with pytest.raises(RuntimeError, match=reason):
+                distillation_alone(Given(64))
+            assert not told
+            return
+        for _ in range(2):
+            distillation_alone(Given(64))
+        Given(64).loss(Given(64).top_k(32))
+        Given(64, vocabulary=1000).loss()
+    forms = [name for name in launched if name in ("resident_kernel", "sweep_kernel")]
+    assert forms == ["resident_kernel", *["sweep_kernel"] * 3, "resident_kernel"]
+    (warning,) = told
+    assert issubclass(warning.category, RuntimeWarning)
+    assert reason in str(warning.message)
 
 
 def test_a_kernel_that_does_not_compile_is_an_error(monkeypatch):

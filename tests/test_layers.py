@@ -28,7 +28,8 @@ ALLOWED = {
     "kernels.access": {"rows", "kernels.math"},
     "kernels.topk": {"rows", *ENTRIES, "kernels.access"},
     "kernels.sweep": {"rows", *ENTRIES, "kernels.access", "kernels.topk"},
-    "kernels.resident": {"rows", *ENTRIES, "kernels.access", "kernels.topk"},
+    "kernels.meeting": {"kernels.config", "kernels.reduce"},
+    "kernels.resident": {"rows", *ENTRIES, "kernels.access", "kernels.topk", "kernels.meeting"},
     "kernels.rows": {
         "rows",
         "kernels.access",

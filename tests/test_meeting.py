@@ -1,10 +1,249 @@
-"""The kernel that measures the meeting (`bench/gpu/meeting.py`), its programs side by side."""
+"""Programs that share a row, side by side in many orders: the kernel that ships, with every slot,
+counter and register used again; and the kernel that measures the meeting.
+
+`--orders=N` runs N orders of each problem in place of two.
+"""
+
+import importlib.util
+from pathlib import Path
 
 import pytest
+import torch
+
+import cases
+from cases import DIVERGENCES, Case, divergence_id
+from tolerance import assert_close, assert_matches_reference
 
 pytest.importorskip("triton", reason="needs Triton's interpreter")
 
+from triton.runtime.errors import InterpreterError
+
 from bench.gpu import meeting
+from hybrid_kernels import Divergence
+from hybrid_kernels.kernels import config, resident
+from hybrid_kernels.kernels import rows as launchers
+from hybrid_kernels.rows import KL_FAMILY
+
+ROWS = 12
+# V, and settings of `kernels/config.py`: three programs a row. Rows of 101 have edges.
+LAYOUTS = {
+    "one group": (96, {"GROUPS": 1, "PREFETCH": False}),
+    "prefetch": (96, {"GROUPS": 1, "PREFETCH": True}),
+    "edges": (101, {"GROUPS": 2, "PREFETCH": False}),
+    "edges, prefetch": (101, {"GROUPS": 2, "PREFETCH": True}),
+}
+REVERSE_KL, JSD = Divergence("reverse_kl"), Divergence("jsd")  # which meet once and twice
+OTHERS = [d for d in DIVERGENCES if d.name not in ("reverse_kl", "jsd")]
+
+
+@pytest.fixture(params=["edges, prefetch"])
+def layout(request, monkeypatch):
+    """Cuts rows so; V."""
+    vocabulary, settings = LAYOUTS[request.param]
+    for name, value in {"SLICE": 40, "BLOCK_V": 64, **settings}.items():
+        monkeypatch.setattr(config, f"INTERPRETED_{name}", value)
+    launch = config.resident(vocabulary, 4, ROWS, config.Device("interpreter", 1))
+    assert launch.splits == 3
+    assert launch.groups == settings["GROUPS"]
+    return vocabulary
+
+
+every_layout = pytest.mark.parametrize("layout", LAYOUTS, indirect=True)
+one_group = pytest.mark.parametrize("layout", ["one group"], indirect=True)
+
+
+def of_all_kinds(vocabulary: int, seed: int, dtype=torch.float32) -> Case:
+    """Rows that take different ways through the kernel, in random order: one is masked, one small,
+    one has an infinity on one side, one on the other, one a NaN."""
+    case = cases.make(vocabulary, (ROWS,), seed=seed, dtype=dtype)
+    row = torch.randperm(ROWS, generator=torch.Generator().manual_seed(seed))
+    case.mask = torch.ones(ROWS, dtype=torch.bool)
+    case.mask[row[:2]] = False
+    case.student[row[0]] = torch.nan
+    small = row[2:6]
+    # Alike but for a part, so that the divergence is 1e-5 nats or less.
+    case.teacher[small] = case.student[small]
+    case.teacher[small, : vocabulary // 2] *= 1 + 2.0**-7
+    case.student[row[6], vocabulary // 2] = -torch.inf
+    case.teacher[row[7], vocabulary // 3] = -torch.inf
+    case.student[row[8], vocabulary - 1] = torch.nan
+    return case
+
+
+def check(case: Case, **options) -> None:
+    """Whatever the kernel leaves is what the torch backend does, to the last row and field."""
+    got = case.hybrid_loss(backend="triton", reduction="none", entropy_weight=0.3, **options)
+    wanted = case.hybrid_loss(backend="torch", reduction="none", entropy_weight=0.3, **options)
+    for name, value in wanted.result._asdict().items():
+        if value is not None:
+            mine = getattr(got.result, name)
+            torch.testing.assert_close(mine, value, rtol=1e-4, atol=1e-5, equal_nan=True)
+    if options.get("divergence", REVERSE_KL).name in KL_FAMILY:
+        # So many digits has a small divergence only if it is summed anew.
+        small = wanted.result.divergence < 1e-3
+        mine, theirs = (found.result.divergence[small] for found in (got, wanted))
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=0)
+    assert torch.equal(got.gradient.isfinite(), wanted.gradient.isfinite())
+    sound = wanted.gradient.isfinite().all(-1)
+    truth = wanted.gradient[sound].double()
+    assert_close(got.gradient[sound], truth, truth, "gradient", scale=0.05, roundings=4)
+
+
+@every_layout
+@pytest.mark.parametrize("divergence", [REVERSE_KL, JSD], ids=divergence_id)
+def test_right_in_any_order(divergence, layout, orders, interleaved):
+    for seed in range(orders):
+        case = of_all_kinds(layout, seed)
+        with interleaved(seed, loads=seed % 2 > 0):
+            check(case, divergence=divergence)
+
+
+@pytest.mark.parametrize("divergence", OTHERS, ids=divergence_id)
+def test_every_divergence_in_any_order(divergence, layout, orders, interleaved):
+    for seed in range(orders):
+        case = of_all_kinds(layout, seed)
+        with interleaved(seed, loads=seed % 2 > 0):
+            check(case, divergence=divergence)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"teacher_floor": -6.0}, {"inplace": True}, {"inplace": True, "temperature": 0.7}],
+    ids=str,
+)
+@pytest.mark.parametrize("divergence", [REVERSE_KL, JSD], ids=divergence_id)
+def test_options_in_any_order(divergence, options, layout, orders, interleaved):
+    for seed in range(orders):
+        case = of_all_kinds(layout, seed, torch.bfloat16)
+        with interleaved(seed, loads=seed % 2 > 0):
+            check(case, divergence=divergence, **options)
+
+
+@pytest.mark.parametrize("teachers", ["two", "support", "none"])
+def test_other_teachers_in_any_order(teachers, layout, orders, interleaved):
+    for seed in range(orders):
+        case, options = cases.make(layout, (ROWS,), masked=True, seed=seed), {}
+        if teachers == "none":
+            case.teacher, options = None, {"dense_weight": 0.0}
+        else:
+            case = cases.with_teachers(case, 2, "union" if teachers == "support" else None)
+        with interleaved(seed, loads=seed % 2 > 0):
+            assert_matches_reference(case, "triton", entropy_weight=0.3, **options)
+
+
+@one_group
+def test_a_program_alone_does_not_wait_for_ever(layout, target):
+    """Not side by side, and so for siblings that never come."""
+    with pytest.raises(InterpreterError, match="did not arrive"):
+        check(of_all_kinds(layout, 0))
+
+
+# -- whether these orders can tell right from wrong ------------------------------------------------
+
+
+def replaced(source: str, old: str, new: str) -> str:
+    assert source.count(old) == 1, old
+    return source.replace(old, new)
+
+
+def moved(source: str, line: str, above: str) -> str:
+    """A line, further up: above the one that begins so."""
+    lines = source.splitlines()
+    (place,) = (i for i, text in enumerate(lines) if text.strip().startswith(above))
+    old = next(i for i in range(place, len(lines)) if lines[i].strip() == line)
+    indent = lines[place][: -len(lines[place].lstrip())]
+    return "\n".join([*lines[:place], indent + line, *lines[place:old], *lines[old + 1 :]])
+
+
+# A divergence that shows it, and what is done to the kernel's source.
+FAULTS = {
+    "a slot less": (
+        REVERSE_KL,
+        replaced,
+        "_IN_TURN = tl.constexpr(2)",
+        "_IN_TURN = tl.constexpr(1)",
+    ),
+    "a slot less, two meetings": (
+        JSD,
+        replaced,
+        "_IN_TURN = tl.constexpr(2)",
+        "_IN_TURN = tl.constexpr(1)",
+    ),
+    "no slot for small rows": (
+        REVERSE_KL,
+        replaced,
+        "_SMALL_SLOT = _IN_TURN",
+        "_SMALL_SLOT = tl.constexpr(0)",
+    ),
+    "a wait skipped": (REVERSE_KL, replaced, "wait(counter_ptr, meetings * SPLITS)", "pass"),
+    "the second wait skipped": (
+        JSD,
+        replaced,
+        "wait(counter_ptr, (meetings + 1) * SPLITS)",
+        "pass",
+    ),
+    "an arrival before its stores": (REVERSE_KL, moved, "arrive(counter_ptr)", "_publish_all("),
+    "the second arrival before its stores": (
+        JSD,
+        moved,
+        "arrive(counter_ptr)",
+        "tl.store(ptr + 2 * i * LANES",
+    ),
+    "a small row's arrival before its store": (
+        REVERSE_KL,
+        moved,
+        "before = arrive(small_ptr)",
+        "tl.store(ptr + part, value)",
+    ),
+    "one counter for meetings and small rows": (
+        REVERSE_KL,
+        replaced,
+        "small_ptr + row,",
+        "counter_ptr,",
+    ),
+    "one counter for all small rows": (REVERSE_KL, replaced, "small_ptr + row,", "small_ptr,"),
+    "a row that is small to some": (
+        REVERSE_KL,
+        replaced,
+        "if agreed(is_small(",
+        "if part != 1 and agreed(is_small(",
+    ),
+}
+
+
+@one_group
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(fault, layout, interleaved, tmp_path, monkeypatch):
+    from interleave import Deadlock
+
+    divergence, change, *what = FAULTS[fault]
+    source = change(Path(resident.__file__).read_text(), *what)
+    monkeypatch.setattr(launchers, "resident_kernel", kernel_of(source, tmp_path))
+
+    def goes_wrong(seed):
+        try:
+            with interleaved(seed, limit=20_000, loads=False):
+                check(of_all_kinds(layout, seed), divergence=divergence)
+        except (AssertionError, Deadlock):
+            return True
+        except InterpreterError as error:
+            if "did not arrive" not in str(error):
+                raise
+            return True
+        return False
+
+    assert any(goes_wrong(seed) for seed in range(8))
+
+
+def kernel_of(source, folder):
+    (folder / "faulty.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("faulty", folder / "faulty.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.resident_kernel
+
+
+# -- the meeting alone -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,6 +1,6 @@
 """The meeting alone: programs that publish a number, wait for each other and read what all say.
 
-`_arrive` is that of the row-resident kernel; the wait has a bound, so that a mistake ends as a
+`arrive` is that of the row-resident kernel; the wait has a bound, so that a mistake ends as a
 wrong result and not as a hang. The time of a meeting is what a row costs on top of its bytes.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.summary import Row
 from hybrid_kernels import timing
 from hybrid_kernels.kernels import config
-from hybrid_kernels.kernels.resident import _arrive
+from hybrid_kernels.kernels.meeting import arrive
 
 ROUNDS = 20_000
 # About a second of polls.
@@ -48,7 +48,7 @@ def meeting_kernel(
     while meeting < rounds:
         slot = published_ptr + meeting % SLOTS * LANES
         tl.store(slot + part, meeting)
-        _arrive(counter_ptr)
+        arrive(counter_ptr)
         meeting += 1
         polls = tl.full((), 0, tl.int32)
         while polls < BOUND:

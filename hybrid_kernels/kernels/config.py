@@ -35,9 +35,12 @@ PER_THREAD_TWO_SWEEPS = 8
 # Left to itself, ptxas spills a few scalars to fit a third program of 80 registers on an SM.
 MAX_REGISTERS = 128
 
-# The interpreter pays per operation, not per entry.
+# The interpreter pays per operation, not per entry, and runs one program after another: so each has
+# whole rows there. (Tests that run programs side by side cut rows into slices.)
 INTERPRETED_BLOCK_V = 65536
-INTERPRETED_SLICE = 2**20
+INTERPRETED_SLICE = 2**31
+INTERPRETED_GROUPS = 2
+INTERPRETED_PREFETCH = False
 
 # Slices are cut at multiples of this many entries, so that they move in 128-bit pieces.
 SLICE_MULTIPLE = 8
@@ -184,7 +187,8 @@ def resident(
         slice_v = _slice(vocabulary, INTERPRETED_SLICE)
         chunk_v = min(triton.next_power_of_2(slice_v), INTERPRETED_BLOCK_V)
         chunks, splits = -(-slice_v // chunk_v), -(-vocabulary // slice_v)
-        return Resident(chunk_v, chunks, slice_v, splits, rows, 1, 0, True)
+        groups = min(rows, INTERPRETED_GROUPS)
+        return Resident(chunk_v, chunks, slice_v, splits, groups, 1, 0, INTERPRETED_PREFETCH)
     tuning = tuning or tuned(device.name, itemsize) or DEFAULT_TUNING[itemsize]
     slice_v = _slice(vocabulary, int(2 * tuning.slice_v / sides))
     splits = -(-vocabulary // slice_v)

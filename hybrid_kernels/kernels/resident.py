@@ -16,8 +16,10 @@ the loads of a group's next row before the wait.
 What is published lies in one of two alternating slots. A program that writes a slot for the second
 time has passed the meeting in between, for which every sibling has first read that slot.
 
-`STAGE` runs the programs of a group one after another, as the interpreter must: launch k ends after
-meeting k is published, and the last launch finds everything published. -1 is the real thing.
+A small divergence is summed anew, in a slot of its own, and nobody waits for it: the last to arrive
+adds up. That a row is small each program finds for itself, from the same numbers. It counts if all
+do: each row has its own counter, so that no later row depends on it, and the first sum stands until
+the last of SPLITS has arrived.
 """
 
 import triton
@@ -70,29 +72,22 @@ from hybrid_kernels.kernels.math import (
     swept_divergences,
     values_and_slopes,
 )
+from hybrid_kernels.kernels.meeting import arrive, read, wait
 from hybrid_kernels.kernels.reduce import agreed
 
 # Numbers that a program publishes at once for each member, at most: the fields of `Sums`.
 PUBLISHED = 8
 _PUBLISHED = tl.constexpr(PUBLISHED)
-# Slots of a group: two that alternate between meetings, and one for small divergences.
+# Slots of a group: those that meetings take in turn, and one for small divergences.
 SLOTS = 3
 _SLOTS = tl.constexpr(SLOTS)
-_SMALL_SLOT = tl.constexpr(2)
+_IN_TURN = tl.constexpr(2)
+_SMALL_SLOT = _IN_TURN
 
 
 @triton.jit
 def _slot(published_ptr, slot, LANES: tl.constexpr, COUNT: tl.constexpr):
     return published_ptr + slot * (_PUBLISHED * LANES * COUNT)
-
-
-@triton.jit
-def _read(slot_ptr, field, empty, SPLITS: tl.constexpr, LANES: tl.constexpr):
-    """One number from every sibling, past the L1 cache, which other programs don't update."""
-    lane = tl.arange(0, LANES)
-    return tl.load(
-        slot_ptr + field * LANES + lane, mask=lane < SPLITS, other=empty, cache_modifier=".cg"
-    )
 
 
 @triton.jit
@@ -130,10 +125,10 @@ def _merged_sums(
     """The sums of the row from those of all its slices."""
     zero = tl.full((), 0.0, tl.float32)
     parts = Sums(
-        _read(slot_ptr, 0, START, SPLITS, LANES),
+        read(slot_ptr, START, SPLITS, LANES),
         zero,
-        _read(slot_ptr, 1, 0.0, SPLITS, LANES),
-        _read(slot_ptr, 2, 0.0, SPLITS, LANES),
+        read(slot_ptr + 1 * LANES, 0.0, SPLITS, LANES),
+        read(slot_ptr + 2 * LANES, 0.0, SPLITS, LANES),
         zero,
         zero,
         zero,
@@ -144,16 +139,16 @@ def _merged_sums(
         teacher_d = zero
         teacher_kept = zero
         if needs_student_d(DIVERGENCE):
-            student_d = _read(slot_ptr, 5, 0.0, SPLITS, LANES)
+            student_d = read(slot_ptr + 5 * LANES, 0.0, SPLITS, LANES)
         if needs_teacher_d(DIVERGENCE):
-            teacher_d = _read(slot_ptr, 6, 0.0, SPLITS, LANES)
-            teacher_kept = _read(slot_ptr, 7, 0.0, SPLITS, LANES)
+            teacher_d = read(slot_ptr + 6 * LANES, 0.0, SPLITS, LANES)
+            teacher_kept = read(slot_ptr + 7 * LANES, 0.0, SPLITS, LANES)
         parts = Sums(
             parts.student_max,
-            _read(slot_ptr, 3, START, SPLITS, LANES),
+            read(slot_ptr + 3 * LANES, START, SPLITS, LANES),
             parts.student_sum,
             parts.student_x,
-            _read(slot_ptr, 4, 0.0, SPLITS, LANES),
+            read(slot_ptr + 4 * LANES, 0.0, SPLITS, LANES),
             student_d,
             teacher_d,
             teacher_kept,
@@ -221,21 +216,6 @@ def _all_merged_sums(
         )  # fmt: skip
         found = found + (own,)
     return found
-
-
-@triton.jit
-def _arrive(counter_ptr):
-    """Makes what this program has published visible; returns how many arrived before."""
-    tl.debug_barrier()
-    return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
-
-
-@triton.jit
-def _wait(counter_ptr, arrivals):
-    """Until that many arrivals, after which everything that they published can be read."""
-    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < arrivals:
-        pass
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -353,7 +333,6 @@ def _row_values_and_slopes(
     CHUNKS: tl.constexpr,
     SPLITS: tl.constexpr,
     LANES: tl.constexpr,
-    STAGE: tl.constexpr,
     EDGES: tl.constexpr,
     MEMBERS: tl.constexpr,
     HAS_FLOOR: tl.constexpr,
@@ -372,27 +351,25 @@ def _row_values_and_slopes(
             values = each_together(values, more, MEMBERS, "")
             slopes = each_together(slopes, steeper, MEMBERS, DIVERGENCE)
     if SPLITS > 1:
-        ptr = _slot(published_ptr, meetings % 2, LANES, MEMBERS)
-        if STAGE != 0:
-            for i in tl.static_range(MEMBERS):
-                tl.store(ptr + 2 * i * LANES + part, values[i])
-                tl.store(ptr + (2 * i + 1) * LANES + part, slopes[i])
-            _arrive(counter_ptr)
-        if STAGE < 0:
-            _wait(counter_ptr, (meetings + 1) * SPLITS)
+        ptr = _slot(published_ptr, meetings % _IN_TURN, LANES, MEMBERS)
+        for i in tl.static_range(MEMBERS):
+            tl.store(ptr + 2 * i * LANES + part, values[i])
+            tl.store(ptr + (2 * i + 1) * LANES + part, slopes[i])
+        arrive(counter_ptr)
+        wait(counter_ptr, (meetings + 1) * SPLITS)
         values = ()
         slopes = ()
         for i in tl.static_range(MEMBERS):
-            values = values + (tl.sum(_read(ptr, 2 * i, 0.0, SPLITS, LANES), 0),)
-            found = _read(ptr, 2 * i + 1, nothing(DIVERGENCE), SPLITS, LANES)
+            values = values + (tl.sum(read(ptr + 2 * i * LANES, 0.0, SPLITS, LANES), 0),)
+            found = read(ptr + (2 * i + 1) * LANES, nothing(DIVERGENCE), SPLITS, LANES)
             slopes = slopes + (all_together(found, DIVERGENCE),)
     return values, slopes
 
 
 @triton.jit
-def _row_small_value(
+def _write_small_value(
     published_ptr,
-    counter_ptr,
+    small_ptr,
     part,
     zs,
     wss,
@@ -411,7 +388,8 @@ def _row_small_value(
     HAS_FLOOR: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
-    """A small divergence summed anew. Nobody waits for it: the last to arrive writes the sum."""
+    """A small divergence summed anew, over what the first has written; `small_ptr` counts who has
+    arrived for this row."""
     value = small_values(zs, wss, stats, shares, constants, CHUNKS, MEMBERS, HAS_FLOOR, DIVERGENCE)
     if EDGES:
         if part == 0:
@@ -421,12 +399,13 @@ def _row_small_value(
     if SPLITS > 1:
         ptr = _slot(published_ptr, _SMALL_SLOT, LANES, MEMBERS)
         tl.store(ptr + part, value)
-        before = _arrive(counter_ptr + 1)
-        if before % SPLITS == SPLITS - 1:
+        before = arrive(small_ptr)
+        if before == SPLITS - 1:
             tl.debug_barrier()
-            value = tl.sum(_read(ptr, 0, 0.0, SPLITS, LANES), 0)
+            value = tl.sum(read(ptr, 0.0, SPLITS, LANES), 0)
             write_divergence(statistics_ptr, row, count, value)
-    return value
+    else:
+        write_divergence(statistics_ptr, row, count, value)
 
 
 @triton.jit
@@ -530,7 +509,6 @@ def resident_kernel(
     SPLITS: tl.constexpr,
     LANES: tl.constexpr,
     PREFETCH: tl.constexpr,
-    STAGE: tl.constexpr,
     PAD: tl.constexpr,
     EDGES: tl.constexpr,
     MEMBERS: tl.constexpr,
@@ -552,12 +530,12 @@ def resident_kernel(
     COUNT: tl.constexpr = sides(MEMBERS, TOPK)
     FULL: tl.constexpr = 0 if TOPK else MEMBERS
     GRADIENT_MEMBERS: tl.constexpr = FULL if HAS_DIVERGENCE else 0
-    MEETINGS: tl.constexpr = 1 if ONE_SWEEP else 2
     # Only the sums of one sweep tell a slice without infinities.
-    UNGUARDED: tl.constexpr = MEETINGS == 1
+    UNGUARDED: tl.constexpr = ONE_SWEEP
     group = tl.program_id(0) // SPLITS
     part = tl.program_id(0) % SPLITS
-    counter_ptr += group * 2
+    small_ptr = counter_ptr + groups
+    counter_ptr += group
     published_ptr += group * (_SLOTS * _PUBLISHED * LANES * COUNT)
     count = problem.count
     shares = problem.shares
@@ -601,10 +579,10 @@ def resident_kernel(
                     sums = merge_all(sums, own, constants.scale, COUNT)
             if SPLITS > 1:
                 _publish_all(
-                    _slot(published_ptr, meetings % 2, LANES, COUNT), part, sums, LANES, MEMBERS,
-                    TOPK, DIVERGENCE,
+                    _slot(published_ptr, meetings % _IN_TURN, LANES, COUNT), part, sums, LANES,
+                    MEMBERS, TOPK, DIVERGENCE,
                 )  # fmt: skip
-                _arrive(counter_ptr)
+                arrive(counter_ptr)
 
         next_wanted = _wanted(problem.valid, row + groups, count)
         next_zs = zs
@@ -617,14 +595,12 @@ def resident_kernel(
 
         if wanted:
             if SPLITS > 1:
-                ptr = _slot(published_ptr, meetings % 2, LANES, COUNT)
+                ptr = _slot(published_ptr, meetings % _IN_TURN, LANES, COUNT)
                 meetings += 1
-                if STAGE < 0:
-                    _wait(counter_ptr, meetings * SPLITS)
-                if STAGE != 0:
-                    sums = _all_merged_sums(
-                        ptr, constants.scale, SPLITS, LANES, MEMBERS, TOPK, DIVERGENCE
-                    )
+                wait(counter_ptr, meetings * SPLITS)
+                sums = _all_merged_sums(
+                    ptr, constants.scale, SPLITS, LANES, MEMBERS, TOPK, DIVERGENCE
+                )
             stats = all_normalisers(sums, constants, MEMBERS, TOPK)
             value = tl.full((), 0.0, tl.float32)
             log_q = tl.full((), 0.0, tl.float32)
@@ -641,76 +617,71 @@ def resident_kernel(
                 else:
                     values, slopes = _row_values_and_slopes(
                         published_ptr, counter_ptr, meetings, part, zs, wss, edges, stats,
-                        constants, CHUNKS, SPLITS, LANES, STAGE, EDGES, MEMBERS, HAS_FLOOR,
-                        DIVERGENCE,
+                        constants, CHUNKS, SPLITS, LANES, EDGES, MEMBERS, HAS_FLOOR, DIVERGENCE,
                     )  # fmt: skip
                     meetings += 1
                 value, stats = settle_all(
                     values, slopes, stats, shares, constants.parameter, MEMBERS, DIVERGENCE
                 )
-            if STAGE < 0 or STAGE == MEETINGS:
-                small = part < 0
-                if HAS_SMALL:
-                    small = agreed(is_small(value, shares, MEMBERS))
-                    if small:
-                        value = _row_small_value(
-                            published_ptr, counter_ptr, part, zs, wss, edges, stats, shares,
-                            constants, statistics_ptr, row, count, CHUNKS, SPLITS, LANES, EDGES,
-                            MEMBERS, HAS_FLOOR, DIVERGENCE,
-                        )  # fmt: skip
+            if part == 0:
+                log_p = tl.full((), 0.0, tl.float32)
+                if HAS_TOKEN:
+                    log_p = student_log_prob(z_token, Row(*stats[0]), constants.inv_t)
+                    if FULL > 0:
+                        log_q = teacher_log_prob(
+                            w_token, stats, shares, constants, MEMBERS, HAS_FLOOR
+                        )
+                write_statistics(
+                    statistics_ptr, row, count, stats, log_p, log_q, constants.inv_t, ROWS, TOPK
+                )
+                write_divergence(statistics_ptr, row, count, value)
+            if HAS_SMALL:
+                if agreed(is_small(value, shares, MEMBERS)):
+                    _write_small_value(
+                        published_ptr, small_ptr + row, part, zs, wss, edges, stats, shares,
+                        constants, statistics_ptr, row, count, CHUNKS, SPLITS, LANES, EDGES,
+                        MEMBERS, HAS_FLOOR, DIVERGENCE,
+                    )  # fmt: skip
+            weights = row_weights(target, row, constants.inv_t)
+            tile_weights = weights
+            if TOPK:
+                weights = topk.corrected(weights, correction)
+                tile_weights = topk.outside_weights(stats, shares, weights, MEMBERS, TAIL)
+            if HAS_DIVERGENCE and UNGUARDED and not TOPK:
+                finite = finite & (weights.divergence != 0.0)
+            if finite:
+                _write_gradient(
+                    where, part, zs, wss, stats, shares, tile_weights, constants, SLICE,
+                    CHUNK_V, CHUNKS, EDGES, GRADIENT_MEMBERS, HAS_FLOOR, HAS_ENTROPY,
+                    DIVERGENCE, not UNGUARDED,
+                )  # fmt: skip
+            else:
+                _write_guarded_gradient(
+                    where, part, stats, shares, tile_weights, constants, SLICE, CHUNK_V, CHUNKS,
+                    PAD, EDGES, GRADIENT_MEMBERS, HAS_FLOOR, HAS_ENTROPY, DIVERGENCE,
+                )  # fmt: skip
+            if EDGES:
                 if part == 0:
-                    log_p = tl.full((), 0.0, tl.float32)
-                    if HAS_TOKEN:
-                        log_p = student_log_prob(z_token, Row(*stats[0]), constants.inv_t)
-                        if FULL > 0:
-                            log_q = teacher_log_prob(
-                                w_token, stats, shares, constants, MEMBERS, HAS_FLOOR
-                            )
-                    write_statistics(
-                        statistics_ptr, row, count, stats, log_p, log_q, constants.inv_t, ROWS, TOPK
-                    )
-                    if SPLITS == 1 or not small:
-                        write_divergence(statistics_ptr, row, count, value)
-                weights = row_weights(target, row, constants.inv_t)
-                tile_weights = weights
-                if TOPK:
-                    weights = topk.corrected(weights, correction)
-                    tile_weights = topk.outside_weights(stats, shares, weights, MEMBERS, TAIL)
-                if HAS_DIVERGENCE and UNGUARDED and not TOPK:
-                    finite = finite & (weights.divergence != 0.0)
-                if finite:
-                    _write_gradient(
-                        where, part, zs, wss, stats, shares, tile_weights, constants, SLICE,
-                        CHUNK_V, CHUNKS, EDGES, GRADIENT_MEMBERS, HAS_FLOOR, HAS_ENTROPY,
-                        DIVERGENCE, not UNGUARDED,
+                    gradient = full_gradient(
+                        edges[0][0], chunk(edges[1], 0, GRADIENT_MEMBERS), stats, shares,
+                        tile_weights, constants, GRADIENT_MEMBERS, HAS_FLOOR, HAS_ENTROPY,
+                        DIVERGENCE,
                     )  # fmt: skip
-                else:
-                    _write_guarded_gradient(
-                        where, part, stats, shares, tile_weights, constants, SLICE, CHUNK_V, CHUNKS,
-                        PAD, EDGES, GRADIENT_MEMBERS, HAS_FLOOR, HAS_ENTROPY, DIVERGENCE,
+                    store_edges(where, gradient, V)
+            if target.log_prob is not None or CORRECTS:
+                if _owns(where, part, token, SLICE):
+                    # (A support has its own way with tokens in it.)
+                    store_sampled(
+                        where, tl.where(in_support, -1, token), z_token, w_token, stats, shares,
+                        tile_weights, weights.log_prob, constants, GRADIENT_MEMBERS, HAS_FLOOR,
+                        HAS_ENTROPY, DIVERGENCE,
                     )  # fmt: skip
-                if EDGES:
-                    if part == 0:
-                        gradient = full_gradient(
-                            edges[0][0], chunk(edges[1], 0, GRADIENT_MEMBERS), stats, shares,
-                            tile_weights, constants, GRADIENT_MEMBERS, HAS_FLOOR, HAS_ENTROPY,
-                            DIVERGENCE,
-                        )  # fmt: skip
-                        store_edges(where, gradient, V)
-                if target.log_prob is not None or CORRECTS:
-                    if _owns(where, part, token, SLICE):
-                        # (A support has its own way with tokens in it.)
-                        store_sampled(
-                            where, tl.where(in_support, -1, token), z_token, w_token, stats, shares,
-                            tile_weights, weights.log_prob, constants, GRADIENT_MEMBERS, HAS_FLOOR,
-                            HAS_ENTROPY, DIVERGENCE,
-                        )  # fmt: skip
-                if TOPK:
-                    topk.support_gradient(
-                        problem, where, row, token, part * SLICE, (part + 1) * SLICE, part == 0,
-                        stats, weights, constants, K, BLOCK_K, MEMBERS, HAS_FLOOR, HAS_ENTROPY,
-                        TAIL, DIVERGENCE,
-                    )  # fmt: skip
+            if TOPK:
+                topk.support_gradient(
+                    problem, where, row, token, part * SLICE, (part + 1) * SLICE, part == 0,
+                    stats, weights, constants, K, BLOCK_K, MEMBERS, HAS_FLOOR, HAS_ENTROPY,
+                    TAIL, DIVERGENCE,
+                )  # fmt: skip
         else:
             _clear_gradient(where, part, SLICE, CHUNK_V, CHUNKS, EDGES)
             if part == 0:

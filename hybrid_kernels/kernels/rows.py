@@ -1,6 +1,7 @@
 """The launchers of the row kernels, and the choice between their forms."""
 
 import math
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,6 +19,9 @@ from hybrid_kernels.rows import KL_FAMILY, LOWEST, Coefficients, Rows
 ALIGNMENT = 16
 # Entries of a top-K support that leave room for longer slices.
 SMALL_SUPPORT = 128
+# What the errors of a cooperative launch say that a device does not take.
+REFUSALS = ("cooperative launch", "operation not supported")
+_refusing: set[torch.device] = set()
 # How supports are marked, whatever their size.
 MARKS = config.Sweep(block_v=GROUP, num_warps=4)
 
@@ -36,10 +40,23 @@ def hybrid_rows(
     rows: Rows, statistics: Tensor, coefficients: Coefficients, gradient: Tensor
 ) -> None:
     launch = form(rows)
-    if isinstance(launch, config.Sweep):
-        _sweep(rows, statistics, coefficients, gradient, measure=True)
-    elif rows.total:
-        _resident(rows, statistics, coefficients, gradient, launch)
+    if isinstance(launch, config.Resident) and rows.total:
+        try:
+            return _resident(rows, statistics, coefficients, gradient, launch)
+        except RuntimeError as error:
+            # Of which nothing has run.
+            if launch.splits == 1 or not any(sign in str(error) for sign in REFUSALS):
+                raise
+            _refusing.add(rows.student.device)
+            warnings.warn(
+                f"hybrid_kernels: {rows.student.device} refused to run {launch.groups} groups of "
+                f"{launch.splits} programs side by side ({error}). From here on one program sweeps "
+                "each long row there: the results are the same and take longer. A process that has "
+                "a part of a GPU (MPS, green contexts) has to expect this.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    _sweep(rows, statistics, coefficients, gradient, measure=True)
 
 
 def row_values(rows: Rows, statistics: Tensor, values: Tensor) -> None:
@@ -69,7 +86,9 @@ def form(rows: Rows, hip: bool = torch.version.hip is not None) -> config.Sweep 
         return sweep
     device = config.Device.of(rows.student)
     count = max(rows.total, 1)
-    return config.resident(vocabulary, itemsize, count, device, sides=held(rows)) or sweep
+    resident = config.resident(vocabulary, itemsize, count, device, sides=held(rows))
+    refused = resident is not None and resident.splits > 1 and rows.student.device in _refusing
+    return sweep if resident is None or refused else resident
 
 
 def sweep_form(rows: Rows) -> config.Sweep:
@@ -144,24 +163,20 @@ def _resident(
     shared = launch.splits > 1
     size = launch.groups * SLOTS * PUBLISHED * lanes * max(len(rows.teachers), 1) if shared else 1
     published = torch.empty(size, dtype=torch.float32, device=statistics.device)
+    # For each group's meetings, and for each row that may be small.
     counters = torch.zeros(
-        2 * launch.groups if shared else 1, dtype=torch.int32, device=statistics.device
+        launch.groups + rows.total if shared else 1, dtype=torch.int32, device=statistics.device
     )
-    stages = [-1]
-    if config.INTERPRETED and shared:
-        # One program after another: each meeting is the end of a launch.
-        stages = [0, 1] if rows.one_sweep else [0, 1, 2]
     support = _support(rows, gradient)
-    for stage in stages:
-        with _on_device(rows.student):
-            resident_kernel[(launch.groups * launch.splits,)](
-                *row_arguments(rows, support, statistics, coefficients, gradient),
-                published,
-                counters,
-                launch.groups,
-                **resident_constants(rows, gradient, launch, stage),
-                **launch.options(),
-            )
+    with _on_device(rows.student):
+        resident_kernel[(launch.groups * launch.splits,)](
+            *row_arguments(rows, support, statistics, coefficients, gradient),
+            published,
+            counters,
+            launch.groups,
+            **resident_constants(rows, gradient, launch),
+            **launch.options(),
+        )
 
 
 def _support(rows: Rows, gradient: Tensor | None) -> Support | None:
@@ -275,7 +290,7 @@ def values_constants(rows: Rows, launch: config.Sweep) -> dict:
     return {"BLOCK_V": launch.block_v} | {name: known[name] for name in wanted}
 
 
-def resident_constants(rows: Rows, gradient: Tensor, launch: config.Resident, stage: int) -> dict:
+def resident_constants(rows: Rows, gradient: Tensor, launch: config.Resident) -> dict:
     """The compile-time arguments of `resident_kernel`."""
     own = {
         "SLICE": launch.slice_v,
@@ -284,7 +299,6 @@ def resident_constants(rows: Rows, gradient: Tensor, launch: config.Resident, st
         "SPLITS": launch.splits,
         "LANES": triton.next_power_of_2(launch.splits),
         "PREFETCH": launch.prefetch,
-        "STAGE": stage,
     }
     return own | _problem_constants(rows, gradient)
 
