@@ -10,7 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton's compiler or interpreter")
 
+import faults
 from bench import aot, lean, standin
+from faults import replaced
 from hybrid_kernels.kernels import config
 from tolerance import assert_close
 
@@ -210,6 +212,18 @@ def test_a_slot_less_is_found_out(slots, lag, words, interleaved, monkeypatch):
     """The orders above can tell right from wrong."""
     way = {"lag": lag, "words": words}
     assert any(orders_that_go_wrong(interleaved, slots, way, monkeypatch))
+
+
+def test_one_counter_for_all_slots_is_found_out(interleaved, tmp_path, monkeypatch):
+    """Under lag a fast program's next arrival passes for a slow one's."""
+    source = faults.source_of(lean)
+    source = replaced(source, "SLOT, counter_ptr + slot, part", "SLOT, counter_ptr, part")
+    source = replaced(
+        source, "wait(counter_ptr + slot, (meeting // SLOTS", "wait(counter_ptr, (meeting"
+    )
+    monkeypatch.setattr(lean, "lean_kernel", faults.module_of(source, tmp_path).lean_kernel)
+    assert not any(orders_that_go_wrong(interleaved, 4, {}, monkeypatch, 4))
+    assert any(orders_that_go_wrong(interleaved, 4, {"lag": True}, monkeypatch))
 
 
 @pytest.mark.parametrize("words", [False, True], ids=["counters", "words"])

@@ -4,14 +4,13 @@ counter and register used again; and the kernel that measures the meeting.
 `--orders=N` runs N orders of each problem in place of two.
 """
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
 import cases
+import faults
 from cases import DIVERGENCES, Case, divergence_id
+from faults import moved, replaced
 from tolerance import assert_close, assert_matches_reference
 
 pytest.importorskip("triton", reason="needs Triton's interpreter")
@@ -140,21 +139,6 @@ def test_a_program_alone_does_not_wait_for_ever(layout, target):
 
 # -- whether these orders can tell right from wrong ------------------------------------------------
 
-
-def replaced(source: str, old: str, new: str) -> str:
-    assert source.count(old) == 1, old
-    return source.replace(old, new)
-
-
-def moved(source: str, line: str, above: str) -> str:
-    """A line, further up: above the one that begins so."""
-    lines = source.splitlines()
-    (place,) = (i for i, text in enumerate(lines) if text.strip().startswith(above))
-    old = next(i for i in range(place, len(lines)) if lines[i].strip() == line)
-    indent = lines[place][: -len(lines[place].lstrip())]
-    return "\n".join([*lines[:place], indent + line, *lines[place:old], *lines[old + 1 :]])
-
-
 # A divergence that shows it, and what is done to the kernel's source.
 FAULTS = {
     "a slot less": (
@@ -181,6 +165,12 @@ FAULTS = {
         replaced,
         "wait(counter_ptr, (meetings + 1) * SPLITS)",
         "pass",
+    ),
+    "a wait for one less": (
+        REVERSE_KL,
+        replaced,
+        "wait(counter_ptr, meetings * SPLITS)",
+        "wait(counter_ptr, meetings * SPLITS - 1)",
     ),
     "an arrival before its stores": (REVERSE_KL, moved, "arrive(counter_ptr)", "_publish_all("),
     "the second arrival before its stores": (
@@ -217,8 +207,8 @@ def test_a_fault_is_found(fault, layout, interleaved, tmp_path, monkeypatch):
     from interleave import Deadlock
 
     divergence, change, *what = FAULTS[fault]
-    source = change(Path(resident.__file__).read_text(), *what)
-    monkeypatch.setattr(launchers, "resident_kernel", kernel_of(source, tmp_path))
+    faulty = faults.module_of(change(faults.source_of(resident), *what), tmp_path)
+    monkeypatch.setattr(launchers, "resident_kernel", faulty.resident_kernel)
 
     def goes_wrong(seed):
         try:
@@ -233,14 +223,6 @@ def test_a_fault_is_found(fault, layout, interleaved, tmp_path, monkeypatch):
         return False
 
     assert any(goes_wrong(seed) for seed in range(8))
-
-
-def kernel_of(source, folder):
-    (folder / "faulty.py").write_text(source)
-    spec = importlib.util.spec_from_file_location("faulty", folder / "faulty.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.resident_kernel
 
 
 # -- the meeting alone -----------------------------------------------------------------------------
