@@ -284,12 +284,11 @@ def test_padding_and_repetitions_do_not_count(backend, device):
     log_probs = padded.log_probs.clone()
     log_probs[:, 4:6], log_probs[:, 8:] = -7.0, torch.nan
     padded = TopK(padded_ids, log_probs)
-    for tail in TAILS:
-        a, gradient_a = gradient_of(case.student, plain, backend, tail=tail)
-        b, gradient_b = gradient_of(case.student, padded, backend, tail=tail)
-        torch.testing.assert_close(a.divergence, b.divergence)
-        torch.testing.assert_close(gradient_a, gradient_b)
-        torch.testing.assert_close(a.teacher_mass, b.teacher_mass)
+    a, gradient_a = gradient_of(case.student, plain, backend, tail=tail)
+    b, gradient_b = gradient_of(case.student, padded, backend, tail=tail)
+    torch.testing.assert_close(a.divergence, b.divergence)
+    torch.testing.assert_close(gradient_a, gradient_b)
+    torch.testing.assert_close(a.teacher_mass, b.teacher_mass)
 
 
 def test_an_empty_support_says_nothing(backend, device):
