@@ -2,7 +2,8 @@
 
 A test that asks for `backend` runs on the torch backend, and where there is a GPU also there, on
 both backends (mark `gpu`). `--backend triton` runs nothing but those tests, on the Triton kernels
-in the CPU interpreter; `test_interpreter.py` starts that run.
+in the CPU interpreter; `test_interpreter.py` starts that run. `--backend meta` walks through what a
+GPU would launch, on tensors without values (`bench/standin.py`); `bench/gpu/stages.py` starts it.
 """
 
 import contextlib
@@ -27,9 +28,10 @@ class Target(NamedTuple):
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--backend",
-        choices=("torch", "triton"),
+        choices=("torch", "triton", "meta"),
         default="torch",
-        help="triton: only the tests that take a backend, on the CPU under TRITON_INTERPRET=1",
+        help="triton: only the tests that take a backend, on the CPU under TRITON_INTERPRET=1; "
+        "meta: on tensors without values, under bench/standin.py",
     )
     parser.addoption(
         "--orders",
@@ -59,6 +61,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     if _interpreted(metafunc.config):
         targets = [pytest.param(Target("triton", "cpu"), id="triton")]
+    elif metafunc.config.getoption("--backend") == "meta":
+        targets = [pytest.param(Target("triton", "meta"), id="triton-meta", marks=pytest.mark.gpu)]
     else:
         targets = [pytest.param(Target("torch", "cpu"), id="torch")]
         # Not one skip for every test where there is no GPU: those of test_gpu.py say it.

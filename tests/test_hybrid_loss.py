@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @every_divergence
 @pytest.mark.parametrize("teacher_floor", [None, -4.0])
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+@pytest.mark.parametrize("temperature", [1.0, pytest.param(0.7, marks=pytest.mark.smoke), 2.0])
 def test_every_term_at_once(divergence, temperature, teacher_floor, backend, device):
     case = cases.make(127, masked=True, device=device)
     weight = case.upstream.cos()
@@ -81,6 +81,7 @@ def test_dtypes(dtype, teacher_dtype, divergence, backend, device):
     assert_matches_reference(case, backend, entropy_weight=0.3, **options)
 
 
+@pytest.mark.smoke
 @one_of_each_kind
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
@@ -91,10 +92,11 @@ def test_layouts(layout, reduction, masked, divergence, backend, device):
     case = cases.make(1000, layout=layout, masked=masked, device=device)
     outcome = assert_matches_reference(case, backend, divergence=divergence, reduction=reduction)
     if layout == "sliced":
-        assert not outcome.gradient[:, -1].any()
-        assert not outcome.gradient[..., 1000:].any()
+        for outside in (outcome.gradient[:, -1], outcome.gradient[..., 1000:]):
+            torch.testing.assert_close(outside, torch.zeros_like(outside), rtol=0, atol=0)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("reduction", "num_tokens"),
     [("sum", None), ("none", None), *(("mean", n) for n in (None, 23, 7.5, "tensor"))],
@@ -120,6 +122,7 @@ def test_weights(kind, backend, device):
     assert_matches_reference(case, backend, dense_weight=weight, entropy_weight=weight)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("terms", ["dense", "sparse", "entropy"])
 def test_each_term_alone(terms, backend, device):
     case = cases.make(128, masked=True, device=device)
@@ -138,6 +141,7 @@ def test_no_term_at_all(backend, device):
     assert not outcome.gradient.any()
 
 
+@pytest.mark.smoke
 def test_without_a_teacher(backend, device):
     case = cases.make(128, masked=True, device=device)
     case.teacher = None
@@ -154,6 +158,7 @@ def test_without_token_ids(backend, device):
     assert result.teacher_log_prob is None
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_advantages_as_a_function(masked, backend, device):
     case = cases.make(128, masked=masked, device=device)
@@ -207,6 +212,7 @@ def test_the_loss_is_the_same_without_a_gradient(backend, device):
                 torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("upstream", [1.0, 0.0, 0.3])
 def test_scalar_upstream(upstream, backend, device):
     case = cases.make(128, masked=True, device=device)
@@ -214,6 +220,7 @@ def test_scalar_upstream(upstream, backend, device):
     assert_matches_reference(case, backend)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("inplace", [False, True])
 def test_backward_twice(inplace, backend, device):
     case = cases.make(128, masked=True, device=device)
@@ -237,6 +244,7 @@ def test_backward_twice(inplace, backend, device):
         assert_close(gradient, truth * share, eager * share, "gradient")
 
 
+@pytest.mark.smoke
 def test_gradients_accumulate_over_losses(backend, device):
     """Two micro-batches with the count of both add up to the whole."""
     case = cases.make(128, (6,), masked=True, device=device)
@@ -260,7 +268,7 @@ def test_gradients_accumulate_over_losses(backend, device):
 
 
 @one_of_each_kind
-@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+@pytest.mark.parametrize("layout", [pytest.param("contiguous", marks=pytest.mark.smoke), "sliced"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_inplace(dtype, layout, divergence, backend, device):
     case = cases.make(1000, masked=True, layout=layout, dtype=DTYPES[dtype], device=device)

@@ -72,6 +72,7 @@ def test_layouts(kind, vocabulary, layout, backend, device, small_tiles):
     assert_matches_reference(case, backend, entropy_weight=0.3)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["full", "bucket"])
 def test_dtypes(kind, dtype, backend, device):
@@ -81,13 +82,16 @@ def test_dtypes(kind, dtype, backend, device):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("divergence", ["reverse_kl", "alpha"])
+@pytest.mark.parametrize(
+    "divergence", [pytest.param("reverse_kl", marks=pytest.mark.smoke), "alpha"]
+)
 def test_token_terms(divergence, kind, backend, device):
     tail = "bucket" if kind == "full" else kind
     case = case_of(kind, 2, device=device)
     assert_matches_reference(case, backend, "token_terms", divergence=divergence, tail=tail)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", KINDS)
 def test_callable_advantages(kind, backend, device):
     case = case_of(kind, 2, device=device)
@@ -100,6 +104,7 @@ def test_callable_advantages(kind, backend, device):
     assert_matches_reference(case, backend, **options)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", KINDS)
 def test_inplace(kind, backend, device):
     tail = "bucket" if kind == "full" else kind
@@ -274,7 +279,8 @@ def test_a_teacher_that_rounds_to_one_stays_finite(backend, device):
     assert gradient.isfinite().all()
 
 
-def test_padding_and_repetitions_do_not_count(backend, device):
+@every_tail
+def test_padding_and_repetitions_do_not_count(tail, backend, device):
     case = cases.make(60, (3,), device=device)
     ids = case.teacher.topk(6).indices
     plain = TopK.from_logits(case.teacher, ids=ids)

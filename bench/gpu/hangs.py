@@ -73,7 +73,7 @@ def two_streams(device: str) -> bool | None:
 
 
 def cuda_graphs(device: str) -> bool | None:
-    student, teacher = logits(300, device)
+    student, teacher = logits(304, device)
     expected = gradient(student, teacher).clone()
     if device == "meta":
         return None
