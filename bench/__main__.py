@@ -3,7 +3,8 @@
 quick            a small benchmark, under two minutes on two cores
 run              the CPU's suite, into bench/results/cpu; --suite=linear-cpu: from hidden states
 report [FOLDER]  tables and plots of the results in a folder
-aot              what the compiler makes of the shipped kernels, for GPUs that are not here
+aot              what the compiler makes of the shipped kernels, for GPUs that are not here;
+                 --beside PYTHON: and what another Triton makes of them
 topk             what top-K losses do to the gradient: tables and a plot, exactly
 precision        what the precision of the logits does to the gradient: a table
 filter           what gradient filtering drops and saves, on a model trained here (10 minutes)
@@ -23,7 +24,11 @@ from bench import report, summary
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 # Commands with a module and options of their own, and those whose results go straight there.
-OWN = {"prebuild": "bench.gpu.prebuild", "gpu": "bench.gpu.conductor"}
+OWN = {
+    "aot": "bench.aot",
+    "prebuild": "bench.gpu.prebuild",
+    "gpu": "bench.gpu.conductor",
+}
 TABLES = {"topk": "bench.topk_bias", "precision": "bench.precision", "filter": "bench.filter"}
 
 
@@ -49,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("command", choices=("quick", "run", "report", "aot", *TABLES, *OWN))
+    parser.add_argument("command", choices=("quick", "run", "report", *TABLES, *OWN))
     parser.add_argument("folder", nargs="?", type=Path, help="default: bench/results/cpu")
     parser.add_argument("--suite", choices=("cpu", "linear-cpu"), default="cpu")
     parser.add_argument("--deadline", help="run: seconds after which no case is begun")
@@ -66,8 +71,6 @@ def main() -> None:
         staged = any(folder.glob("results-*.jsonl"))
         module = importlib.import_module("bench.gpu.report") if staged else report
         print(module.render(folder))
-    elif arguments.command == "aot":
-        sys.exit(importlib.import_module("bench.aot").main())
     else:
         module = importlib.import_module(TABLES[arguments.command])
         module.main(arguments.folder or RESULTS)

@@ -1,24 +1,32 @@
 """`python -m bench aot`: compiles the shipped kernels for GPUs that are not here, reads the result.
 
-For each shipped configuration: registers, spilled bytes and shared memory, as `cuobjdump` reports
-them; and, counted from the machine code of the loop over rows, the bytes that an entry of the
-vocabulary costs in loads and stores, their widths, and its exponentials and instructions.
+For each shipped configuration, for those that prefetch and for the prototype (`bench/lean.py`), as
+`bench/machine_code.py` reads them: registers, spilled bytes and shared memory; what an entry of the
+vocabulary costs in bytes and instructions; and in what order a row's instructions come.
+
+--beside PYTHON  the same under another Python, so that two releases of Triton lie side by side
+--save PATH      the table and how it was made, in markdown
+--json           a line for each configuration, for the Python that runs this beside itself
 """
 
+import argparse
 import itertools
-import re
+import json
+import multiprocessing
+import shlex
 import subprocess
-import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import triton
 from triton import JITFunction, knobs
-from triton.compiler import CompiledKernel
 
-from bench import standin
+from bench import lean, machine_code, standin
+from bench.machine_code import Compiled
 from hybrid_kernels import Divergence, available_divergences
 from hybrid_kernels.kernels import config, resident, sweep, topk
 from hybrid_kernels.kernels import rows as launchers
@@ -43,37 +51,13 @@ EXPONENTIALS = {
     "renyi": 9,
     "tv": 4,
 }
+# These differ in what a sweep adds up; the others read the same and differ in arithmetic alone.
+KINDS = ("reverse_kl", "forward_kl", "jeffreys", "jsd")
 TOPK_EXPONENTIALS = 2
+LEAN_EXPONENTIALS = 3
+MAIN_VOCABULARY = 151936
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
 DTYPES = (torch.bfloat16, torch.float32)
-
-
-class Resources(NamedTuple):
-    """What `cuobjdump` says of a kernel: registers a thread, bytes of stack, local and shared."""
-
-    registers: int
-    stack: int
-    local: int
-    shared: int
-
-    @property
-    def spilled(self) -> int:
-        return self.stack + self.local
-
-
-class Compiled(NamedTuple):
-    """A kernel, the launch that it was compiled for and the size of a gradient's entry."""
-
-    kernel: CompiledKernel
-    launch: config.Sweep | config.Resident
-    itemsize: int
-
-    @property
-    def entries(self) -> float:
-        """Entries of the vocabulary that a thread holds."""
-        launch = self.launch
-        held = launch.block_v if isinstance(launch, config.Sweep) else launch.slice_v
-        return max(1.0, held / (launch.num_warps * config.WARP))
 
 
 def compile_rows(
@@ -227,6 +211,26 @@ def compile_scale(target: str, vocabulary: int, dtype: torch.dtype) -> Compiled:
     return _compile(sweep.scale_kernel, arguments, constants, target, launch, dtype)
 
 
+def compile_lean(shape: lean.Shape, rows: int = 8192) -> Compiled:
+    """The prototype as its launcher would run it on an H100."""
+    logits = meta(rows, shape.vocabulary, dtype=torch.bfloat16)
+    token_ids, own = meta(rows, dtype=torch.int64), meta(rows)
+    kept = _Kept(lean.lean_kernel)
+    with standin.driver_for("sm_90"), mock.patch.object(lean, "lean_kernel", kept):
+        lean.lean(logits, logits, token_ids, (own, own, own), logits, shape)
+    return Compiled(kept.launched[-1], shape, logits.itemsize)
+
+
+class _Kept:
+    """A kernel, and what its launches ran."""
+
+    def __init__(self, kernel: JITFunction) -> None:
+        self.kernel, self.launched = kernel, []
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return lambda *given, **options: self.launched.append(self.kernel[grid](*given, **options))
+
+
 def _compile(
     kernel: JITFunction,
     arguments: tuple,
@@ -241,206 +245,188 @@ def _compile(
     return Compiled(compiled, launch, dtype.itemsize)
 
 
-# -- the machine code ------------------------------------------------------------------------------
+# -- the report ------------------------------------------------------------------------------------
+
+MULTIPROCESSORS = 132  # of an H100
+TITLE = """\
+Of the kernels that meet, on sm_90: per thread, and per entry of the vocabulary in rows that are
+not masked, hold finite numbers and have no small divergence. Bytes are in accesses of 128 bits;
+the floor is both models' entry read once and the gradient's written once; `f2f` are conversions
+one by one. Per row: `bar`, barriers where nobody has to be waited for; `early`, instructions that
+touch what a prefetch loads before the meeting is over (- without one); `late`, loads between the
+meeting and the gradient; `fenced`, whether barriers and fences are there where programs meet
+(- without counters). Problems with `ahead` are those of `config.CANDIDATES` that prefetch."""
+COLUMNS = (
+    "     V type problem                    | Triton | splits slice warps | reg spill shared |   in"
+    "  out floor | exp2 mufu f2f instr | bar early late fenced"
+)
 
 
-class Instruction(NamedTuple):
-    """One line of machine code; `target` is the address that a branch goes to."""
-
-    address: int
-    name: str
-    target: int | None
-    predicated: bool
-
-
-class Cost(NamedTuple):
-    """What one entry of the vocabulary costs, counted from machine code.
-
-    It is that of the cheapest way through one pass of the loop over rows on which every entry is
-    stored: rows that are not masked, hold finite numbers and have no small divergence take it.
+class Configuration(NamedTuple):
+    """A line of the table.
 
     Attributes:
-        loaded: bytes in accesses of 128 bits.
-        stored: bytes, likewise.
-        narrow: narrower loads and stores of a thread in the whole pass.
-        exponentials: of the special function unit (logarithms and reciprocals not counted).
-        special: all instructions of that unit.
-        instructions: all.
+        name: of the problem.
+        vocabulary: V.
+        dtype: of logits and gradient.
+        exponentials: that an entry needs.
+        moved: entries read and written for one.
+        divergence: of the shipped kernel; None for the prototype.
+        options: of `compile_rows`, or of `lean.shape`.
     """
 
-    loaded: float
-    stored: float
-    narrow: int
-    exponentials: float
-    special: float
-    instructions: float
+    name: str
+    vocabulary: int
+    dtype: torch.dtype
+    exponentials: int
+    moved: int
+    divergence: str | None
+    options: dict
+
+    def compile(self, **options) -> Compiled:
+        """`options` are for the shipped kernel, and leave out what rare rows need."""
+        if self.divergence is None:
+            cut = lean.shape(self.vocabulary, 8192, MULTIPROCESSORS, **self.options)
+            return compile_lean(cut)
+        case = ("sm_90", self.vocabulary, self.dtype, self.divergence, "resident")
+        return compile_rows(*case, **self.options, **options)
 
 
-def resources(compiled: Compiled) -> Resources:
-    """Registers and memory of a kernel that was compiled for an NVIDIA GPU."""
-    text = _cuobjdump(compiled, "-res-usage")
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
-    return Resources(found["REG"], found["STACK"], found["LOCAL"], found["SHARED"])
-
-
-def machine_code(compiled: Compiled) -> list[Instruction]:
-    """The instructions of a kernel that was compiled for an NVIDIA GPU."""
-    line = r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
-    found = []
-    for address, predicate, name, rest in re.findall(line, _cuobjdump(compiled, "-sass")):
-        goes = re.search(r"0x[0-9a-f]+", rest) if name.startswith("BRA") else None
-        target = int(goes[0], 16) if goes else None
-        found.append(Instruction(int(address, 16), name, target, bool(predicate) or "P" in rest))
-    return found
-
-
-def cost(compiled: Compiled, exponentials: int) -> Cost:
-    """What an entry costs in the longest loop, which is the one over rows.
-
-    Branches are taken to be independent, so that ways exist on paper which skip the sums and yet
-    write the gradient: they are told by their exponentials. The rare ways load more.
-    """
-    code = machine_code(compiled)
-    loops = [(i.address - i.target, i) for i in code if i.target and i.target < i.address]
-    if loops:
-        last = max(loops)[1]
-        assert last.target is not None
-        code = [i for i in code if last.target <= i.address <= last.address]
-    stored = sum(_bits(i.name) // 8 for i in code if i.name == "STG.E.128") / compiled.entries
-    wanted = min(stored, compiled.itemsize)
-    paths = [_cost(path, compiled.entries) for path in _paths(code)]
-    return min(
-        (p for p in paths if p.exponentials >= exponentials and p.stored >= wanted),
-        key=lambda p: (p.loaded, p.instructions),
-    )
-
-
-def _cost(names: Counter[str], entries: float) -> Cost:
-    def moved(kind: str) -> float:
-        wide = ((name, n) for name, n in names.items() if name.startswith(kind))
-        return sum(_bits(name) // 8 * n for name, n in wide if _bits(name) >= 128) / entries
-
-    accesses = {n: count for n, count in names.items() if n.startswith(("LDG", "STG"))}
-    special = {n: count for n, count in names.items() if n.startswith("MUFU")}
-    return Cost(
-        loaded=moved("LDG"),
-        stored=moved("STG"),
-        narrow=sum(count for name, count in accesses.items() if _bits(name) < 128),
-        exponentials=special.get("MUFU.EX2", 0) / entries,
-        special=sum(special.values()) / entries,
-        instructions=sum(names.values()) / entries,
-    )
-
-
-def _paths(code: list[Instruction]) -> list[Counter[str]]:
-    """What is executed on the ways from the first instruction to the last, without inner loops.
-
-    Ways that differ in nothing but their length count once, as the shortest.
-    """
-    starts = {code[0].address} | {i.target for i in code if i.target is not None}
-    blocks: list[list[Instruction]] = []
-    for index, instruction in enumerate(code):
-        if instruction.address in starts or index == 0 or code[index - 1].target is not None:
-            blocks.append([])
-        blocks[-1].append(instruction)
-    # From the last block to the first: for each, the distinct ways to the end.
-    ways: dict[int, list[Counter[str]]] = {}
-    for index in range(len(blocks) - 1, -1, -1):
-        block = blocks[index]
-        own = Counter(i.name for i in block)
-        end = block[-1]
-        following = []
-        if index == len(blocks) - 1:
-            following = [Counter[str]()]
-        else:
-            leaves = end.target is not None and not end.predicated
-            if not leaves and not end.name.startswith(("EXIT", "RET")):
-                following += ways[blocks[index + 1][0].address]
-            if end.target is not None and end.target > end.address:
-                following += ways.get(end.target, [])
-        ways[block[0].address] = _shortest(own + way for way in following)
-    return ways[code[0].address]
-
-
-def _shortest(ways: Iterable[Counter[str]]) -> list[Counter[str]]:
-    best: dict[tuple, Counter[str]] = {}
-    for way in ways:
-        key = tuple(way.get(name, 0) for name in ("MUFU.EX2", "LDG.E.128", "STG.E.128"))
-        if key not in best or sum(way.values()) < sum(best[key].values()):
-            best[key] = way
-    return list(best.values())
-
-
-def _bits(access: str) -> int:
-    """The width of LDG.E.128, or of LDG.E.U16; 32 where the name has none."""
-    widths = [int(part.lstrip("US")) for part in access.split(".") if part.lstrip("US").isdigit()]
-    return widths[0] if widths else 32
-
-
-def _cuobjdump(compiled: Compiled, option: str) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.kernel.asm["cubin"])
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, option, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def main() -> int:
-    """Prints one line for each shipped configuration of the row-resident form on sm_90.
-
-    Returns the exit status: 1 if one does not compile.
-    """
-    print(f"Triton {triton.__version__}")
-    print(
-        "Row-resident form, sm_90: per thread, and per entry of the vocabulary in rows that are\n"
-        "not masked, hold finite numbers and have no small divergence. Bytes are in accesses of\n"
-        "128 bits; the floor is both models' entry read once and the gradient's written once."
-    )
-    print(
-        "      V dtype    problem                    | splits  slice warps | registers spilled "
-        "shared | bytes in  out  floor | exp2 special instructions"
-    )
-    failed = 0
-    for name, case, exponentials, moved, options in _shipped():
-        try:
-            _report(name, case, exponentials, moved, **options)
-        except Exception as error:  # of the compiler, which has many
-            failed += 1
-            _, vocabulary, dtype, *_ = case
-            root = error
-            while root.__cause__ is not None:
-                root = root.__cause__
-            print(f"{vocabulary:7} {str(dtype)[6:]:8} {name:26} | FAILED: {root!r}", flush=True)
-    if failed:
-        print(f"{failed} configurations do not compile.")
-    return int(failed > 0)
-
-
-def _shipped() -> Iterator[tuple[str, tuple, int, int, dict]]:
-    """Name, configuration, exponentials, entries moved per entry, options of `compile_rows`."""
+def configurations() -> Iterator[Configuration]:
     for vocabulary, dtype, divergence in itertools.product(
         VOCABULARIES, DTYPES, available_divergences()
     ):
-        case = ("sm_90", vocabulary, dtype, divergence, "resident")
-        yield divergence, case, EXPONENTIALS[divergence], 3, {}
+        if divergence in KINDS or vocabulary == MAIN_VOCABULARY:
+            case = (vocabulary, dtype, EXPONENTIALS[divergence], 3, divergence)
+            yield Configuration(divergence, *case, {})
+
+    def main(name: str, exponentials: int, moved: int, divergence: str | None, **options):
+        case = (MAIN_VOCABULARY, torch.bfloat16, exponentials, moved, divergence)
+        return Configuration(name, *case, options)
+
     # Of a support, what its K entries cost is part of what the others do.
-    case = ("sm_90", 151936, torch.bfloat16, "reverse_kl", "resident")
     for size in (32, 128, 512, 1024):
-        yield f"reverse_kl, top-{size}", case, TOPK_EXPONENTIALS, 2, {"support": size}
+        yield main(f"reverse_kl, top-{size}", TOPK_EXPONENTIALS, 2, "reverse_kl", support=size)
     for count in (2, 3):
-        yield f"reverse_kl, {count} teachers", case, count + 2, 2 + count, {"teachers": count}
+        name = f"reverse_kl, {count} teachers"
+        yield main(name, count + 2, 2 + count, "reverse_kl", teachers=count)
+    for tuning in config.CANDIDATES:
+        if tuning.prefetch:
+            name = f"reverse_kl, {tuning.slice_v}x{tuning.num_warps}x{tuning.programs} ahead"
+            yield main(name, EXPONENTIALS["reverse_kl"], 3, "reverse_kl", tuning=tuning)
+    for way in ({}, {"lag": True}, {"lag": True, "words": True}):
+        yield main(", ".join(["lean", *way]), LEAN_EXPONENTIALS, 3, None, **way)
 
 
-def _report(name: str, case: tuple, exponentials: int, moved: int, **options) -> None:
-    used = resources(compile_rows(*case, **options))
-    compiled = compile_rows(*case, mask=False, small=False, **options)
-    each, launch = cost(compiled, exponentials), compiled.launch
-    assert isinstance(launch, config.Resident)
-    _, vocabulary, dtype, *_ = case
-    print(
-        f"{vocabulary:7} {str(dtype)[6:]:8} {name:26} | {launch.splits:6} "
-        f"{launch.slice_v:6} {launch.num_warps:5} | {used.registers:9} {used.spilled:7} "
-        f"{used.shared:6} | {each.loaded:8.2f} {each.stored:4.2f} {moved * dtype.itemsize:6} | "
-        f"{each.exponentials:4.1f} {each.special:7.1f} {each.instructions:12.1f}",
-        flush=True,
+def described(configuration: Configuration) -> dict:
+    """What there is to say of one, or why it does not compile."""
+    shipped = (configuration.name, configuration.vocabulary, str(configuration.dtype)[6:])
+    line = dict(zip(("name", "vocabulary", "dtype"), shipped, strict=True))
+    try:
+        used = machine_code.resources(configuration.compile())
+        compiled = configuration.compile(mask=False, small=False)
+        cost = machine_code.cost(compiled, configuration.exponentials)
+        order = machine_code.order(compiled, configuration.exponentials)
+    except Exception as error:  # of the compiler, which has many
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        return {**line, "error": repr(root)}
+    launch = compiled.launch
+    assert not isinstance(launch, config.Sweep)
+    return {
+        **line,
+        "floor": configuration.moved * configuration.dtype.itemsize,
+        "splits": launch.splits,
+        "slice_v": launch.slice_v,
+        "num_warps": launch.num_warps,
+        "spilled": used.spilled,
+        **used._asdict(),
+        **cost._asdict(),
+        **order._asdict(),
+    }
+
+
+def report() -> Iterator[dict]:
+    """First the compiler, then every configuration, in order, on two processes."""
+    yield {"triton": triton.__version__, "ptxas": knobs.nvidia.ptxas.version}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        yield from pool.map(described, configurations())
+
+
+def _beside(python: Path) -> Iterator[dict]:
+    """The report under another Python."""
+    command = [python, "-m", "bench", "aot", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        yield from map(json.loads, other.stdout)
+
+
+def _row(line: dict, version: str) -> str:
+    """One of the table, and what it has no column for."""
+    kind = {"bfloat16": "bf16", "float32": "fp32"}[line["dtype"]]
+    name = f"{line['vocabulary']:6} {kind} {line['name']:26} | {version:6} |"
+    if "error" in line:
+        return f"{name} FAILED: {line['error']}"
+    early = "-" if line["early"] is None else line["early"]
+    faults = line["faults"]
+    fenced = "-" if faults is None else "NO" if faults else "yes"
+    row = (
+        f"{name} {line['splits']:6} {line['slice_v']:5} {line['num_warps']:5} | "
+        f"{line['registers']:3} {line['spilled']:5} {line['shared']:6} | "
+        f"{line['loaded']:4.1f} {line['stored']:4.1f} {line['floor']:5} | "
+        f"{line['exponentials']:4.1f} {line['special']:4.1f} {line['converted']:3.1f} "
+        f"{line['instructions']:5.1f} | "
+        f"{line['barriers']:3} {early:>5} {line['late']:4} {fenced:>6}"
     )
+    return "\n".join([row, *(f"{'':14}{fault}" for fault in faults or ())])
+
+
+def main(arguments: list[str]) -> int:
+    """Prints a table. Returns the exit status: 1 if a configuration does not compile."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench aot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--beside", type=Path, help="another Python")
+    parser.add_argument("--save", type=Path, help="a file for the table")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.json:
+        return _print_json()
+    reports = [report()] + ([_beside(options.beside)] if options.beside else [])
+    versions = [next(each) for each in reports]
+    table = [TITLE, "", COLUMNS]
+    print("\n".join(table), flush=True)
+    failed = 0
+    # Each has processes of its own, which run while the other's line is waited for.
+    for lines in zip(*reports, strict=True):
+        for line, version in zip(lines, versions, strict=True):
+            failed += "error" in line
+            table.append(_row(line, version["triton"]))
+            print(table[-1], flush=True)
+    if failed:
+        print(f"{failed} configurations do not compile.")
+    if options.save:
+        _save(options.save, versions, table, arguments)
+    return int(failed > 0)
+
+
+def _print_json() -> int:
+    failed = 0
+    for line in report():
+        failed += "error" in line
+        print(json.dumps(line), flush=True)
+    return int(failed > 0)
+
+
+def _save(path: Path, versions: list[dict], table: list[str], arguments: list[str]) -> None:
+    git = ["git", "describe", "--always", "--dirty"]
+    root = Path(__file__).parents[1]
+    commit = subprocess.run(git, cwd=root, capture_output=True, text=True).stdout.strip()
+    compilers = ", ".join(f"Triton {v['triton']} with ptxas {v['ptxas']}" for v in versions)
+    command = shlex.join(["python", "-m", "bench", "aot", *arguments])
+    made = f"`{command}`, of commit {commit or 'unknown'}: {compilers}."
+    path.write_text("\n".join(["# Compiled for sm_90", "", made, "", "```", *table, "```", ""]))

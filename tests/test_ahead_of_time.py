@@ -9,7 +9,7 @@ from hybrid_kernels.types import available_divergences
 
 pytest.importorskip("triton", reason="needs Triton's compiler")
 
-from bench import aot, standin
+from bench import aot, machine_code, standin
 from hybrid_kernels.kernels import config
 
 pytestmark = pytest.mark.skipif(
@@ -17,9 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 DIVERGENCES = available_divergences()
-# These differ in what a sweep adds up; the others read the same and differ in arithmetic alone.
-KINDS = ["reverse_kl", "forward_kl", "jeffreys", "jsd"]
-OTHERS = [name for name in DIVERGENCES if name not in KINDS]
+OTHERS = [name for name in DIVERGENCES if name not in aot.KINDS]
 OPTIONS = {
     "floor": {"teacher_floor": -20.0},
     "distillation-only": {"policy_gradient": False, "mask": False},
@@ -45,12 +43,12 @@ ELSEWHERE = [
 ]
 ONE_MODE = [("sm_80", "resident"), ("sm_100", "resident"), ("gfx942", "sweeping")]
 FORMS = [
-    *itertools.product([128, *aot.VOCABULARIES], aot.DTYPES, KINDS),
+    *itertools.product([128, *aot.VOCABULARIES], aot.DTYPES, aot.KINDS),
     *itertools.product([50257, 151936], [torch.bfloat16], OTHERS),
     *itertools.product([151936], [torch.float32], OTHERS),
 ]
 SWEEPS = [
-    *itertools.product([128, 50257, 151936], aot.DTYPES, KINDS),
+    *itertools.product([128, 50257, 151936], aot.DTYPES, aot.KINDS),
     *itertools.product([151936], [torch.bfloat16], OTHERS),
 ]
 
@@ -69,7 +67,7 @@ def assembled(compiled, gpu):
 
 
 @pytest.mark.parametrize(("gpu", "mode"), ELSEWHERE)
-@pytest.mark.parametrize("divergence", KINDS)
+@pytest.mark.parametrize("divergence", aot.KINDS)
 def test_compiles_for_every_target(gpu, divergence, mode):
     compiled = aot.compile_rows(gpu, 151936, torch.bfloat16, divergence, mode)
     assert assembled(compiled, gpu)
@@ -96,20 +94,20 @@ def test_other_teachers_spill_scalars_at_most(mode, teachers):
     for vocabulary in (50257, 151936):
         case = ("sm_90", vocabulary, torch.bfloat16, "reverse_kl", mode)
         compiled = aot.compile_rows(*case, **TEACHERS[teachers])
-        assert aot.resources(compiled).spilled <= allowed(mode)
+        assert machine_code.resources(compiled).spilled <= allowed(mode)
 
 
 @pytest.mark.parametrize("size", [32, 128, 1024])
 def test_a_support_is_marked_without_spills(size):
     compiled = aot.compile_marks("sm_90", 151936, torch.bfloat16, size)
-    assert aot.resources(compiled).spilled == 0
+    assert machine_code.resources(compiled).spilled == 0
 
 
 def test_a_support_moves_two_thirds_of_a_teacher():
     """The student's logits once, the gradient once, and a bit for each entry."""
     case = ("sm_90", 151936, torch.bfloat16, "reverse_kl", "resident")
     compiled = aot.compile_rows(*case, mask=False, small=False, support=128)
-    cost, launch = aot.cost(compiled, aot.TOPK_EXPONENTIALS), compiled.launch
+    cost, launch = machine_code.cost(compiled, aot.TOPK_EXPONENTIALS), compiled.launch
     room = launch.chunks * launch.chunk_v / launch.slice_v
     assert cost.loaded == pytest.approx(2 * room)
     assert cost.stored == pytest.approx(2 * room)
@@ -127,13 +125,13 @@ def test_scale_kernel_compiles(gpu, vocabulary):
 def test_the_row_resident_form(vocabulary, dtype, divergence):
     """Each logit read once and each gradient written once, in 128-bit pieces; few spills."""
     shipped = aot.compile_rows("sm_90", vocabulary, dtype, divergence, "resident")
-    assert aot.resources(shipped).spilled <= SCALARS
+    assert machine_code.resources(shipped).spilled <= SCALARS
     if vocabulary == 128:
         return  # a program holds fewer entries than its threads have room for
     main = aot.compile_rows(
         "sm_90", vocabulary, dtype, divergence, "resident", mask=False, small=False
     )
-    cost = aot.cost(main, aot.EXPONENTIALS[divergence])
+    cost = machine_code.cost(main, aot.EXPONENTIALS[divergence])
     # A slice fills its last chunk in part; what is not there is not read.
     launch = main.launch
     room = launch.chunks * launch.chunk_v / launch.slice_v
@@ -144,11 +142,41 @@ def test_the_row_resident_form(vocabulary, dtype, divergence):
     assert cost.narrow < 40
 
 
+@pytest.mark.parametrize(
+    ("divergence", "barriers"), [("reverse_kl", 13), ("jsd", 20)], ids=["once", "twice"]
+)
+def test_programs_meet_behind_barriers_and_fences(divergence, barriers):
+    """Where one is missing, programs race, which nothing but a GPU would show."""
+    case = ("sm_90", 151936, torch.bfloat16, divergence, "resident")
+    main = aot.compile_rows(*case, mask=False, small=False)
+    exponentials = aot.EXPONENTIALS[divergence]
+    order = machine_code.order(main, exponentials)
+    assert order.faults == ()
+    assert order.early is None, "the default does not prefetch"
+    assert order.late <= 3  # a row's coefficients
+    cost = machine_code.cost(main, exponentials)
+    assert cost.barriers <= barriers  # of which Triton 3.6 needs a quarter less
+    assert cost.converted == 0
+
+
+def test_a_prefetch_is_waited_for_where_it_begins():
+    """A fault, which this is to find: the next row's entries are converted as soon as they are
+    loaded, before the meeting. A kernel that keeps them as they are stored has 0 here."""
+    case = ("sm_90", 151936, torch.bfloat16, "reverse_kl", "resident")
+    options = {"mask": False, "small": False, "tuning": config.Tuning(6144, 4, 2, True)}
+    main = aot.compile_rows(*case, **options)
+    order = machine_code.order(main, aot.EXPONENTIALS["reverse_kl"])
+    assert isinstance(main.launch, config.Resident)
+    assert order.ahead == 2 * main.launch.chunks
+    assert order.early > 0
+    assert order.faults == ()
+
+
 @pytest.mark.parametrize(("vocabulary", "dtype", "divergence"), SWEEPS)
 @pytest.mark.parametrize("mode", ["sweeping", "statistics", "gradient"])
 def test_the_sweeping_form_spills_nothing(vocabulary, dtype, divergence, mode):
     compiled = aot.compile_rows("sm_90", vocabulary, dtype, divergence, mode)
-    assert aot.resources(compiled).spilled == 0
+    assert machine_code.resources(compiled).spilled == 0
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -160,7 +188,7 @@ def test_a_part_of_the_vocabulary_compiles(gpu, divergence):
         compiled = aot.compile_values(gpu, 151936 // 8, torch.bfloat16, divergence, **one)
         assert assembled(compiled, gpu)
         if gpu != "gfx942":
-            assert aot.resources(compiled).spilled == 0, one
+            assert machine_code.resources(compiled).spilled == 0, one
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -172,7 +200,7 @@ def test_options_spill_scalars_at_most(options, mode):
         compiled = aot.compile_rows(
             "sm_90", 151936, torch.bfloat16, divergence, mode, **OPTIONS[options]
         )
-        assert aot.resources(compiled).spilled <= allowed(mode), divergence
+        assert machine_code.resources(compiled).spilled <= allowed(mode), divergence
 
 
 @pytest.mark.parametrize("mode", aot.MODES)
@@ -186,7 +214,7 @@ def test_a_single_row_compiles(mode):
 @pytest.mark.parametrize("vocabulary", [50257, 151936])
 def test_sweeping_tiles_move_in_128_bits(dtype, mode, vocabulary):
     compiled = aot.compile_rows("sm_90", vocabulary, dtype, "reverse_kl", mode)
-    names = {i.name for i in aot.machine_code(compiled)}
+    names = {i.name for i in machine_code.instructions(compiled)}
     assert "LDG.E.128" in names
     assert ("STG.E.128" in names) == (mode == "gradient")
 
@@ -197,17 +225,26 @@ def test_a_gradient_in_fewer_bits_than_the_logits(vocabulary):
     vocabulary = -(-vocabulary // 16) * 16  # rows begin at 16-byte boundaries
     case = ("sm_90", vocabulary, torch.float32, "reverse_kl", "resident")
     shipped = aot.compile_rows(*case, gradient_dtype=torch.bfloat16)
-    assert aot.resources(shipped).spilled == 0
+    assert machine_code.resources(shipped).spilled == 0
     main = aot.compile_rows(*case, gradient_dtype=torch.bfloat16, mask=False, small=False)
     launch = main.launch
     room = launch.chunks * launch.chunk_v / launch.slice_v
-    cost = aot.cost(main, aot.EXPONENTIALS["reverse_kl"])
+    cost = machine_code.cost(main, aot.EXPONENTIALS["reverse_kl"])
     assert cost.loaded == pytest.approx(8 * room)
     assert cost.stored == pytest.approx(2 * room)
+
+
+def test_what_does_not_compile_is_reported(monkeypatch, capsys, tmp_path):
+    case = ("impossible", 151936, torch.bfloat16, 3, 3, "no divergence", {})
+    monkeypatch.setattr(aot, "configurations", lambda: [aot.Configuration(*case)])
+    path = tmp_path / "table.md"
+    assert aot.main([f"--save={path}"]) == 1
+    assert "FAILED: ValueError" in capsys.readouterr().out
+    assert "FAILED: ValueError" in path.read_text()
 
 
 def test_the_count_sees_what_is_read_twice_and_in_small_pieces():
     """The sweeping form reads everything twice; a stride of odd length has no wide accesses."""
     twice = aot.compile_rows("sm_90", 4096, torch.bfloat16, "reverse_kl", "sweeping", mask=False)
-    wide = [i.name for i in aot.machine_code(twice) if i.name == "LDG.E.128"]
+    wide = [i.name for i in machine_code.instructions(twice) if i.name == "LDG.E.128"]
     assert len(wide) * 8 >= 2 * 2 * twice.entries

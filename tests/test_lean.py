@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton's compiler or interpreter")
 
 import faults
-from bench import aot, lean, standin
+from bench import aot, lean, machine_code
 from faults import replaced
 from hybrid_kernels.kernels import config
 from tolerance import assert_close
@@ -272,30 +272,6 @@ def test_shapes():
         lean.shape(151936, 8192, 9)
 
 
-class Kept:
-    """A kernel, and what its last launch ran."""
-
-    def __init__(self, kernel) -> None:
-        self.kernel, self.compiled = kernel, None
-
-    def __getitem__(self, grid):
-        def launch(*arguments, **options):
-            self.compiled = self.kernel[grid](*arguments, **options)
-
-        return launch
-
-
-def compiled(shape: lean.Shape, rows: int, monkeypatch) -> aot.Compiled:
-    """What the launcher would run on an H100."""
-    kept = Kept(lean.lean_kernel)
-    monkeypatch.setattr(lean, "lean_kernel", kept)
-    logits = aot.meta(rows, shape.vocabulary, dtype=torch.bfloat16)
-    token_ids, coefficients = aot.meta(rows, dtype=torch.int64), (aot.meta(rows),) * 3
-    with standin.driver_for("sm_90"):
-        lean.lean(logits, logits, token_ids, coefficients, logits, shape)
-    return aot.Compiled(kept.compiled, shape, logits.itemsize)
-
-
 @pytest.mark.skipif(config.INTERPRETED, reason="compiles ahead of time")
 @pytest.mark.parametrize(
     ("options", "instructions"),
@@ -311,17 +287,23 @@ def compiled(shape: lean.Shape, rows: int, monkeypatch) -> aot.Compiled:
     ],
     ids=str,
 )
-def test_machine_code(options, instructions, monkeypatch):
+def test_machine_code(options, instructions):
     shape = lean.shape(**{"vocabulary": 151936, "rows": 8192, "multiprocessors": 132, **options})
-    kernel = compiled(shape, 8192, monkeypatch)
-    assert aot.resources(kernel).spilled <= 8  # two numbers of a row
-    code = aot.machine_code(kernel)
-    back = max((i for i in code if i.target), key=lambda i: i.address - i.target)
-    loop = [i.name for i in code if back.target <= i.address <= back.address]
+    kernel = aot.compile_lean(shape)
+    assert machine_code.resources(kernel).spilled <= 8  # two numbers of a row
+    loop = machine_code.row_loop(machine_code.instructions(kernel))
+    names = [i.name for i in loop]
     # The next row's slices, and the gradient and a row's statistics, in 128-bit pieces.
-    assert loop.count("LDG.E.128") == 2 * shape.chunks
-    assert loop.count("STG.E.128") == shape.chunks + 1
+    assert names.count("LDG.E.128") == 2 * shape.chunks
+    assert names.count("STG.E.128") == shape.chunks + 1
     # One is the sampled token's, which one program of a row meets; words take another.
-    assert sum(name.startswith("BAR.SYNC") for name in loop) <= 7 + shape.words
-    assert not any(name.startswith("F2F.") for name in loop)
+    assert sum(name.startswith("BAR.SYNC") for name in names) <= 7 + shape.words
+    assert not any(name.startswith("F2F.") for name in names)
     assert len(loop) <= instructions * kernel.entries
+    order = machine_code.order(kernel, aot.LEAN_EXPONENTIALS)
+    # Nothing needs a later row's slices, or memory, between the wait and the gradient. (With TWO,
+    # loads begin with the gradient.)
+    assert order.ahead == (0 if shape.two else 2 * shape.chunks)
+    assert order.early == (None if shape.two else 0)
+    assert order.late == 0
+    assert order.faults == (None if shape.words else ())

@@ -1,0 +1,178 @@
+"""What `bench/machine_code.py` reads off listings, on some that are short and written by hand."""
+
+import re
+
+import pytest
+
+pytest.importorskip("triton", reason="machine code comes from Triton's compiler")
+
+from bench import machine_code
+
+# A row as the resident kernel takes it: sums, the meeting with the next row's load ahead of it, the
+# gradient. Threads but one step over the arrival.
+SOUND = """
+row:
+    LDG.E R9, desc[UR4][R8.64]
+    MUFU.EX2 R10, R20
+    @!P2 STG.E desc[UR4][R6.64], R10
+    BAR.SYNC.DEFER_BLOCKING 0x0
+    @P2 BRA arrived
+    MEMBAR.ALL.GPU
+    ATOMG.E.ADD.STRONG.GPU PT, RZ, desc[UR4][R12.64], R13
+arrived:
+    @!P0 LDG.E.128 R24, desc[UR4][R2.64]
+    IADD3 R2, R2, R3, RZ
+look:
+    LDG.E.STRONG.GPU R14, desc[UR4][R12.64]
+    @!P1 BRA look
+    BAR.SYNC.DEFER_BLOCKING 0x0
+    LDG.E.STRONG.GPU R15, desc[UR4][R6.64]
+    FFMA R16, R15, R9, R10
+    STG.E.128 desc[UR4][R4.64], R16
+    MOV R20, R24
+    @P3 EXIT
+    BRA row
+"""
+BARRIER = "    BAR.SYNC.DEFER_BLOCKING 0x0\n"
+
+
+def loop(text):
+    """That of a listing without addresses, whose branches go to labels."""
+    lines, labels = [], {}
+    for line in text.strip().splitlines():
+        if line.endswith(":"):
+            labels[line[:-1]] = f"0x{16 * len(lines):x}"
+        else:
+            lines.append(line.strip())
+    listing = "\n".join(f"/*{16 * n:04x}*/  {line} ;  /* 0x */" for n, line in enumerate(lines))
+    listing = re.sub(r"(BRA\S*.* )([a-z]+) ;", lambda m: f"{m[1]}{labels[m[2]]} ;", listing)
+    return machine_code.row_loop(machine_code.parse(listing))
+
+
+def order(text):
+    return machine_code.order_of(loop(text), exponentials=1)
+
+
+def after(start, added, text=SOUND):
+    """With a line after the one that starts so."""
+    changed = re.sub(rf"( *{re.escape(start)}.*\n)", rf"\g<1>    {added}\n", text, count=1)
+    assert changed != text
+    return changed
+
+
+def without(start, text=SOUND):
+    changed = re.sub(rf" *{re.escape(start)}.*\n", "", text, count=1)
+    assert changed != text
+    return changed
+
+
+def test_a_sound_row():
+    assert order(SOUND) == machine_code.Order(ahead=1, early=0, late=0, faults=())
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        "PRMT R30, R27, 0x7632, R30",
+        "FMUL R30, -R25.reuse, R9",
+        "FADD R30, |R24|, R9",
+        "HADD2.F32 R30, -RZ, R26.H0_H0",
+        "IADD3 R24, R30, R9, RZ",
+        "LDG.E R30, desc[UR4][R26.64]",
+        "LDG.E.64 R26, desc[UR4][R8.64]",
+        "STS.128 [R9+UR4], R24",
+        "STS.64 [R9+UR4], R23",  # and R24
+        "IMAD.WIDE R30, R8, 0x4, R26",
+        "IMAD.WIDE.U32 R26, R8, R9, R30",
+        "@P4 MOV R30, R27",
+    ],
+)
+def test_a_touched_prefetch(touch):
+    assert order(after("@!P0 LDG.E.128", touch)).early == 1
+    assert order(after("look:", touch)).early == 1  # the wait is for the load, then
+    assert order(after("LDG.E.STRONG.GPU R15", touch)).early == 0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "MOV R30, UR24",
+        "MOV R30, R28",
+        "LDS.64 R22, [R30]",
+        "IMAD.WIDE R30, R23, R9, R32",  # of what it multiplies it reads one register
+        "MOV R30, 0x24",
+        "@P4 EXIT",
+    ],
+)
+def test_an_untouched_prefetch(other):
+    assert order(after("@!P0 LDG.E.128", other)).early == 0
+
+
+def test_no_prefetch():
+    """Neither loads after the gradient nor those of this row, of which sums are published."""
+    behind = after("STG.E.128", "LDG.E.128 R24, desc[UR4][R2.64]", without("@!P0 LDG.E.128"))
+    assert order(behind)[:2] == (0, None)
+    first = after("row:", "LDG.E.128 R20, desc[UR4][R2.64]", without("@!P0 LDG.E.128"))
+    assert order(first)[:2] == (0, None)
+    # The next row's, begun early: nothing published is made of them.
+    both = after("row:", "LDG.E.128 R24, desc[UR4][R2.64]", without("@!P0 LDG.E.128"))
+    assert order(both)[:2] == (1, 0)
+
+
+def test_a_late_load():
+    late = "LDG.E R9, desc[UR4][R8.64]"
+    assert order(after("LDG.E.STRONG.GPU R15", late)).late == 1
+    assert order(after("STG.E.128", late)).late == 0
+    assert order(after("@!P0 LDG.E.128", late)).late == 0
+
+
+UNORDERED = "no barrier between what is published and the arrival"
+UNFENCED = "no fence before the arrival"
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        (without("BAR.SYNC"), [UNORDERED]),
+        (without("MEMBAR"), [UNFENCED]),
+        (SOUND.replace("MEMBAR.ALL.GPU", "MEMBAR.ALL.CTA"), [UNFENCED]),
+        # A fence for one thread's stores, then the barrier.
+        (after("@!P2 STG.E", "MEMBAR.ALL.GPU", without("MEMBAR")), [UNFENCED]),
+        (after("BAR.SYNC", "STG.E desc[UR4][R6.64+0x4], R10"), [UNORDERED]),
+        (SOUND.replace("    @!P1 BRA look\n" + BARRIER, "    @!P1 BRA look\n"),
+         ["no barrier between the wait and what is read"]),
+        (after("LDG.E.STRONG.GPU R15", BARRIER.strip(),
+               SOUND.replace("    @!P1 BRA look\n" + BARRIER, "    @!P1 BRA look\n")),
+         ["no barrier between the wait and what is read"]),
+        (SOUND.replace("LDG.E.STRONG.GPU R15", "LDG.E R15"),
+         ["nothing read past L1 after the wait"]),
+    ],
+    ids=["barrier", "fence", "narrow-fence", "fence-first", "store-last", "no-barrier-after",
+         "barrier-late", "through-l1"],
+)  # fmt: skip
+def test_a_fault_where_programs_meet(text, faults):
+    assert order(text).faults == tuple(f"meeting 1: {fault}" for fault in faults)
+
+
+def test_a_bounded_wait_and_a_second_meeting():
+    bounded = after("LDG.E.STRONG.GPU R14", "@P5 BRA lost") + "lost:\n    BPT.TRAP 0x1\n"
+    assert order(bounded) == order(SOUND)
+    published = SOUND[SOUND.index("    @!P2 STG.E") : SOUND.index("    FFMA")]
+    again = published.replace("arrived", "back").replace("look", "again")
+    twice = SOUND.replace("    FFMA", without("@!P0 LDG.E.128", again) + "    FFMA")
+    assert order(twice) == order(SOUND)
+    second = twice.replace("    @!P1 BRA again\n" + BARRIER, "    @!P1 BRA again\n")
+    assert order(second).faults == ("meeting 2: no barrier between the wait and what is read",)
+
+
+def test_numbers_that_tell_their_meeting_need_no_fence():
+    words = without("BAR.SYNC", without("BAR.SYNC", without("ATOMG", without("MEMBAR"))))
+    assert order(words).faults is None
+
+
+def test_warps_that_come_apart_are_no_loop():
+    """Their code lies behind the loop over rows, and comes back from there."""
+    detour = after("row:", "BRA.DIV UR4, apart\n    NOP\njoin:")
+    detour += "apart:\n    WARPSYNC.ALL\n    WARPSYNC.ALL\n    BRA join\n"
+    assert [i.name for i in loop(detour)][:2] == ["BRA.DIV", "NOP"]
+    assert len(loop(detour)) == len(loop(SOUND)) + 2
