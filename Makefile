@@ -11,7 +11,7 @@ HAS_TORCH := $(shell $(PYTHON) -c "import torch, sys; sys.exit(sys.prefix != sys
 # An environment with the oldest Triton, in which kernels are compiled and not run.
 TRITON36 := .venv-triton36
 
-.PHONY: help setup test test-triton36 demo lint format bench prebuilt gpu doctor clean
+.PHONY: help setup test test-triton36 demo lint format bench aot prebuilt gpu doctor clean
 
 help:
 	@echo "make demo    train three arms on two-digit addition: imitation, reward, hybrid"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-triton36  whether kernels compile and travel on Triton 3.6"
 	@echo "make lint    ruff and pyright"
 	@echo "make bench   benchmark the ops on this machine"
+	@echo "make aot     what two releases of Triton make of the kernels, side by side"
 	@echo "make prebuilt  compile what a lent H100 or H200 will launch (bench/GPU.md)"
 	@echo "make gpu     on a GPU: right or wrong, times, peers, tests; nine minutes (bench/GPU.md)"
 	@echo "make doctor  what this machine will use, and whether it computes right"
@@ -43,7 +44,9 @@ $(TRITON36)/ready: pyproject.toml requirements/torch.txt requirements/triton36.t
 
 test-triton36: $(TRITON36)/ready
 	$(TRITON36)/bin/python -m pytest -n 2 --dist worksteal tests/test_launches.py tests/test_lean.py \
-		tests/test_gpu_stages.py::test_prebuilt_kernels_are_found_by_another_build
+		tests/test_gpu_stages.py::test_prebuilt_kernels_are_found_by_another_build \
+		tests/test_ahead_of_time.py::test_programs_meet_behind_barriers_and_fences \
+		tests/test_ahead_of_time.py::test_a_prefetch_is_waited_for_where_it_begins
 
 prebuilt: $(TRITON36)/ready
 	$(TRITON36)/bin/python -m bench prebuild
@@ -62,6 +65,9 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m bench run
+
+aot: setup $(TRITON36)/ready
+	$(BIN)/python -m bench aot --beside $(TRITON36)/bin/python --save bench/results/aot-sm_90.md
 
 gpu: setup
 	$(BIN)/python -m bench gpu bench/results
