@@ -109,7 +109,7 @@ class Cost(NamedTuple):
     """What one entry of the vocabulary costs, counted from machine code on the cheapest way.
 
     Attributes:
-        loaded: bytes in accesses of 128 bits.
+        loaded: bytes in accesses of 128 bits, but for what siblings published.
         stored: bytes, likewise.
         narrow: narrower loads and stores of a thread in the whole pass.
         exponentials: of the special function unit (logarithms and reciprocals not counted).
@@ -333,7 +333,7 @@ def _full(
     Branches are taken to be independent, so that ways exist on paper which skip the sums and yet
     write the gradient: they are told by their exponentials. The rare ways load more.
     """
-    stored = sum(_bits(i.name) // 8 for i in loop if i.name == WIDE_STORE) / entries
+    stored = 16 * sum(i.name == WIDE_STORE for i in loop) / entries
     wanted = min(stored, itemsize)
     priced = ((way, _cost(way.names, entries)) for way in ways(loop))
     return [(w, c) for w, c in priced if c.exponentials >= exponentials and c.stored >= wanted]
@@ -349,18 +349,14 @@ def cost(compiled: Compiled, exponentials: int) -> Cost:
 
 
 def _cost(names: Counter[str], entries: float) -> Cost:
-    def moved(kind: str) -> float:
-        wide = ((name, n) for name, n in names.items() if name.startswith(kind))
-        return sum(_bits(name) // 8 * n for name, n in wide if _bits(name) >= 128) / entries
-
     def count(kind: str) -> int:
         return sum(n for name, n in names.items() if name.startswith(kind))
 
-    accesses = {n: count for n, count in names.items() if n.startswith(("LDG", "STG"))}
+    accesses = {name: n for name, n in names.items() if name.startswith(("LDG", "STG"))}
     return Cost(
-        loaded=moved("LDG"),
-        stored=moved("STG"),
-        narrow=sum(count for name, count in accesses.items() if _bits(name) < 128),
+        loaded=16 * names[WIDE_LOAD] / entries,
+        stored=16 * names[WIDE_STORE] / entries,
+        narrow=sum(n for name, n in accesses.items() if _bits(name) < 128),
         exponentials=names["MUFU.EX2"] / entries,
         special=count("MUFU") / entries,
         converted=count("F2F.") / entries,
@@ -417,10 +413,11 @@ def _meetings(loop: list[Instruction], way: list[Instruction]) -> list[Meeting]:
         places = [k for k, i in enumerate(way) if i.address in body]
         if not places:
             continue
-        before = range(found[-1].met if found else 0, places[0])
-        arrival = max((k for k in before if way[k].arrives), default=None)
-        stores = (k for k in before[: arrival and arrival - before.start] if _stores(way[k]))
-        found.append(Meeting(max(stores, default=-1), arrival, places[0], places[-1] + 1))
+        start, wait = found[-1].met if found else 0, places[0]
+        arrival = max((k for k in range(start, wait) if way[k].arrives), default=None)
+        until = wait if arrival is None else arrival
+        published = max((k for k in range(start, until) if _stores(way[k])), default=-1)
+        found.append(Meeting(published, arrival, wait, places[-1] + 1))
     return found
 
 
