@@ -384,7 +384,8 @@ def _row(line: dict, version: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints a table. Returns the exit status: 1 if a configuration does not compile."""
+    """Prints a table. Returns the exit status: 1 if a configuration does not compile or
+    programs meet without a barrier or fence."""
     parser = argparse.ArgumentParser(
         prog="python -m bench aot",
         description=__doc__,
@@ -395,7 +396,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     if options.json:
-        return _print_json()
+        for line in report():
+            print(json.dumps(line), flush=True)
+        return 0
     reports = [report()] + ([_beside(options.beside)] if options.beside else [])
     versions = [next(each) for each in reports]
     table = [TITLE, "", COLUMNS]
@@ -404,21 +407,13 @@ def main(arguments: list[str]) -> int:
     # Each has processes of its own, which run while the other's line is waited for.
     for lines in zip(*reports, strict=True):
         for line, version in zip(lines, versions, strict=True):
-            failed += "error" in line
+            failed += "error" in line or bool(line["faults"])
             table.append(_row(line, version["triton"]))
             print(table[-1], flush=True)
     if failed:
-        print(f"{failed} configurations do not compile.")
+        print(f"{failed} lines do not compile, or lack a barrier or fence where programs meet.")
     if options.save:
         _save(options.save, versions, table, arguments)
-    return int(failed > 0)
-
-
-def _print_json() -> int:
-    failed = 0
-    for line in report():
-        failed += "error" in line
-        print(json.dumps(line), flush=True)
     return int(failed > 0)
 
 
