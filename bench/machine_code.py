@@ -214,12 +214,14 @@ class Way(NamedTuple):
     Attributes:
         names: how many instructions of a name it has.
         arrivals: how often it tells siblings that this program has arrived.
+        reads: how often it reads what they published.
         block: where it begins.
         rest: how it goes on.
     """
 
     names: Counter[str]
     arrivals: int
+    reads: int
     block: list[Instruction]
     rest: "Way | None"
 
@@ -275,7 +277,8 @@ def _polls(instruction: Instruction) -> bool:
 def ways(loop: list[Instruction]) -> list[Way]:
     """The ways from the first instruction to the last, without inner loops.
 
-    Of ways that differ in nothing but their length there is only the shortest.
+    Of ways that differ in nothing but their length there is only the shortest. (Lanes for which
+    there is no sibling may jump over a read; those that read are wanted.)
     """
     waiting = waits(loop)
     found: dict[int, list[Way]] = {}
@@ -291,10 +294,11 @@ def ways(loop: list[Instruction]) -> list[Way]:
             rests += found.get(end.target, [])
         names = Counter(i.name for i in block)
         arrivals = sum(i.arrives and not any(i.address in w for w in waiting) for i in block)
+        reads = sum(i.loads_past_l1 for i in block)
         behind = found[block[0].address] = _shortest(
-            Way(names, arrivals, block, None)
+            Way(names, arrivals, reads, block, None)
             if rest is None
-            else Way(names + rest.names, arrivals + rest.arrivals, block, rest)
+            else Way(names + rest.names, arrivals + rest.arrivals, reads + rest.reads, block, rest)
             for rest in rests
         )
     assert behind is not None
@@ -316,9 +320,13 @@ def _shortest(ways: Iterable[Way]) -> list[Way]:
     best: dict[tuple, Way] = {}
     for way in ways:
         kind = (*(way.names[name] for name in ("MUFU.EX2", WIDE_LOAD, WIDE_STORE)), way.arrivals)
-        if kind not in best or way.names.total() < best[kind].names.total():
+        if kind not in best or _rank(way) < _rank(best[kind]):
             best[kind] = way
     return list(best.values())
+
+
+def _rank(way: Way) -> tuple[int, int]:
+    return -way.reads, way.names.total()
 
 
 def _row_loop_of(compiled: Compiled) -> list[Instruction]:

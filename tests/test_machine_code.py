@@ -165,6 +165,12 @@ def test_a_bounded_wait_and_a_second_meeting():
     assert order(second).faults == ("meeting 2: no barrier between the wait and what is read",)
 
 
+def test_lanes_without_a_sibling_jump_over_the_read():
+    read = "LDG.E.STRONG.GPU R15, desc[UR4][R6.64]"
+    jumped = SOUND.replace(read, f"@P4 BRA over\n    {read}\nover:")
+    assert order(jumped) == order(SOUND)
+
+
 def test_numbers_that_tell_their_meeting_need_no_fence():
     words = without("BAR.SYNC", without("BAR.SYNC", without("ATOMG", without("MEMBAR"))))
     assert order(words).faults is None
