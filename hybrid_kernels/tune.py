@@ -9,6 +9,7 @@ import argparse
 import itertools
 import math
 import sys
+import warnings
 from unittest import mock
 
 import torch
@@ -61,11 +62,13 @@ def milliseconds(tuning: config.Tuning, itemsize: int, vocabulary: int, divergen
     student = torch.randn(rows, vocabulary, device="cuda").to(DTYPES[itemsize])
     teacher = torch.randn_like(student)
     student.requires_grad_()
-    with mock.patch.object(config, "tuned", return_value=tuning):
+    with mock.patch.object(config, "tuned", return_value=tuning), warnings.catch_warnings():
+        # A refused candidate is not to be measured as rows that are swept.
+        warnings.filterwarnings("error", message="hybrid_kernels: .* refused")
         try:
             return timing.device_times(
                 lambda: hybrid_loss(student, teacher, divergence=divergence), SAMPLES
             ).median
-        except (RuntimeError, OutOfResources) as error:  # as for programs not resident together
+        except (RuntimeError, RuntimeWarning, OutOfResources) as error:
             print(f"  {tuning} can't run: {error}", file=sys.stderr)
             return math.inf

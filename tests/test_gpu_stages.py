@@ -120,6 +120,18 @@ def test_after_a_hang_nothing_waits_for_siblings(run, monkeypatch, begun):
     assert f"- {row['begun']}: begun, never ended" in (run.folder / "report.md").read_text()
 
 
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("error", ["CUDA error: unspecified launch failure", "ValueError()"])
+def test_a_wait_that_ended_itself_is_a_hang(run, error, waits):
+    row = {"stage": "traps", "case": "a kernel"}
+    said = says(run, begun="a kernel", waits=waits) + says(run, **row, failed=error)
+    run.stage(python("traps", said + "raise SystemExit(1)"))
+    hung = waits and "CUDA" in error
+    assert run.sweeps == hung
+    assert outcomes(run.folder) == {"traps": "failed with status 1"}
+    assert [row["health"] for row in rows_of(run.folder) if "health" in row] == [True] * hung
+
+
 def test_what_goes_on_is_no_hang(run, monkeypatch):
     monkeypatch.setattr(conductor, "SILENCE", 1.0)
     row = says(run, stage="slow", begun="another", waits=True)

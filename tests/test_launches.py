@@ -5,8 +5,6 @@ stride, dtype and missing argument is specialised as on a GPU. CI runs this file
 Triton that the package allows, too.
 """
 
-import warnings
-
 import pytest
 import torch
 
@@ -188,34 +186,52 @@ def test_the_stand_in_leaves_everything_as_it_was():
         hybrid_loss(meta(2, 9), meta(2, 9), backend="triton")
 
 
-@pytest.mark.parametrize("reason", ["too many blocks in cooperative launch", "out of memory"])
-def test_only_a_refused_launch_is_swept(reason, monkeypatch):
-    """Programs that may not run side by side are not asked for again; one warning says so."""
-    launched = []
+@pytest.fixture
+def reason():
+    return launchers.REFUSALS[0]
+
+
+@pytest.fixture
+def launched(reason, monkeypatch):
+    """The forms that are launched on a device that runs no programs side by side."""
+    names = []
 
     def run(kernel, *_, **options):
-        launched.append(kernel.fn.__name__)
+        if (name := kernel.fn.__name__) in ("resident_kernel", "sweep_kernel"):
+            names.append(name)
         if "launch_cooperative_grid" in options:
             raise RuntimeError(f"Triton Error [CUDA]: {reason}")
 
     monkeypatch.setattr(launchers, "_refusing", set())
-    with standin.gpu(compiles=False), warnings.catch_warnings(record=True) as told:
+    with standin.gpu(compiles=False):
         monkeypatch.setattr(triton.JITFunction, "run", run)
-        warnings.simplefilter("always")
-        if reason == "out of memory":
-            with pytest.raises(RuntimeError, match=reason):
-                distillation_alone(Given(64))
-            assert not told
-            return
-        for _ in range(2):
+        yield names
+
+
+def test_what_is_refused_is_swept(reason, launched):
+    """Long rows are, and not asked for again; one warning says so."""
+    with pytest.warns(RuntimeWarning, match=f"refused.*{reason}"):
+        distillation_alone(Given(64))
+    distillation_alone(Given(64))  # a second warning would be an error
+    Given(64).loss(Given(64).top_k(32))
+    Given(64, vocabulary=1000).loss()
+    assert launched == ["resident_kernel", *["sweep_kernel"] * 3, "resident_kernel"]
+
+
+def test_where_warnings_are_errors_nothing_is_swept(launched):
+    """So that no form is timed or tested as another."""
+    for _ in range(2):
+        with pytest.raises(RuntimeWarning, match="refused"):
             distillation_alone(Given(64))
-        Given(64).loss(Given(64).top_k(32))
-        Given(64, vocabulary=1000).loss()
-    forms = [name for name in launched if name in ("resident_kernel", "sweep_kernel")]
-    assert forms == ["resident_kernel", *["sweep_kernel"] * 3, "resident_kernel"]
-    (warning,) = told
-    assert issubclass(warning.category, RuntimeWarning)
-    assert reason in str(warning.message)
+    assert launched == ["resident_kernel"] * 2
+
+
+@pytest.mark.parametrize("reason", ["out of memory", "operation not supported on shared memory"])
+def test_another_error_is_no_refusal(reason, launched):
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=reason):
+            distillation_alone(Given(64))
+    assert launched == ["resident_kernel"] * 2
 
 
 def test_a_kernel_that_does_not_compile_is_an_error(monkeypatch):

@@ -31,6 +31,8 @@ from bench.gpu import report
 ROOT = Path(__file__).parents[2]
 # Seconds of the whole run; those between the signals that end a stage; those to print the tables.
 CLOCK, GRACE, LAST = 540, 5, 8
+# What an error says after which nothing works on a device in the same process.
+LOST = ("CUDA error", "[CUDA]")
 # A stage that has said nothing for so long, after it began what may wait, hangs; it is not slow.
 SILENCE = 15
 HEALTH = 20
@@ -228,18 +230,21 @@ class Run:
         passed = self.passed() - begin
         row = {"stage": stage.name, "outcome": ending, "seconds": round(passed, 1)}
         print(f"{stage.name:10} {ending:32} {passed:5.0f} s of {seconds:.0f}", flush=True)
-        if "cut off" in ending:
-            hung = silence > SILENCE and self.waits()
+        hung = not ok and self.hung(silence)
+        if hung or "cut off" in ending:
             self.sweeps |= hung
             self.answers = self.health()
             row |= {"hung": hung, "health": self.answers}
         self.write(row)
         return ok
 
-    def waits(self) -> bool:
-        """Whether the last that was heard is that something began which may wait."""
-        heard = report.heard(self.rows())
-        return bool(heard) and bool(heard[-1].get("waits"))
+    def hung(self, silence: float) -> bool:
+        """Whether the last that began may wait, and was not heard of again or lost the device: a
+        wait ends itself, after seconds."""
+        *before, last = [{}, {}, *report.heard(self.rows())]
+        if "failed" in last:
+            return bool(before[-1].get("waits")) and any(sign in last["failed"] for sign in LOST)
+        return bool(last.get("waits")) and silence > SILENCE
 
     def command(self, stage: Stage, seconds: float) -> list[str]:
         if stage.command:

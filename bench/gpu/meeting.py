@@ -21,8 +21,8 @@ ROUNDS = 20_000
 BOUND = 2**20
 # What is published lies in turn in so many places.
 SLOTS = 2
-# As in the row-resident form at V=151,936 and 32,000, and the most that it would launch.
-SPLITS = (38, 8, 128)
+# Of a row of V=151,936 with slices of 8,192 and of 4,096, and the most that are launched.
+SPLITS = (19, 38, 128)
 WARPS, PROGRAMS = 4, 2
 
 

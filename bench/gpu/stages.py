@@ -25,7 +25,7 @@ from triton import knobs
 from triton.runtime import cache
 
 from bench import measure, memory_check, standin
-from bench.gpu import checks, experiment, hangs, meeting, prebuild, profiler
+from bench.gpu import checks, conductor, experiment, hangs, meeting, prebuild, profiler
 from bench.linear import LINEAR_PROVIDERS
 from bench.providers import PROVIDERS
 from bench.suites import (
@@ -49,8 +49,6 @@ ROWS, MAIN = 8192, 151_936
 VOCABULARIES = (32_000, 50_257, 128_256, MAIN, 262_144)
 # The denominators: 2.5 GB a tensor.
 PLAIN = ("copy", "add", "read")
-# What an error says after which nothing works on a device in the same process.
-LOST = ("CUDA error", "[CUDA]")
 # What a tuning is chosen by.
 TUNED = (
     Case(OURS, 3533, MAIN),
@@ -103,7 +101,7 @@ class Stage:
             found = run()
         except Exception as error:
             self.write({**row, "failed": repr(error)[:300]})
-            if any(sign in str(error) for sign in LOST):
+            if any(sign in str(error) for sign in conductor.LOST):
                 raise
         else:
             self.write({**row, **found})

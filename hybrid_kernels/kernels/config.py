@@ -35,8 +35,8 @@ PER_THREAD_TWO_SWEEPS = 8
 # Left to itself, ptxas spills a few scalars to fit a third program of 80 registers on an SM.
 MAX_REGISTERS = 128
 
-# The interpreter pays per operation, not per entry, and runs one program after another: so each has
-# whole rows there. (Tests that run programs side by side cut rows into slices.)
+# The interpreter pays per operation, not per entry, and runs one program after another, so there a
+# program takes whole rows. (Tests that run programs side by side cut rows into slices.)
 INTERPRETED_BLOCK_V = 65536
 INTERPRETED_SLICE = 2**31
 INTERPRETED_GROUPS = 2

@@ -19,8 +19,8 @@ from hybrid_kernels.rows import KL_FAMILY, LOWEST, Coefficients, Rows
 ALIGNMENT = 16
 # Entries of a top-K support that leave room for longer slices.
 SMALL_SUPPORT = 128
-# What the errors of a cooperative launch say that a device does not take.
-REFUSALS = ("cooperative launch", "operation not supported")
+# What the driver says of a cooperative launch that it does not take; nothing has run then.
+REFUSALS = ("too many blocks in cooperative launch", "operation not supported")
 _refusing: set[torch.device] = set()
 # How supports are marked, whatever their size.
 MARKS = config.Sweep(block_v=GROUP, num_warps=4)
@@ -40,23 +40,10 @@ def hybrid_rows(
     rows: Rows, statistics: Tensor, coefficients: Coefficients, gradient: Tensor
 ) -> None:
     launch = form(rows)
-    if isinstance(launch, config.Resident) and rows.total:
-        try:
-            return _resident(rows, statistics, coefficients, gradient, launch)
-        except RuntimeError as error:
-            # Of which nothing has run.
-            if launch.splits == 1 or not any(sign in str(error) for sign in REFUSALS):
-                raise
-            _refusing.add(rows.student.device)
-            warnings.warn(
-                f"hybrid_kernels: {rows.student.device} refused to run {launch.groups} groups of "
-                f"{launch.splits} programs side by side ({error}). From here on one program sweeps "
-                "each long row there: the results are the same and take longer. A process that has "
-                "a part of a GPU (MPS, green contexts) has to expect this.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    _sweep(rows, statistics, coefficients, gradient, measure=True)
+    resident = isinstance(launch, config.Resident) and rows.total > 0
+    ran = resident and _resident(rows, statistics, coefficients, gradient, launch)
+    if not ran:
+        _sweep(rows, statistics, coefficients, gradient, measure=True)
 
 
 def row_values(rows: Rows, statistics: Tensor, values: Tensor) -> None:
@@ -108,10 +95,10 @@ def held(rows: Rows) -> float:
     Those that it holds, and more where registers go elsewhere: to supports, to a floor, to the
     scalars of several teachers, to the intermediate results of the alpha divergences. What more is
     the least with which the compiler keeps all but a few scalars in registers (`python -m bench
-    aot`): slices of 10,240 entries with a small support, of 6,144 with a floor.
+    aot`): slices of 9,216 entries with a small support, of 6,144 with a floor.
     """
     if rows.support is not None:
-        several = 1.6 if rows.support.ids.shape[-1] <= SMALL_SUPPORT else 2.0
+        several = 16 / 9 if rows.support.ids.shape[-1] <= SMALL_SUPPORT else 2.0
     else:
         least = 1.0 if rows.teacher_floor is None else 8 / 3
         several = max(least, 2.0 * len(rows.teachers))
@@ -158,7 +145,8 @@ def _resident(
     coefficients: Coefficients,
     gradient: Tensor,
     launch: config.Resident,
-) -> None:
+) -> bool:
+    """Whether it ran. A device may refuse programs that have to run side by side."""
     lanes = triton.next_power_of_2(launch.splits)
     shared = launch.splits > 1
     size = launch.groups * SLOTS * PUBLISHED * lanes * max(len(rows.teachers), 1) if shared else 1
@@ -169,14 +157,35 @@ def _resident(
     )
     support = _support(rows, gradient)
     with _on_device(rows.student):
-        resident_kernel[(launch.groups * launch.splits,)](
-            *row_arguments(rows, support, statistics, coefficients, gradient),
-            published,
-            counters,
-            launch.groups,
-            **resident_constants(rows, gradient, launch),
-            **launch.options(),
-        )
+        try:
+            resident_kernel[(launch.groups * launch.splits,)](
+                *row_arguments(rows, support, statistics, coefficients, gradient),
+                published,
+                counters,
+                launch.groups,
+                **resident_constants(rows, gradient, launch),
+                **launch.options(),
+            )
+        except RuntimeError as error:
+            reason = str(error).removeprefix("Triton Error [CUDA]: ")
+            if not shared or reason not in REFUSALS:
+                raise
+            _refused(rows.student.device, launch, reason)
+            return False
+    return True
+
+
+def _refused(device: torch.device, launch: config.Resident, reason: str) -> None:
+    """Warns once. (Where warnings are errors every launch is refused anew, and nothing swept.)"""
+    warnings.warn(
+        f"hybrid_kernels: {device} refused to run {launch.groups} groups of {launch.splits} "
+        f"programs side by side ({reason}). From here on one program sweeps each long row there: "
+        "the results are the same and take longer. A process that has a part of a GPU (MPS, green "
+        "contexts) has to expect this.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    _refusing.add(device)
 
 
 def _support(rows: Rows, gradient: Tensor | None) -> Support | None:
