@@ -30,7 +30,7 @@ from bench.machine_code import Compiled
 from hybrid_kernels import Divergence, available_divergences
 from hybrid_kernels.kernels import config, resident, sweep, topk
 from hybrid_kernels.kernels import rows as launchers
-from hybrid_kernels.rows import Coefficients, Rows, Support
+from hybrid_kernels.rows import ONE_SWEEP, Coefficients, Rows, Support
 
 # The form, and of the sweeping one whether it measures and whether it writes.
 MODES = {
@@ -255,7 +255,8 @@ the floor is both models' entry read once and the gradient's written once; `f2f`
 one by one. Per row: `bar`, barriers where nobody has to be waited for; `early`, instructions that
 touch what a prefetch loads before the meeting is over (- without one); `late`, loads between the
 meeting and the gradient; `fenced`, whether barriers and fences are there where programs meet
-(- without counters). Problems with `ahead` are those of `config.CANDIDATES` that prefetch."""
+(- without counters; where a small divergence is summed anew, nothing is looked at). Problems with
+`ahead` are those of `config.CANDIDATES` that prefetch."""
 COLUMNS = (
     "     V type problem                    | Triton | splits slice warps | reg spill shared |   in"
     "  out floor | exp2 mufu f2f instr | bar early late fenced"
@@ -282,6 +283,13 @@ class Configuration(NamedTuple):
     moved: int
     divergence: str | None
     options: dict
+
+    @property
+    def meetings(self) -> int:
+        """Of a row, with counters."""
+        if self.divergence is None:
+            return 0 if "words" in self.options else 1
+        return 1 if self.divergence in ONE_SWEEP else 2
 
     def compile(self, **options) -> Compiled:
         """`options` are for the shipped kernel, and leave out what rare rows need."""
@@ -326,7 +334,7 @@ def described(configuration: Configuration) -> dict:
         used = machine_code.resources(configuration.compile())
         compiled = configuration.compile(mask=False, small=False)
         cost = machine_code.cost(compiled, configuration.exponentials)
-        order = machine_code.order(compiled, configuration.exponentials)
+        order = machine_code.order(compiled, configuration.exponentials, configuration.meetings)
     except Exception as error:  # of the compiler, which has many
         root: BaseException = error
         while root.__cause__ is not None:

@@ -379,39 +379,45 @@ def _cost(names: Counter[str], entries: float) -> Cost:
 class Meeting(NamedTuple):
     """Where on a way a program publishes last, arrives, begins to wait, and no longer waits.
 
-    Where numbers tell themselves which meeting they belong to, nobody arrives.
+    Where numbers tell themselves which meeting they belong to, nobody arrives. `acquires` is
+    whether the wait makes this program forget what its L1 cache holds.
     """
 
     published: int
     arrival: int | None
     wait: int
     met: int
+    acquires: bool
 
 
-def order(compiled: Compiled, exponentials: int) -> Order:
-    """In what order the instructions of a row come; it has exponentials as for `cost`."""
+def order(compiled: Compiled, exponentials: int, meetings: int = 1) -> Order:
+    """In what order the instructions of a row come, which has exponentials as for `cost` and meets
+    so often; 0 where programs meet without counters."""
     loop = _row_loop_of(compiled)
-    return order_of(loop, exponentials, compiled.entries, compiled.itemsize)
+    return order_of(loop, exponentials, meetings, compiled.entries, compiled.itemsize)
 
 
 def order_of(
-    loop: list[Instruction], exponentials: int, entries: float = 1.0, itemsize: int = 2
+    loop: list[Instruction],
+    exponentials: int,
+    meetings: int = 1,
+    entries: float = 1.0,
+    itemsize: int = 2,
 ) -> Order:
     """`order`, of a loop of which a thread holds so many entries of so many bytes."""
-    expected = len(waits(loop))
     full = _full(loop, exponentials, entries, itemsize)
     # One thread of a program arrives for all.
     chosen, _ = min(
-        full, key=lambda f: (-min(f[0].arrivals, expected), f[1].loaded, f[1].instructions)
+        full, key=lambda f: (-min(f[0].arrivals, meetings), f[1].loaded, f[1].instructions)
     )
     way = chosen.sequence()
-    meetings = _meetings(loop, way)
-    ahead, touching = _prefetched(way, meetings)
+    found = _meetings(loop, way)
+    ahead, touching = _prefetched(way, found)
     return Order(
         ahead=ahead,
         early=len(touching) if ahead else None,
-        late=_late(way, meetings[-1].met) if meetings else 0,
-        faults=_faults(way, meetings),
+        late=_late(way, found[-1].met) if found else 0,
+        faults=_faults(way, found, meetings) if meetings else None,
     )
 
 
@@ -425,7 +431,8 @@ def _meetings(loop: list[Instruction], way: list[Instruction]) -> list[Meeting]:
         arrival = max((k for k in range(start, wait) if way[k].arrives), default=None)
         until = wait if arrival is None else arrival
         published = max((k for k in range(start, until) if _stores(way[k])), default=-1)
-        found.append(Meeting(published, arrival, wait, places[-1] + 1))
+        acquires = any(i.name == "CCTL.IVALL" for i in loop if i.address in body)
+        found.append(Meeting(published, arrival, wait, places[-1] + 1, acquires))
     return found
 
 
@@ -456,10 +463,10 @@ def _late(way: list[Instruction], met: int) -> int:
     return sum(i.name.startswith("LDG") and not i.loads_past_l1 for i in before_gradient)
 
 
-def _faults(way: list[Instruction], meetings: list[Meeting]) -> tuple[str, ...] | None:
-    if all(m.arrival is None for m in meetings):
-        return None
+def _faults(way: list[Instruction], meetings: list[Meeting], expected: int) -> tuple[str, ...]:
     found = []
+    if len(meetings) != expected:
+        found.append(f"{len(meetings)} waits, not {expected}")
     for number, meeting in enumerate(meetings, 1):
         missing = [*_missing_before(way, meeting), *_missing_after(way, meeting)]
         found += [f"meeting {number}: {what}" for what in missing]
@@ -483,6 +490,8 @@ def _missing_before(way: list[Instruction], meeting: Meeting) -> Iterator[str]:
 
 def _missing_after(way: list[Instruction], meeting: Meeting) -> Iterator[str]:
     """One has seen that all arrived, then all know, then they read what other programs wrote."""
+    if not meeting.acquires:
+        yield "nothing acquired by the wait"
     following = list(takewhile(lambda i: not _stores(i), way[meeting.met :]))
     past_l1 = [k for k, i in enumerate(following) if i.loads_past_l1]
     loads = past_l1 or [k for k, i in enumerate(following) if i.name.startswith("LDG")]

@@ -143,14 +143,16 @@ def test_the_row_resident_form(vocabulary, dtype, divergence):
 
 
 @pytest.mark.parametrize(
-    ("divergence", "barriers"), [("reverse_kl", 13), ("jsd", 20)], ids=["once", "twice"]
+    ("divergence", "meetings", "barriers"),
+    [("reverse_kl", 1, 13), ("jsd", 2, 20)],
+    ids=["once", "twice"],
 )
-def test_programs_meet_behind_barriers_and_fences(divergence, barriers):
+def test_programs_meet_behind_barriers_and_fences(divergence, meetings, barriers):
     """Where one is missing, programs race, which nothing but a GPU would show."""
     case = ("sm_90", 151936, torch.bfloat16, divergence, "resident")
     main = aot.compile_rows(*case, mask=False, small=False)
     exponentials = aot.EXPONENTIALS[divergence]
-    order = machine_code.order(main, exponentials)
+    order = machine_code.order(main, exponentials, meetings)
     assert order.faults == ()
     assert order.early is None, "the default does not prefetch"
     assert order.late <= 3  # a row's coefficients

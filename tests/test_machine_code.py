@@ -24,6 +24,7 @@ arrived:
     IADD3 R2, R2, R3, RZ
 look:
     LDG.E.STRONG.GPU R14, desc[UR4][R12.64]
+    CCTL.IVALL
     @!P1 BRA look
     BAR.SYNC.DEFER_BLOCKING 0x0
     LDG.E.STRONG.GPU R15, desc[UR4][R6.64]
@@ -49,8 +50,8 @@ def loop(text):
     return machine_code.row_loop(machine_code.parse(listing))
 
 
-def order(text):
-    return machine_code.order_of(loop(text), exponentials=1)
+def order(text, meetings=1):
+    return machine_code.order_of(loop(text), exponentials=1, meetings=meetings)
 
 
 def after(start, added, text=SOUND):
@@ -146,9 +147,12 @@ UNFENCED = "no fence before the arrival"
          ["no barrier between the wait and what is read"]),
         (SOUND.replace("LDG.E.STRONG.GPU R15", "LDG.E R15"),
          ["nothing read past L1 after the wait"]),
+        (without("CCTL"), ["nothing acquired by the wait"]),
+        (after("BAR", "CCTL.IVALL", without("CCTL")), ["nothing acquired by the wait"]),
     ],
     ids=["barrier", "fence", "narrow-fence", "fence-first", "store-last", "no-barrier-after",
-         "barrier-late", "through-l1"],
+         "barrier-late", "through-l1",
+         "relaxed", "acquired-before"],
 )  # fmt: skip
 def test_a_fault_where_programs_meet(text, faults):
     assert order(text).faults == tuple(f"meeting 1: {fault}" for fault in faults)
@@ -160,9 +164,9 @@ def test_a_bounded_wait_and_a_second_meeting():
     published = SOUND[SOUND.index("    @!P2 STG.E") : SOUND.index("    FFMA")]
     again = published.replace("arrived", "back").replace("look", "again")
     twice = SOUND.replace("    FFMA", without("@!P0 LDG.E.128", again) + "    FFMA")
-    assert order(twice) == order(SOUND)
+    assert order(twice, 2) == order(SOUND)
     second = twice.replace("    @!P1 BRA again\n" + BARRIER, "    @!P1 BRA again\n")
-    assert order(second).faults == ("meeting 2: no barrier between the wait and what is read",)
+    assert order(second, 2).faults == ("meeting 2: no barrier between the wait and what is read",)
 
 
 def test_lanes_without_a_sibling_jump_over_the_read():
@@ -173,7 +177,13 @@ def test_lanes_without_a_sibling_jump_over_the_read():
 
 def test_numbers_that_tell_their_meeting_need_no_fence():
     words = without("BAR.SYNC", without("BAR.SYNC", without("ATOMG", without("MEMBAR"))))
-    assert order(words).faults is None
+    assert order(words, 0).faults is None
+
+
+def test_a_wait_that_is_not_one():
+    """Of its own multiprocessor's programs alone, say."""
+    narrow = SOUND.replace("LDG.E.STRONG.GPU R14", "LDG.E.STRONG.SM R14")
+    assert order(narrow).faults == ("0 waits, not 1",)
 
 
 def test_warps_that_come_apart_are_no_loop():
