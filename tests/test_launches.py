@@ -5,6 +5,8 @@ stride, dtype and missing argument is specialised as on a GPU. CI runs this file
 Triton that the package allows, too.
 """
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -203,8 +205,8 @@ def launched(reason, monkeypatch):
             raise RuntimeError(f"Triton Error [CUDA]: {reason}")
 
     monkeypatch.setattr(launchers, "_refusing", set())
-    with standin.gpu(compiles=False):
-        monkeypatch.setattr(triton.JITFunction, "run", run)
+    # (Undone in this order: the stand-in has put its own there, too.)
+    with standin.gpu(compiles=False), mock.patch.object(triton.JITFunction, "run", run):
         yield names
 
 
