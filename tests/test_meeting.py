@@ -131,8 +131,8 @@ def test_other_teachers_in_any_order(teachers, layout, orders, interleaved):
 
 
 @one_group
-def test_a_program_alone_does_not_wait_for_ever(layout, target):
-    """Not side by side, and so for siblings that never come."""
+def test_a_program_alone_does_not_wait_for_ever(layout, interleaved):
+    """Not side by side (for which `interleaved` has to be entered): siblings never come."""
     with pytest.raises(InterpreterError, match="did not arrive"):
         check(of_all_kinds(layout, 0))
 
