@@ -39,7 +39,7 @@ def device(pytestconfig):
     if pytestconfig.getoption("--backend") == "meta":
         return "meta"
     if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
+        pytest.skip("needs a GPU, and torch sees none here")
     return "cuda"
 
 
