@@ -8,14 +8,17 @@ BIN := $(VENV)/bin
 HAS_TORCH := $(shell $(PYTHON) -c "import torch, sys; sys.exit(sys.prefix != sys.base_prefix or \
 	tuple(map(int, torch.__version__.split('.')[:2])) < (2, 10))" 2>/dev/null && echo yes)
 
+PYTEST := -m pytest -n logical --maxprocesses=8 --dist worksteal
+
 # An environment with the oldest Triton, in which kernels are compiled and not run.
 TRITON36 := .venv-triton36
 
-.PHONY: help setup test test-triton36 demo lint format bench aot prebuilt gpu doctor clean
+.PHONY: help setup test test-all test-triton36 demo lint format bench aot prebuilt gpu doctor clean
 
 help:
 	@echo "make demo    train three arms on two-digit addition: imitation, reward, hybrid"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests: every behaviour once, in eight minutes on two cores"
+	@echo "make test-all  the full matrix, in 25 minutes"
 	@echo "make test-triton36  whether kernels compile and travel on Triton 3.6"
 	@echo "make lint    ruff and pyright"
 	@echo "make bench   benchmark the ops on this machine"
@@ -32,8 +35,14 @@ $(VENV)/ready: pyproject.toml requirements/torch.txt
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	@touch $@
 
+# The torch backend and all else, then the Triton kernels in Triton's interpreter.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python $(PYTEST)
+	$(BIN)/python $(PYTEST) --backend=triton
+
+test-all: setup
+	$(BIN)/python $(PYTEST) --all
+	$(BIN)/python $(PYTEST) --all --backend=triton
 
 $(TRITON36)/ready: pyproject.toml requirements/torch.txt requirements/triton36.txt
 	$(PYTHON) -m venv $(TRITON36)
@@ -43,7 +52,7 @@ $(TRITON36)/ready: pyproject.toml requirements/torch.txt requirements/triton36.t
 	@touch $@
 
 test-triton36: $(TRITON36)/ready
-	$(TRITON36)/bin/python -m pytest -n 2 --dist worksteal tests/test_launches.py tests/test_lean.py \
+	$(TRITON36)/bin/python $(PYTEST) --all tests/test_launches.py tests/test_lean.py \
 		tests/test_gpu_stages.py::test_prebuilt_kernels_are_found_by_another_build \
 		tests/test_ahead_of_time.py::test_programs_meet_behind_barriers_and_fences \
 		tests/test_ahead_of_time.py::test_a_prefetch_is_waited_for_where_it_begins
@@ -76,4 +85,5 @@ doctor: setup
 	$(BIN)/python -m hybrid_kernels
 
 clean:
-	rm -rf $(VENV) $(TRITON36) prebuilt build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRITON36) prebuilt build dist *.egg-info .pytest_cache .ruff_cache .hypothesis \
+		.triton

@@ -2,19 +2,27 @@
 
 A test that asks for `backend` runs on the torch backend, and where there is a GPU also there, on
 both backends (mark `gpu`). `--backend triton` runs nothing but those tests, on the Triton kernels
-in the CPU interpreter; `test_interpreter.py` starts that run. `--backend meta` walks through what a
-GPU would launch, on tensors without values (`bench/standin.py`); `bench/gpu/stages.py` starts it.
+in the CPU interpreter. `--backend meta` walks through what a GPU would launch, on tensors without
+values (`bench/standin.py`); `bench/gpu/stages.py` starts it.
+
+Of a parametrized test as many combinations run as show every argument once; `--all` runs them all.
 """
 
+import collections
 import contextlib
 import os
+import sys
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import hypothesis
 import pytest
 import torch
+
+# Kernels that are compiled here are found again, by the other processes of a run and the next run.
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / ".triton"))
 
 # The tensors are small, and threads that wait for each other spin where cores are shared.
 torch.set_num_threads(1)
@@ -34,6 +42,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "meta: on tensors without values, under bench/standin.py",
     )
     parser.addoption(
+        "--all",
+        action="store_true",
+        help="every combination of arguments, not each argument once; more hypothesis examples",
+    )
+    parser.addoption(
         "--orders",
         type=int,
         default=2,
@@ -42,13 +55,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if _interpreted(config) and os.environ.get("TRITON_INTERPRET") != "1":
-        raise pytest.UsageError("--backend triton runs on the CPU: set TRITON_INTERPRET=1")
+    if _interpreted(config):
+        _interpret(config)
     examples = 6 if _interpreted(config) else 20
+    if not config.getoption("--all"):
+        examples //= 2
     hypothesis.settings.register_profile(
         "suite", deadline=None, max_examples=examples, derandomize=True
     )
     hypothesis.settings.load_profile("suite")
+
+
+def _interpret(config: pytest.Config) -> None:
+    """Makes this process one that interprets, which Triton decides when it is imported."""
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError(
+            "--backend triton: Triton was imported first; set TRITON_INTERPRET=1"
+        )
+    os.environ["TRITON_INTERPRET"] = "1"
+    from interpreter import patch_once
+
+    patch_once()
+    # NumPy warns where a kernel means it.
+    for cause in ("overflow", "invalid value", "divide by zero"):
+        config.addinivalue_line("filterwarnings", f"ignore:{cause} encountered:RuntimeWarning")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -82,8 +112,47 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # side by side without our doing.
         only = {"form", "interleaved"}
         others = [item for item in items if only & set(getattr(item, "fixturenames", ()))]
-    config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in set(others)]
+    _deselect(config, items, set(others))
+    if not config.getoption("--all"):
+        tests = collections.defaultdict(list)
+        for item in items:
+            tests[item.nodeid.partition("[")[0]].append(item)
+        kept = {item for own in tests.values() for item in each_argument_once(own)}
+        _deselect(config, items, set(items) - kept)
+
+
+def _deselect(config: pytest.Config, items: list[pytest.Item], others: set[pytest.Item]) -> None:
+    config.hook.pytest_deselected(items=[item for item in items if item in others])
+    items[:] = [item for item in items if item not in others]
+
+
+def each_argument_once(combinations: list[pytest.Item]) -> list[pytest.Item]:
+    """Some of a test's combinations, in which every argument of every `parametrize` appears: again
+    and again one that shows the most new arguments, and of those one whose others are rare."""
+    if len(combinations) == 1:
+        return combinations
+    arguments = {item: _arguments(item) for item in combinations}
+    missing = set.union(*arguments.values())
+    seen: collections.Counter = collections.Counter()
+    chosen = []
+    while missing:
+        shows = {item: len(own & missing) for item, own in arguments.items()}
+        often = {item: sum(seen[one] for one in own) for item, own in arguments.items()}
+        best = max(combinations, key=lambda item: (shows[item], -often[item]))
+        chosen.append(best)
+        missing -= arguments[best]
+        seen.update(arguments[best])
+    return chosen
+
+
+def _arguments(item: pytest.Item) -> set[tuple]:
+    """What each `parametrize` gave a test; arguments that one gave together are one."""
+    alone = dict(item.callspec.params)
+    found = set()
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
+        found.add(tuple((name.strip(), id(alone.pop(name.strip()))) for name in names))
+    return found | {(name, id(value)) for name, value in alone.items()}
 
 
 # The interpreter is slow. These share their arithmetic with another parameter or divergence, and
@@ -126,13 +195,13 @@ def device(target: Target) -> str:
 
 @pytest.fixture
 def interleaved(target):
-    """The context manager of `interleave.py`, for tests that only the interpreter can run."""
+    """The context manager of `interpreter.py`, for tests that only the interpreter can run."""
     return _interleaved()
 
 
 def _interleaved():
     pytest.importorskip("greenlet", reason="programs that run side by side are greenlets")
-    from interleave import interleaved
+    from interpreter import interleaved
 
     return interleaved
 

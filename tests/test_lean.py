@@ -191,7 +191,7 @@ def test_each_term_alone(term, interleaved):
 
 def orders_that_go_wrong(interleaved, slots, way, monkeypatch, seeds=8):
     """Of each order, whether something else came out, or nothing at all."""
-    from interleave import Deadlock
+    from interpreter import Deadlock
 
     monkeypatch.setattr(lean, "SLOTS", slots)
     for seed in range(seeds):
@@ -239,7 +239,7 @@ def a_program_too_few(monkeypatch):
 
 
 def test_a_deadlock_is_told(interleaved, a_program_too_few):
-    from interleave import Deadlock
+    from interpreter import Deadlock
 
     with pytest.raises(Deadlock, match="2 programs"), interleaved(limit=500):
         problem(MEETINGS).run(MEETINGS.shape())

@@ -216,7 +216,7 @@ FAULTS = {
 @one_group
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found(fault, layout, interleaved, tmp_path, monkeypatch):
-    from interleave import Deadlock
+    from interpreter import Deadlock
 
     divergence, change, *what = FAULTS[fault]
     faulty = faults.module_of(change(faults.source_of(resident), *what), tmp_path)

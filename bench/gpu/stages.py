@@ -337,7 +337,7 @@ def smoke(stage: Stage) -> None:
     """
     files = sorted((ROOT / "tests").glob("test_*.py"))
     options = [str(path) for path in files if "mark.smoke" in path.read_text()]
-    options += ["-p", "no:cacheprovider", "-m", "gpu and smoke", "-k", "not torch-cuda"]
+    options += ["--all", "-p", "no:cacheprovider", "-m", "gpu and smoke", "-k", "not torch-cuda"]
     if stage.dry:
         status = int(importlib.import_module("pytest").main([*options, "-q", "--backend", "meta"]))
     else:

@@ -2,7 +2,7 @@
 
 What is published before an arrival can be read after the wait. A GPU runs the programs of a
 cooperative launch side by side; Triton's interpreter runs one after another, so that a test must
-run them side by side itself (`tests/interleave.py`). Programs that never come would hang whoever
+run them side by side itself (`tests/interpreter.py`). Programs that never come would hang whoever
 waits for them: a wait has an end, after seconds, which is an error.
 """
 
