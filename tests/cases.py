@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 import hybrid_kernels
-from hybrid_kernels import Divergence, Mixture, TopK
+from hybrid_kernels import Divergence, LinearTeacher, Mixture, TopK, reference
 from hybrid_kernels.types import Teacher
 
 VOCABULARIES = (1, 7, 127, 128, 1000, 50257, 151936)
 STYLES = ("typical", "close", "offset", "one_hot", "ties", "forbidden_by_student")
 LAYOUTS = ("contiguous", "sliced", "expanded", "one_row")
+LINEAR_TEACHERS = ("linear", "logits", "two-strides", "top-k", "mixture", "mixed")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _PARAMETERS = {
     "jsd": [{"beta": 0.3}],
@@ -40,23 +42,52 @@ class Outcome(NamedTuple):
     gradient: Tensor
 
 
-@dataclass
-class Case:
-    """One problem. `view` makes logits `[..., V]` of what `student` and `teacher` store; a teacher
-    that is `given` takes the place of the latter.
+@dataclass(kw_only=True)
+class Tokens:
+    """What cases have for each token, and how a function runs on them.
 
     `upstream` is a random gradient per row, used where the loss is per row; `scalar_upstream` the
     one of a scalar loss. Advantages and upstream are NaN on masked rows.
     """
 
-    student: Tensor
-    teacher: Tensor | None
     token_ids: Tensor
     advantages: Tensor
     mask: Tensor | None
     upstream: Tensor
-    view: Callable[[Tensor], Tensor]
     scalar_upstream: float = -1.7
+
+    @property
+    def valid(self) -> Tensor:
+        named = self.token_ids != -100
+        return named if self.mask is None else named & self.mask.bool()
+
+    def _hybrid_loss(self, function: Callable, *sides: Any, **options) -> Any:
+        """What `function` returns, after a backward."""
+        advantages = options.pop("advantages", self.advantages)
+        result = function(*sides, self.token_ids, advantages, mask=self.mask, **options)
+        per_row = options.get("reduction") == "none"
+        upstream = self.upstream if per_row else torch.full_like(result.loss, self.scalar_upstream)
+        result.loss.backward(upstream.to(result.loss))
+        return result._replace(loss=result.loss.detach())
+
+    def _token_terms(self, function: Callable, *sides: Any, **options) -> Any:
+        """As `_hybrid_loss`, with an upstream gradient into every differentiable field at once."""
+        terms = function(*sides, self.token_ids, mask=self.mask, **options)
+        fields = [terms.divergence, terms.log_prob, terms.entropy]
+        upstreams = [self.upstream, 1 - self.upstream, 0.5 * self.upstream]
+        pairs = [(f, u.to(f)) for f, u in zip(fields, upstreams, strict=True) if f is not None]
+        torch.autograd.backward(*zip(*pairs, strict=True))
+        return type(terms)(*(None if t is None else t.detach() for t in terms))
+
+
+@dataclass(kw_only=True)
+class Case(Tokens):
+    """One problem. `view` makes logits `[..., V]` of what `student` and `teacher` store; a teacher
+    that is `given` takes the place of the latter."""
+
+    student: Tensor
+    teacher: Tensor | None
+    view: Callable[[Tensor], Tensor]
     given: Teacher | None = None
 
     @property
@@ -75,11 +106,6 @@ class Case:
     def any_teacher(self) -> Teacher | None:
         return self.teacher_logits if self.given is None else self.given
 
-    @property
-    def valid(self) -> Tensor:
-        named = self.token_ids != -100
-        return named if self.mask is None else named & self.mask
-
     def hybrid_loss(
         self,
         function: Callable = hybrid_kernels.hybrid_loss,
@@ -88,14 +114,7 @@ class Case:
     ) -> Outcome:
         """The outcome of `function`, with the student in `dtype` (default: its own)."""
         leaf, logits = self._leaf(dtype)
-        advantages = options.pop("advantages", self.advantages)
-        result = function(
-            logits, self.any_teacher, self.token_ids, advantages, mask=self.mask, **options
-        )
-        per_row = options.get("reduction") == "none"
-        upstream = self.upstream if per_row else torch.full_like(result.loss, self.scalar_upstream)
-        result.loss.backward(upstream.to(result.loss))
-        return Outcome(result._replace(loss=result.loss.detach()), leaf.grad)
+        return Outcome(self._hybrid_loss(function, logits, self.any_teacher, **options), leaf.grad)
 
     def token_terms(
         self,
@@ -105,12 +124,7 @@ class Case:
     ) -> Outcome:
         """As `hybrid_loss`, with an upstream gradient into every differentiable field at once."""
         leaf, logits = self._leaf(dtype)
-        terms = function(logits, self.any_teacher, self.token_ids, mask=self.mask, **options)
-        fields = [terms.divergence, terms.log_prob, terms.entropy]
-        upstreams = [self.upstream, 1 - self.upstream, 0.5 * self.upstream]
-        pairs = [(f, u.to(f)) for f, u in zip(fields, upstreams, strict=True) if f is not None]
-        torch.autograd.backward(*zip(*pairs, strict=True))
-        return Outcome(type(terms)(*(None if t is None else t.detach() for t in terms)), leaf.grad)
+        return Outcome(self._token_terms(function, logits, self.any_teacher, **options), leaf.grad)
 
     def _leaf(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         leaf = self.student.detach().to(dtype or self.student.dtype, copy=True).requires_grad_()
@@ -171,14 +185,10 @@ def make(
     advantages, upstream = normal(*rows), normal(*rows)
     mask = None
     if masked:
-        flat = torch.arange(token_ids.numel()).view(rows)
-        mask = flat % 4 != 1
-        token_ids = token_ids.masked_fill(flat % 5 == 2, -100).masked_fill(~mask, 10**9)
-        hidden = ~mask | (token_ids == -100)
-        student[hidden] = torch.nan
+        token_ids, mask, hidden = _masked(token_ids)
         teacher[hidden] = torch.inf
-        advantages[hidden] = torch.nan
-        upstream[hidden] = torch.nan
+        for tensor in (student, advantages, upstream):
+            tensor[hidden] = torch.nan
     student, teacher = student.to(dtype), teacher.to(teacher_dtype or dtype)
 
     def view(stored: Tensor) -> Tensor:
@@ -188,8 +198,15 @@ def make(
 
     if layout == "sliced":
         student, teacher = _padded(student), _padded(teacher)
-    tensors = (student, teacher, token_ids, advantages, mask, upstream)
-    return Case(*(None if t is None else t.to(device) for t in tensors), view=view)
+    return Case(
+        student=student.to(device),
+        teacher=teacher.to(device),
+        view=view,
+        token_ids=token_ids.to(device),
+        advantages=advantages.to(device),
+        mask=None if mask is None else mask.to(device),
+        upstream=upstream.to(device),
+    )
 
 
 def with_teachers(case: Case, members: int, support: str | None, temperature: float = 1.0) -> Case:
@@ -230,3 +247,143 @@ def _padded(logits: Tensor) -> Tensor:
     padded = logits.new_full((batch, time + 1, vocabulary + 5), torch.nan)
     padded[:, :-1, :vocabulary] = logits
     return padded
+
+
+def _masked(token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids and a mask that leave some rows out, each in its way; and which these are."""
+    place = torch.arange(token_ids.numel()).view(token_ids.shape)
+    mask = place % 4 != 1
+    token_ids = token_ids.masked_fill(place % 5 == 2, -100).masked_fill(~mask, 10**9)
+    return token_ids, mask, ~mask | (token_ids == -100)
+
+
+# -- from hidden states ---------------------------------------------------------------------------
+
+
+@dataclass
+class Head:
+    """What makes logits of hidden states, in any dtype."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+    def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        logits = hidden.to(dtype) @ self.weight.to(dtype).T
+        logits = logits if self.bias is None else logits + self.bias.to(dtype)
+        logits = self.logit_scale * logits
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+
+@dataclass(kw_only=True)
+class LinearCase(Tokens):
+    """A student and a teacher by hidden states `[..., D]`; garbage on masked rows. `teacher` is one
+    of `LINEAR_TEACHERS`."""
+
+    hidden: Tensor
+    head: Head
+    teacher_hidden: Tensor
+    teacher_head: Head
+    teacher: str
+    fixed: object = None  # in the place of `given`, of whatever dtype
+
+    def given(self, dtype: torch.dtype | None):
+        """The teacher: logits in a dtype for the reference, or (None) as our functions take it."""
+        if self.fixed is not None:
+            return self.fixed
+        own = self.teacher_head
+        logits = own.logits(self.teacher_hidden, dtype or torch.float32)
+        flipped = own.logits(self.teacher_hidden.flip(-1), dtype or torch.float32)
+        if dtype is None and self.teacher in ("linear", "mixture", "mixed"):
+            full = LinearTeacher(
+                self.teacher_hidden, own.weight, own.bias, own.softcap, own.logit_scale
+            )
+        else:
+            full = logits
+        if self.teacher == "mixture":
+            if isinstance(full, LinearTeacher):
+                flipped = replace(full, hidden=full.hidden.flip(-1))
+            return Mixture([(0.8, full), (0.5, flipped)])
+        if self.teacher == "mixed":
+            return Mixture([(0.8, logits.flip(-1)), (0.5, full)])
+        if self.teacher == "two-strides" and dtype is None:
+            return torch.cat([logits, logits[:, :1]], 1)[:, :-1]
+        if self.teacher == "top-k":
+            tokens = self.token_ids.clamp(0, logits.shape[-1] - 1)
+            # (Of the same ids in every dtype.)
+            ids = own.logits(self.teacher_hidden, torch.float64).topk(min(5, logits.shape[-1]))
+            return TopK.from_logits(logits.float(), ids=ids.indices, token_ids=tokens)
+        return full
+
+    def leaves(self, dtype: torch.dtype | None) -> list[Tensor]:
+        tensors = [self.hidden, *self.head.tensors]
+        return [t.detach().to(dtype or t.dtype, copy=True).requires_grad_() for t in tensors]
+
+    def reference(self, dtype: torch.dtype, method: str = "hybrid_loss", **options):
+        """The fields, and the gradients of hidden states, weight and bias."""
+        hidden, weight, *bias = leaves = self.leaves(dtype)
+        head = replace(self.head, weight=weight, bias=bias[0] if bias else None)
+        # (A GEMM spreads the garbage of masked rows over the weight's gradient.)
+        logits = head.logits(torch.where(self.valid[..., None], hidden, 0.0), dtype)
+        run, function = getattr(self, f"_{method}"), getattr(reference, method)
+        result = run(function, logits, self.given(dtype), **options)
+        return result, [leaf.grad for leaf in leaves]
+
+    def ours(self, method: str = "hybrid_loss", **options) -> tuple[Any, list[Tensor]]:
+        hidden, weight, *bias = leaves = self.leaves(None)
+        run, function = getattr(self, f"_{method}"), getattr(hybrid_kernels, f"linear_{method}")
+        options |= {"softcap": self.head.softcap, "logit_scale": self.head.logit_scale}
+        options |= {"student_bias": bias[0] if bias else None}
+        result = run(function, hidden, weight, self.given(None), **options)
+        return result, [leaf.grad for leaf in leaves]
+
+
+def make_linear(
+    vocabulary: int = 131,
+    size: int = 24,
+    rows: tuple[int, ...] = (2, 5),
+    *,
+    dtype: torch.dtype = torch.float32,
+    teacher: str = "linear",
+    bias: bool = False,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    masked: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+) -> LinearCase:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def head(width: int, scale: float, cap: float | None) -> Head:
+        weight = (normal(vocabulary, width) * 2 / width**0.5).to(dtype).to(device)
+        own = normal(vocabulary).to(dtype).to(device) if bias else None
+        return Head(weight, own, cap, scale)
+
+    hidden, theirs = normal(*rows, size).to(dtype), normal(*rows, size + 3).to(dtype)
+    token_ids = torch.randint(0, vocabulary, rows, generator=generator)
+    advantages, upstream = normal(*rows), normal(*rows)
+    mask = None
+    if masked:
+        token_ids, mask, out = _masked(token_ids)
+        for tensor in (hidden, theirs, advantages, upstream):
+            tensor[out] = torch.nan
+    # (The other side's own options, so that a mix-up of the two would show.)
+    return LinearCase(
+        hidden=hidden.to(device),
+        head=head(size, logit_scale, softcap),
+        teacher_hidden=theirs.to(device),
+        teacher_head=head(size + 3, 1.3 * logit_scale, None if softcap is None else 1.5 * softcap),
+        teacher=teacher,
+        token_ids=token_ids.to(device),
+        advantages=advantages.to(device),
+        mask=None if mask is None else mask.to(device),
+        upstream=upstream.to(device),
+    )

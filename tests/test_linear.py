@@ -1,225 +1,35 @@
 """From hidden states: the same numbers as the logits' own GEMM and `hybrid_loss`, in float64."""
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cases import DIVERGENCES, divergence_id
+from cases import DIVERGENCES, DTYPES, LINEAR_TEACHERS, divergence_id, make_linear
 from hybrid_kernels import (
     LinearTeacher,
-    Mixture,
-    TopK,
     hybrid_loss,
     linear_hybrid_loss,
     linear_token_terms,
     reference,
     token_terms,
 )
-from tolerance import assert_close
-
-TEACHERS = ("linear", "logits", "two-strides", "top-k", "mixture", "mixed")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from tolerance import assert_close, assert_linear_matches
 
 
-@dataclass
-class Head:
-    """What makes logits of hidden states: `function` says how, in any dtype."""
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
-
-    def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        logits = hidden.to(dtype) @ self.weight.to(dtype).T
-        logits = logits if self.bias is None else logits + self.bias.to(dtype)
-        logits = self.logit_scale * logits
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
-
-
-@dataclass
-class Case:
-    """A student and a teacher by hidden states `[..., D]`; garbage on masked rows."""
-
-    hidden: Tensor
-    head: Head
-    teacher_hidden: Tensor
-    teacher_head: Head
-    token_ids: Tensor
-    advantages: Tensor
-    upstream: Tensor
-    mask: Tensor | None
-    teacher: str
-    fixed: object = None  # in the place of `given`, of whatever dtype
-
-    @property
-    def valid(self) -> Tensor:
-        named = self.token_ids != -100
-        return named if self.mask is None else named & self.mask.bool()
-
-    def given(self, dtype: torch.dtype | None):
-        """The teacher: logits in a dtype for the reference, or (None) as our functions take it."""
-        if self.fixed is not None:
-            return self.fixed
-        own = self.teacher_head
-        logits = own.logits(self.teacher_hidden, dtype or torch.float32)
-        flipped = own.logits(self.teacher_hidden.flip(-1), dtype or torch.float32)
-        if dtype is None and self.teacher in ("linear", "mixture", "mixed"):
-            full = LinearTeacher(
-                self.teacher_hidden, own.weight, own.bias, own.softcap, own.logit_scale
-            )
-        else:
-            full = logits
-        if self.teacher == "mixture":
-            if isinstance(full, LinearTeacher):
-                flipped = replace(full, hidden=full.hidden.flip(-1))
-            return Mixture([(0.8, full), (0.5, flipped)])
-        if self.teacher == "mixed":
-            return Mixture([(0.8, logits.flip(-1)), (0.5, full)])
-        if self.teacher == "two-strides" and dtype is None:
-            return torch.cat([logits, logits[:, :1]], 1)[:, :-1]
-        if self.teacher == "top-k":
-            tokens = self.token_ids.clamp(0, logits.shape[-1] - 1)
-            # (Of the same ids in every dtype.)
-            ids = own.logits(self.teacher_hidden, torch.float64).topk(min(5, logits.shape[-1]))
-            known = TopK.from_logits(logits.float(), ids=ids.indices, token_ids=tokens)
-            return known
-        return full
-
-    def leaves(self, dtype: torch.dtype | None) -> list[Tensor]:
-        tensors = [self.hidden, *self.head.tensors]
-        return [t.detach().to(dtype or t.dtype, copy=True).requires_grad_() for t in tensors]
-
-    def reference(self, dtype: torch.dtype, method: str = "hybrid_loss", **options):
-        """The fields, and the gradients of hidden states, weight and bias."""
-        hidden, weight, *bias = leaves = self.leaves(dtype)
-        head = replace(self.head, weight=weight, bias=bias[0] if bias else None)
-        # (A GEMM spreads the garbage of masked rows over the weight's gradient.)
-        logits = head.logits(torch.where(self.valid[..., None], hidden, 0.0), dtype)
-        given = self.given(dtype)
-        return self._run(getattr(reference, method), leaves, (logits, given), options)
-
-    def ours(self, method: str = "hybrid_loss", **options):
-        leaves = self.leaves(None)
-        hidden, weight, *bias = leaves
-        function = {"hybrid_loss": linear_hybrid_loss, "token_terms": linear_token_terms}[method]
-        options |= {"softcap": self.head.softcap, "logit_scale": self.head.logit_scale}
-        options |= {"student_bias": bias[0] if bias else None}
-        return self._run(function, leaves, (hidden, weight, self.given(None)), options)
-
-    def _run(self, function, leaves, arguments, options):
-        if "token_terms" in function.__name__:
-            terms = function(*arguments, self.token_ids, mask=self.mask, **options)
-            upstreams = [self.upstream, 1 - self.upstream, 0.5 * self.upstream]
-            fields = [terms.divergence, terms.log_prob, terms.entropy]
-            pairs = zip(fields, upstreams, strict=True)
-            torch.autograd.backward(*zip(*((f, u.to(f)) for f, u in pairs), strict=True))
-            return terms, [leaf.grad for leaf in leaves]
-        advantages = options.pop("advantages", self.advantages)
-        found = function(*arguments, self.token_ids, advantages, mask=self.mask, **options)
-        per_row = options.get("reduction") == "none"
-        upstream = self.upstream if per_row else torch.tensor(-1.7)
-        found.loss.backward(upstream.to(found.loss))
-        return found, [leaf.grad for leaf in leaves]
-
-
-def make(
-    vocabulary: int = 131,
-    size: int = 24,
-    rows: tuple[int, ...] = (2, 5),
-    *,
-    dtype: torch.dtype = torch.float32,
-    teacher: str = "linear",
-    bias: bool = False,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    masked: bool = False,
-    seed: int = 0,
-    device: str = "cpu",
-) -> Case:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    def head(width: int, scale: float, cap: float | None) -> Head:
-        weight = (normal(vocabulary, width) * 2 / width**0.5).to(dtype).to(device)
-        own = normal(vocabulary).to(dtype).to(device) if bias else None
-        return Head(weight, own, cap, scale)
-
-    hidden, theirs = normal(*rows, size).to(dtype), normal(*rows, size + 3).to(dtype)
-    token_ids = torch.randint(0, vocabulary, rows, generator=generator)
-    advantages, upstream = normal(*rows), normal(*rows)
-    mask = None
-    if masked:
-        flat = torch.arange(token_ids.numel()).view(rows)
-        mask = flat % 4 != 1
-        token_ids = token_ids.masked_fill(flat % 5 == 2, -100).masked_fill(~mask, 10**9)
-        out = ~mask | (token_ids == -100)
-        for tensor in (hidden, theirs, advantages, upstream):
-            tensor[out] = torch.nan
-        mask = mask.to(device)
-    # (The other side's own options, so that a mix-up of the two would show.)
-    return Case(
-        hidden.to(device),
-        head(size, logit_scale, softcap),
-        theirs.to(device),
-        head(size + 3, 1.3 * logit_scale, None if softcap is None else 1.5 * softcap),
-        token_ids.to(device),
-        advantages.to(device),
-        upstream.to(device),
-        mask,
-        teacher,
-    )
-
-
-def assert_matches(case: Case, backend: str, method: str = "hybrid_loss", **options):
-    """Fields and gradients against float64, with what the same in fp32 loses allowed for."""
-    linear = {"backend", "chunk_rows", "drop_masked", "logits_dtype", "grad_filter"}
-    specified = {key: value for key, value in options.items() if key not in linear}
-    truth, truths = case.reference(torch.float64, method, **dict(specified))
-    eager, eagers = case.reference(torch.float32, method, **dict(specified))
-    got, gradients = case.ours(method, backend=backend, **options)
-    fields = got._asdict()
-    assert (fields.pop("dropped_norm", None) is not None) == ("grad_filter" in options)
-    for field, value in fields.items():
-        expected = getattr(truth, field)
-        assert (value is None) == (expected is None), field
-        if value is not None:
-            assert value.dtype == torch.float32, field
-            assert_close(value, expected, getattr(eager, field), field, scale=6.0)
-    # On a GPU dz enters the GEMMs in the weight's dtype.
-    rough = case.hidden.dtype != torch.float32 and case.hidden.is_cuda
-    for name, own, true, plain in zip(
-        ("hidden", "weight", "bias"), gradients, truths, eagers, strict=False
-    ):
-        assert own.dtype == case.hidden.dtype, name
-        if rough:
-            assert (own - true).norm() <= 1e-2 * true.norm(), name
-            continue
-        scale = float(true.abs().max()) if true.numel() else 0.0
-        assert_close(own, true, plain, f"gradient of {name}", scale=scale, roundings=2)
-    return got, gradients
-
-
-@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("teacher", LINEAR_TEACHERS)
 @pytest.mark.parametrize("chunk_rows", [None, 1, 3, 100])
 def test_every_teacher_and_chunk(teacher, chunk_rows, backend, device):
-    case = make(teacher=teacher, masked=True, device=device)
-    assert_matches(case, backend, chunk_rows=chunk_rows, entropy_weight=0.2, temperature=0.7)
+    case = make_linear(teacher=teacher, masked=True, device=device)
+    assert_linear_matches(case, backend, chunk_rows=chunk_rows, entropy_weight=0.2, temperature=0.7)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
 def test_every_divergence(divergence, backend, device):
-    case = make(device=device)
-    assert_matches(case, backend, chunk_rows=4, divergence=divergence, entropy_weight=0.2)
+    case = make_linear(device=device)
+    assert_linear_matches(case, backend, chunk_rows=4, divergence=divergence, entropy_weight=0.2)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -227,7 +37,7 @@ def test_every_divergence(divergence, backend, device):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bias_softcap_and_scale(dtype, bias, logit_scale, softcap, backend, device):
-    case = make(
+    case = make_linear(
         dtype=DTYPES[dtype],
         bias=bias,
         softcap=softcap,
@@ -235,7 +45,7 @@ def test_bias_softcap_and_scale(dtype, bias, logit_scale, softcap, backend, devi
         masked=True,
         device=device,
     )
-    assert_matches(case, backend, chunk_rows=3)
+    assert_linear_matches(case, backend, chunk_rows=3)
 
 
 @pytest.mark.parametrize("method", ["hybrid_loss", "token_terms"])
@@ -253,10 +63,10 @@ def test_bias_softcap_and_scale(dtype, bias, logit_scale, softcap, backend, devi
 )
 @pytest.mark.parametrize("teacher", ["linear", "top-k"])
 def test_options(teacher, options, method, backend, device):
-    case = make(teacher=teacher, masked=True, bias=True, softcap=3.0, device=device)
+    case = make_linear(teacher=teacher, masked=True, bias=True, softcap=3.0, device=device)
     if method == "token_terms":
         options = {k: v for k, v in options.items() if k in ("teacher_floor", "drop_masked")}
-    assert_matches(case, backend, method, chunk_rows=3, **options)
+    assert_linear_matches(case, backend, method, chunk_rows=3, **options)
 
 
 @pytest.mark.parametrize("size", [1, 7])
@@ -264,15 +74,15 @@ def test_options(teacher, options, method, backend, device):
 @pytest.mark.parametrize("rows", [(), (0,), (2, 0), (7,), (3, 2)], ids=str)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_shapes(rows, vocabulary, size, dtype, backend, device):
-    case = make(vocabulary, size, rows, dtype=DTYPES[dtype], bias=True, device=device)
+    case = make_linear(vocabulary, size, rows, dtype=DTYPES[dtype], bias=True, device=device)
     for method in ("hybrid_loss", "token_terms"):
-        assert_matches(case, backend, method, chunk_rows=4)
+        assert_linear_matches(case, backend, method, chunk_rows=4)
 
 
 @pytest.mark.parametrize("drop_masked", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_all_rows_masked(reduction, drop_masked, backend, device):
-    case = make(teacher="mixed", bias=True, device=device)
+    case = make_linear(teacher="mixed", bias=True, device=device)
     case = replace(case, mask=torch.zeros_like(case.token_ids))
     case.hidden.fill_(torch.nan)
     got, gradients = case.ours(reduction=reduction, drop_masked=drop_masked, backend=backend)
@@ -284,7 +94,7 @@ def test_all_rows_masked(reduction, drop_masked, backend, device):
 
 def test_equals_the_gemm_and_hybrid_loss(backend, device):
     """In fp32 they are the same numbers, but for the order of a GEMM's sums."""
-    case = make(teacher="logits", device=device)
+    case = make_linear(teacher="logits", device=device)
     hidden, weight = case.leaves(None)
     logits = hidden @ weight.T
     whole = hybrid_loss(logits, case.given(None), case.token_ids, case.advantages, backend=backend)
@@ -298,7 +108,7 @@ def test_equals_the_gemm_and_hybrid_loss(backend, device):
 
 def test_a_linear_teacher_of_logits(backend, device):
     """`hybrid_loss` and `token_terms` take one too."""
-    case = make(device=device, bias=True, softcap=3.0)
+    case = make_linear(device=device, bias=True, softcap=3.0)
     given, plain = case.given(None), case.given(torch.float32)
     logits = case.head.logits(case.hidden, torch.float32)
     for function in (hybrid_loss, token_terms):
@@ -312,7 +122,7 @@ def test_no_gemm_for_a_frozen_weight(backward, backend, device, monkeypatch):
     """What is frozen gets no gradient, and no GEMM either: counted in multiplications."""
     from hybrid_kernels import linear
 
-    case = make(bias=True, device=device)
+    case = make_linear(bias=True, device=device)
     case = replace(case, teacher_hidden=case.hidden.flip(0), teacher_head=case.head)
     products = []
     original = linear._gemm
@@ -356,7 +166,7 @@ def test_advantages_of_the_statistics_compute_logits_once_where_one_chunk_holds_
 ):
     from hybrid_kernels import linear
 
-    case = make(masked=True, softcap=3.0, device=device)
+    case = make_linear(masked=True, softcap=3.0, device=device)
     products = []
     original = linear._gemm
 
@@ -380,7 +190,7 @@ def test_advantages_of_the_statistics_compute_logits_once_where_one_chunk_holds_
 
 @pytest.mark.parametrize("chunk_rows", [2, None])
 def test_frozen_hidden_states(chunk_rows, backend, device):
-    case = make(masked=True, device=device)
+    case = make_linear(masked=True, device=device)
     _, weight = case.leaves(None)
     linear_hybrid_loss(
         case.hidden, weight, case.given(None), case.token_ids, mask=case.mask, backend=backend,
@@ -393,7 +203,7 @@ def test_frozen_hidden_states(chunk_rows, backend, device):
 
 
 def test_a_loss_per_row_with_a_frozen_weight(backend, device):
-    case = make(masked=True, teacher="mixed", device=device)
+    case = make_linear(masked=True, teacher="mixed", device=device)
     truth, truths = case.reference(torch.float64, reduction="none")
     eager, eagers = case.reference(torch.float32, reduction="none")
     hidden, weight = case.leaves(None)
@@ -407,7 +217,7 @@ def test_a_loss_per_row_with_a_frozen_weight(backend, device):
 
 
 def test_tied_embeddings_accumulate_into_the_one_parameter(backend, device):
-    case = make(device=device)
+    case = make_linear(device=device)
     weight = nn.Parameter(case.head.weight.clone())
     tokens = torch.randint(0, len(weight), case.hidden.shape[:-1], device=device)
 
@@ -426,7 +236,7 @@ def test_tied_embeddings_accumulate_into_the_one_parameter(backend, device):
 
 
 def test_backward_twice_and_accumulation(backend, device):
-    case = make(masked=True, device=device)
+    case = make_linear(masked=True, device=device)
     hidden, weight = case.leaves(None)
     loss = linear_hybrid_loss(
         hidden, weight, case.given(None), case.token_ids, mask=case.mask, backend=backend
@@ -438,7 +248,7 @@ def test_backward_twice_and_accumulation(backend, device):
 
 
 def test_second_derivatives_raise(backend, device):
-    case = make(device=device)
+    case = make_linear(device=device)
     hidden, weight = case.leaves(None)
     losses = [
         linear_hybrid_loss(hidden, weight, case.given(None), backend=backend).loss,
@@ -451,7 +261,7 @@ def test_second_derivatives_raise(backend, device):
 
 
 def test_inputs_are_not_written(backend, device):
-    case = make(masked=True, teacher="mixed", bias=True, softcap=2.0, device=device)
+    case = make_linear(masked=True, teacher="mixed", bias=True, softcap=2.0, device=device)
     given = case.given(None)
     logits = given.members[0][1]
     tensors = [case.hidden, *case.head.tensors, case.teacher_hidden, *case.teacher_head.tensors]
@@ -467,7 +277,7 @@ def test_inputs_are_not_written(backend, device):
 
 
 def test_deterministic(backend, device):
-    case = make(300, 16, (9,), device=device)
+    case = make_linear(300, 16, (9,), device=device)
     runs = [case.ours(chunk_rows=4, backend=backend) for _ in range(2)]
     for a, b in zip(runs[0][1], runs[1][1], strict=True):
         assert torch.equal(a, b)
@@ -476,7 +286,7 @@ def test_deterministic(backend, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_16_bit_logits(dtype, backend, device):
     """`logits_dtype` is what the logits are rounded to, before everything else."""
-    case = make(dtype=torch.float32, device=device)
+    case = make_linear(dtype=torch.float32, device=device)
     hidden, weight = case.leaves(None)
     rounded = [
         case.head.logits(case.hidden, torch.float32).to(DTYPES[dtype]),
@@ -496,7 +306,7 @@ class TestFilter:
     """Gradient filtering: which columns of dz enter the backward GEMMs."""
 
     def problem(self, device):
-        case = make(400, 24, (12,), logit_scale=3.0, bias=True, device=device)
+        case = make_linear(400, 24, (12,), logit_scale=3.0, bias=True, device=device)
         return case, torch.float64
 
     @pytest.mark.parametrize("eps", [1e-6, 1e-4, 1e-2])
@@ -580,9 +390,9 @@ class TestChunks:
     @pytest.mark.parametrize("size", [24, 64, 400])
     def test_buffers_inside_the_weights_gradient(self, size, dtype, softcap, backend, device):
         """With a single chunk; whether they fit depends on D."""
-        case = make(203, size, (9,), dtype=DTYPES[dtype], softcap=softcap, device=device)
-        assert_matches(case, backend, chunk_rows=9)
-        assert_matches(case, backend, chunk_rows=9, grad_filter=1e-30)
+        case = make_linear(203, size, (9,), dtype=DTYPES[dtype], softcap=softcap, device=device)
+        assert_linear_matches(case, backend, chunk_rows=9)
+        assert_linear_matches(case, backend, chunk_rows=9, grad_filter=1e-30)
 
     def test_memory_of_a_single_chunk(self, device):
         from hybrid_kernels.heads import Head
@@ -604,7 +414,7 @@ def test_a_normaliser_that_waits_for_the_gemms(backend, device, monkeypatch):
     """As in fp16, where 1/N of a probability would be 0."""
     from hybrid_kernels import ops
 
-    case = make(masked=True, bias=True, device=device)
+    case = make_linear(masked=True, bias=True, device=device)
     options = {"backend": backend, "chunk_rows": 4, "num_tokens": 1000, "grad_filter": 1e-3}
     expected, gradients = case.ours(**options)
     monkeypatch.setattr(ops, "scales_late", lambda *tensors: True)
@@ -616,7 +426,7 @@ def test_a_normaliser_that_waits_for_the_gemms(backend, device, monkeypatch):
 
 def test_a_loss_scale_saves_the_mean_of_fp16(backend, device):
     """Gradients of 1e-9, which fp16 can't hold, times what the mean is divided by."""
-    case = make(dtype=torch.float16, device=device)
+    case = make_linear(dtype=torch.float16, device=device)
 
     def scaled(factor, **options):
         hidden, weight = case.leaves(None)
@@ -634,7 +444,7 @@ def test_a_loss_scale_saves_the_mean_of_fp16(backend, device):
 
 @pytest.mark.parametrize("function", [hybrid_loss, linear_hybrid_loss])
 def test_advantages_may_work_in_place(function, backend, device):
-    case = make(teacher="logits", device=device)
+    case = make_linear(teacher="logits", device=device)
 
     def outcome(advantages):
         hidden, weight = case.leaves(None)
@@ -671,7 +481,7 @@ class TestOperators:
     def test_opcheck(self, chunk_rows, backend, device):
         from hybrid_kernels import linear_ops
 
-        case = make(bias=True, masked=True, device=device)
+        case = make_linear(bias=True, masked=True, device=device)
         if chunk_rows:  # a weight that is stored the other way round
             weight = case.head.weight.T.contiguous().T
             case = replace(case, head=replace(case.head, weight=weight))
@@ -686,7 +496,7 @@ class TestOperators:
     @pytest.mark.parametrize("kind", ["mean", "none", "function", "terms", "filter"])
     @pytest.mark.native
     def test_compiles_without_a_break(self, kind, backend, device):
-        case = make(masked=True, device=device)
+        case = make_linear(masked=True, device=device)
 
         def compute(hidden, weight, teacher_hidden, teacher_weight):
             teacher = LinearTeacher(teacher_hidden, teacher_weight)

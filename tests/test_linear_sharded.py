@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import torch
 
+from cases import LinearCase as Case
+from cases import make_linear as make
 from hybrid_kernels import Divergence, LinearTeacher, Mixture, TopK
 from ranks import join
-from test_linear import Case, make
 from test_sharded import Ranks, assert_values
 
 TEACHERS = ("linear", "mixed", "top-k")

@@ -1,11 +1,12 @@
 """One assertion of numerical closeness, and the comparison with the eager specification."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cases import Case, Outcome
+from cases import Case, LinearCase, Outcome
 from hybrid_kernels import reference
 
 # The largest relative error of rounding to a dtype, and the largest absolute one near zero.
@@ -94,6 +95,37 @@ def assert_matches_reference(
         roundings=roundings,
     )
     return outcome
+
+
+def assert_linear_matches(
+    case: LinearCase, backend: str, method: str = "hybrid_loss", **options
+) -> tuple[Any, list[Tensor]]:
+    """Fields and gradients against float64, with what the same in fp32 loses allowed for."""
+    linear = {"backend", "chunk_rows", "drop_masked", "logits_dtype", "grad_filter"}
+    specified = {key: value for key, value in options.items() if key not in linear}
+    truth, truths = case.reference(torch.float64, method, **specified)
+    eager, eagers = case.reference(torch.float32, method, **specified)
+    got, gradients = case.ours(method, backend=backend, **options)
+    fields = got._asdict()
+    assert (fields.pop("dropped_norm", None) is not None) == ("grad_filter" in options)
+    for field, value in fields.items():
+        expected = getattr(truth, field)
+        assert (value is None) == (expected is None), field
+        if value is not None:
+            assert value.dtype == torch.float32, field
+            assert_close(value, expected, getattr(eager, field), field, scale=6.0)
+    # On a GPU dz enters the GEMMs in the weight's dtype.
+    rough = case.hidden.dtype != torch.float32 and case.hidden.is_cuda
+    for name, own, true, plain in zip(
+        ("hidden", "weight", "bias"), gradients, truths, eagers, strict=False
+    ):
+        assert own.dtype == case.hidden.dtype, name
+        if rough:
+            assert (own - true).norm() <= 1e-2 * true.norm(), name
+            continue
+        scale = float(true.abs().max()) if true.numel() else 0.0
+        assert_close(own, true, plain, f"gradient of {name}", scale=scale, roundings=2)
+    return got, gradients
 
 
 def assert_near(got: Tensor, truth: Tensor, allowed: float) -> None:
