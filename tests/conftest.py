@@ -15,7 +15,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import hypothesis
 import pytest
@@ -82,11 +82,6 @@ def _interpret(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    # How many processes share the vocabulary: on the CPU, where two are enough for the interpreter.
-    ranks = "world_size" in metafunc.fixturenames
-    if ranks:
-        sizes = [2] if _interpreted(metafunc.config) else [2, 4]
-        metafunc.parametrize("world_size", sizes, scope="module")
     if "target" not in metafunc.fixturenames:
         return
     if _interpreted(metafunc.config):
@@ -96,6 +91,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     else:
         targets = [pytest.param(Target("torch", "cpu"), id="torch")]
         # Not one skip for every test where there is no GPU: those of test_gpu.py say it.
+        ranks = "ranks" in metafunc.fixturenames  # which are processes on the CPU
         for name in ("torch", "triton") if torch.cuda.is_available() and not ranks else ():
             mark = pytest.mark.gpu
             targets.append(pytest.param(Target(name, "cuda"), id=f"{name}-cuda", marks=mark))
@@ -191,6 +187,16 @@ def backend(target: Target) -> str:
 @pytest.fixture(scope="session")
 def device(target: Target) -> str:
     return target.device
+
+
+@pytest.fixture(scope="session")
+def ranks(world_size: int, backend: str) -> Iterator["Pool"]:
+    """The processes that a test runs in, `world_size` of them (see `ranks.py`)."""
+    from ranks import Pool
+
+    pool = Pool(world_size, backend)
+    yield pool
+    pool.close()
 
 
 @pytest.fixture
