@@ -86,6 +86,35 @@ def test_a_token_that_only_the_teacher_forbids_costs_infinity(
         assert gradient[row].isfinite().all()
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jeffreys"])
+def test_a_weight_of_zero_leaves_nothing_of_an_infinite_divergence(divergence, backend, device):
+    student, teacher = torch.randn(2, 6, 150, device=device)
+    teacher[:, 5] = -INF
+    ids = torch.arange(6, device=device) + 10
+    weights = torch.tensor([0.0, 0, 1, 0, 0, 0], device=device)
+    student.requires_grad_()
+    terms = token_terms(student, teacher, ids, divergence=divergence, backend=backend)
+    terms.log_prob.sum().backward()
+    assert student.grad.isfinite().all()
+    student.grad = None
+    result = hybrid_loss(
+        student,
+        teacher,
+        ids,
+        torch.ones(6, device=device),
+        dense_weight=weights,
+        divergence=divergence,
+        reduction="none",
+        backend=backend,
+    )
+    result.loss.sum().backward()
+    infinite = weights != 0
+    assert result.loss[~infinite].isfinite().all()
+    assert student.grad[~infinite].isfinite().all()
+    assert (result.loss[infinite] == INF).all()
+    assert not student.grad[infinite].isfinite().any()
+
+
 @every_divergence
 def test_a_teacher_floor_makes_it_finite(divergence, backend, device):
     case = cases.make(127, (3,), device=device)

@@ -306,11 +306,14 @@ def test_inplace_leaves_the_logits_alone_where_no_gradient_is_wanted(backend, de
 
 def test_inputs_are_not_written(backend, device):
     case = cases.make(128, masked=True, device=device)
-    tensors = (case.student, case.teacher, case.token_ids, case.advantages, case.mask)
-    before = [t.clone() for t in tensors]
-    case.hybrid_loss(backend=backend, reduction="none")
-    for tensor, copy in zip(tensors, before, strict=True):
-        assert torch.equal(tensor.nan_to_num(), copy.nan_to_num())
+    inputs = (case.student, case.teacher, case.token_ids, case.advantages, case.mask)
+    before = [(t.clone(), t._version) for t in inputs]
+    student, *others, mask = inputs
+    loss = hybrid_loss(student.requires_grad_(), *others, mask=mask, backend=backend).loss
+    (2 * loss).backward()
+    for tensor, (copy, version) in zip(inputs, before, strict=True):
+        assert tensor._version == version
+        assert torch.equal(tensor.detach().nan_to_num(), copy.nan_to_num())
 
 
 @pytest.mark.parametrize("function", [hybrid_loss, token_terms])
@@ -322,3 +325,21 @@ def test_autocast_changes_nothing(function, backend, device):
         with torch.autocast(device, torch.bfloat16, enabled=enabled):
             results.append(function(case.logits, case.teacher_logits, backend=backend).divergence)
     assert torch.equal(*results)
+
+
+def test_no_tokens_counted_on_the_device():
+    student = torch.randn(2, 5, requires_grad=True)
+    mask = torch.zeros(2, dtype=torch.bool)
+    result = hybrid_loss(student, torch.randn(2, 5), mask=mask, num_tokens=mask.sum())
+    result.loss.backward()
+    assert result.loss.item() == 0.0
+    assert torch.equal(student.grad, torch.zeros(2, 5))
+
+
+def test_a_teacher_from_inference_mode():
+    with torch.inference_mode():
+        teacher = torch.randn(2, 5)
+    student = torch.randn(2, 5, requires_grad=True)
+    hybrid_loss(student, teacher).loss.backward()
+    with pytest.raises(ValueError, match=r"teacher: made under torch.inference_mode.*no_grad"):
+        token_terms(student, teacher)

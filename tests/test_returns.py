@@ -201,3 +201,16 @@ def test_compiles():
     compiled = torch.compile(advantages, fullgraph=True, backend="aot_eager")
     got, expected = compiled(costs, rewards, mask), advantages(costs, rewards, mask)
     torch.testing.assert_close(got, expected)
+
+
+def test_infinite_costs_stay_where_they_belong():
+    costs = torch.tensor([[0.0, torch.inf, 1.0]])
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    options = {"reward_weight": 1.0, "baseline": "none"}
+    got = sparse_advantages(costs, torch.ones(1), mask, gamma=0.0, **options)
+    assert got.tolist() == [[1.0, 1.0, 1.0]]
+    got = sparse_advantages(costs, torch.ones(1), mask, gamma=1.0, **options)
+    assert got.tolist() == [[-torch.inf, 0.0, 1.0]]
+    assert returns_to_go(torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.bool)).shape == (2, 0)
+    empty = sparse_advantages(torch.zeros(2, 0), torch.ones(2), torch.zeros(2, 0).bool(), **options)
+    assert empty.shape == (2, 0)

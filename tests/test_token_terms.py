@@ -119,3 +119,43 @@ def test_backward_twice(backend, device):
     (twice,) = torch.autograd.grad(2 * total, leaf)
     assert once.any()
     assert torch.equal(2 * once, twice)
+
+
+def layouts(ids):
+    """The same ids in memory that is not contiguous."""
+    padded = torch.full((6, 3), 7, device=ids.device)
+    padded[:, 1] = ids
+    return {
+        "column": padded[:, 1],
+        "last": torch.stack([ids + 1, ids], 1)[:, -1:],
+        "expanded": ids[:1].expand(6),
+    }
+
+
+@pytest.mark.parametrize("layout", ["column", "last", "expanded"])
+def test_token_ids_of_any_stride(layout, backend, device):
+    student, teacher = torch.randn(2, 6, 150, device=device)
+    ids = layouts(torch.randint(149, (6,), device=device))[layout]
+    student, teacher = student.view(*ids.shape, -1), teacher.view(*ids.shape, -1)
+    got = token_terms(student, teacher, ids, backend=backend).log_prob
+    expected = student.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("sliced", ["student", "teacher", "both"])
+def test_rows_of_different_layouts(sliced, backend, device):
+    generator = torch.Generator().manual_seed(0)
+    padded = torch.randn(2, 4, 6, 16, generator=generator).to(device)
+    student, teacher = (logits[:, 1:-1] for logits in padded)
+    expected = token_terms(student.contiguous(), teacher.contiguous(), backend=backend)
+    if sliced == "student":
+        teacher = teacher.contiguous()
+    elif sliced == "teacher":
+        student = student.contiguous()
+    student = student.detach().requires_grad_()
+    got = token_terms(student, teacher, backend=backend)
+    assert torch.equal(got.divergence, expected.divergence)
+    got.divergence.sum().backward()
+    twin = student.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    token_terms(twin, teacher.contiguous(), backend=backend).divergence.sum().backward()
+    assert torch.equal(student.grad, twin.grad)
