@@ -1,4 +1,4 @@
-"""Tiny checkpoints of two families, a word tokenizer and a prompt file, made on the spot."""
+"""Tiny checkpoints of two families, a word tokenizer, a prompt file and a step's rollouts."""
 
 import json
 from pathlib import Path
@@ -15,6 +15,11 @@ from transformers import (
 )
 
 from train.config import TrainConfig, make_config
+from train.data import PromptStream, read_examples
+from train.loop import collect
+from train.models import load_models
+from train.rewards import Scorer
+from train.rollout import Sampler
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnop"]
 END = WORDS.index("</s>")
@@ -111,3 +116,28 @@ def config(folder: Path, family: str = "gpt2", **changes) -> TrainConfig:
 
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+REWARD = """
+def length(prompts, completions):
+    return [len(text.split()) / 5 for text in completions]
+"""
+
+
+def prepared(tmp_path, **changes):
+    """A config, its models and one micro-batch of rollouts."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    changed = {"rewards": [f"{tmp_path}/reward.py:length"], "reward_weight": 2.0, **changes}
+    run = config(tmp_path, **changed)
+    models = load_models(run, run.student)
+    sampler = Sampler.create(run, models.student, models.tokenizer, models.vocab_size)
+    prompts = PromptStream(read_examples("train_file", run.train_file, models.tokenizer), seed=0)
+    torch.manual_seed(0)
+    batch = collect(run, models, sampler, Scorer("rewards", run.rewards), prompts)
+    return run, models, batch
+
+
+def gradient(models):
+    flat = torch.cat([weight.grad.flatten() for weight in models.student.parameters()])
+    models.student.zero_grad()
+    return flat

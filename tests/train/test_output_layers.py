@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import END, WORDS, config, make_model
-from test_loop import gradient, prepared
+from helpers import END, WORDS, config, gradient, make_model, prepared
 from transformers import (
     Cohere2Config,
     Cohere2ForCausalLM,
