@@ -1,11 +1,9 @@
 """A run that stops and goes on is the run that never stopped, bit for bit."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import yaml
 from helpers import config, options, read_lines, write_prompts
 from safetensors.torch import load_file
 
+from train.__main__ import main
 from train.checkpoint import atomic_directory, find_checkpoint, load_state
 from train.config import UserError, make_config
 from train.loop import train
@@ -21,24 +20,30 @@ from train.loop import train
 ROOT = Path(__file__).parents[2]
 TIMINGS = ("seconds", "tokens_per_second")
 RUN = {
-    "max_steps": 12,
-    "eval_steps": 4,
-    "save_steps": 3,
+    "max_steps": 6,
+    "eval_steps": 5,
+    "save_steps": 2,
     "gradient_accumulation_steps": 2,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 2,
     "reward_weight": {"kind": "cosine", "start": 0, "end": 4},
 }
-# Uses every global generator, so that a resume which forgets one is found out; and takes its time,
-# so that a kill after step 7 lands before the end.
+# Uses every global generator, so that a resume which forgets one is found out, and ends its process
+# at the call that it is told to.
 REWARD = """
+import os
 import random
-import time
+import signal
 import numpy
 import torch
 
+calls = 0
+
 def noisy(prompts, completions):
-    time.sleep(0.03)
+    global calls
+    calls += 1
+    if os.environ.get("KILL_AT_CALL") == str(calls):
+        os.kill(os.getpid(), signal.SIGKILL)
     noise = random.random() + float(numpy.random.rand()) + float(torch.rand(()))
     return [noise * (i % 3) + len(text) for i, text in enumerate(completions)]
 """
@@ -51,77 +56,60 @@ def run_options(folder: Path, **changes) -> dict:
     return options(folder, **{**RUN, "eval_file": held_out, "rewards": rewards, **changes})
 
 
-def rows(output: Path) -> list[dict]:
-    found = read_lines(output / "metrics.jsonl")
+def rows(output: Path, name: str = "metrics") -> list[dict]:
+    found = read_lines(output / f"{name}.jsonl")
     return [{key: value for key, value in row.items() if key not in TIMINGS} for row in found]
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    assert rows(one) == rows(other)
-    assert [row["step"] for row in rows(one)] == list(range(1, 13))
-    assert read_lines(one / "samples.jsonl") == read_lines(other / "samples.jsonl")
-    weights = [load_file(output / "final" / "model.safetensors") for output in (one, other)]
-    assert weights[0].keys() == weights[1].keys()
-    for name in weights[0]:
-        assert torch.equal(weights[0][name], weights[1][name]), name
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """A run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("straight")
+    train(make_config(run_options(folder)))
+    assert [row["step"] for row in rows(folder / "run")] == list(range(1, 7))
+    return folder / "run"
 
 
-def test_six_and_six_steps_are_twelve(tmp_path):
-    straight, halves = str(tmp_path / "straight"), str(tmp_path / "halves")
-    train(make_config(run_options(tmp_path, output_dir=straight)))
-    train(make_config(run_options(tmp_path, output_dir=halves)))
-    assert_same_run(Path(straight), Path(halves))  # the seed fixes a run
-    # Back to the state after step 6: what came later must come again, and only once.
-    for name in ("step-000009", "step-000012"):
-        shutil.rmtree(Path(halves) / "checkpoints" / name)
-    shutil.rmtree(Path(halves) / "final")
+def test_a_checkpoint_goes_on_elsewhere(tmp_path, straight):
     torch.rand(7)
-    summary = train(
-        make_config(run_options(tmp_path, output_dir=halves, resume_from_checkpoint="latest"))
+    path = str(straight / "checkpoints/step-000002")
+    assert train(make_config(run_options(tmp_path, resume_from_checkpoint=path)))["steps"] == 6
+    assert rows(tmp_path / "run") == rows(straight)[2:]
+
+
+def test_kill_and_resume(tmp_path, straight, capsys):
+    killed = tmp_path / "run"
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(run_options(tmp_path)))
+    command = ["--config", str(file)]
+    # The first call is of the evaluation before step 1, then there are two a step; the 12th is of
+    # the evaluation after step 5. So what comes after the checkpoint of step 4 comes again.
+    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "KILL_AT_CALL": "13"}
+    done = subprocess.run(
+        [sys.executable, "-m", "train", *command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
     )
-    assert summary["steps"] == 12
-    assert_same_run(Path(straight), Path(halves))
-    # The same from a named checkpoint, into another folder: the last six steps.
-    path = f"{straight}/checkpoints/step-000006"
-    elsewhere = tmp_path / "elsewhere"
-    changes = {"output_dir": str(elsewhere), "resume_from_checkpoint": path}
-    train(make_config(run_options(tmp_path, **changes)))
-    assert rows(elsewhere) == rows(Path(straight))[6:]
-
-
-def command(folder: Path, output: Path, *more: str) -> list[str]:
-    file = folder / "run.yaml"
-    file.write_text(yaml.safe_dump(run_options(folder, output_dir=str(output))))
-    return [sys.executable, "-m", "train", "--config", str(file), *more]
-
-
-def test_kill_and_resume(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(tmp_path, killed), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
-    )
-    metrics = killed / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 7):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [row["step"] for row in rows(killed)] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows(killed, "eval")] == [0, 5]
+    assert {path.name for path in killed.glob("checkpoints/*")} == {"step-000002", "step-000004"}
     assert not (killed / "final").exists()
     # A line that the kill cut short, and a checkpoint that it left half written.
-    with metrics.open("a") as file:
-        file.write('{"step": 8, "lo')
-    (killed / "checkpoints" / ".partial-step-000009").mkdir(exist_ok=True)
-    resume = [*command(tmp_path, killed), "resume_from_checkpoint=latest"]
-    done = subprocess.run(resume, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "resumed from" in done.stdout
-    straight = tmp_path / "straight"
-    train(make_config(run_options(tmp_path, output_dir=str(straight))))
-    assert_same_run(straight, killed)
+    with (killed / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 6, "lo')
+    (killed / "checkpoints" / ".partial-step-000006").mkdir()
+    assert main([*command, "resume_from_checkpoint=latest"]) == 0
+    assert "resumed from" in capsys.readouterr().out
     assert not list((killed / "checkpoints").glob(".*"))
+    for name in ("metrics", "eval", "samples"):
+        assert rows(killed, name) == rows(straight, name)
+    weights, expected = (load_file(run / "final/model.safetensors") for run in (killed, straight))
+    assert weights.keys() == expected.keys()
+    for name in weights:
+        assert torch.equal(weights[name], expected[name]), name
 
 
 def test_latest_without_a_checkpoint_starts_from_nothing(tmp_path):
@@ -141,20 +129,20 @@ def test_a_wrong_checkpoint_is_named(tmp_path):
         train(config(tmp_path, resume_from_checkpoint="nowhere"))
 
 
-def test_changed_options_are_told(tmp_path, capsys):
-    train(config(tmp_path, max_steps=2))
-    train(config(tmp_path, max_steps=3, learning_rate=0.5, resume_from_checkpoint="latest"))
+def test_changed_options_are_told(straight, tmp_path, capsys):
+    changes = {"output_dir": str(tmp_path), "max_steps": 3, "learning_rate": 0.5}
+    path = str(straight / "checkpoints/step-000002")
+    train(make_config(run_options(straight.parent, resume_from_checkpoint=path, **changes)))
     told = " ".join(capsys.readouterr().out.split())
     assert "these options differ from the checkpoint's: max_steps, learning_rate" in told
 
 
-def test_checkpoints_hold_plain_data_only(tmp_path):
-    train(config(tmp_path, max_steps=2, save_steps=2))
-    folder = tmp_path / "run" / "checkpoints" / "step-000002"
+def test_checkpoints_hold_plain_data_only(straight):
+    folder = straight / "checkpoints" / "step-000002"
     assert {path.name for path in folder.iterdir()} == {"model", "state.pt", "config.yaml"}
     assert (folder / "model" / "model.safetensors").exists()
     state = load_state(folder)  # weights_only=True
-    assert (state["step"], state["position"]) == (2, 4)
+    assert (state["step"], state["position"]) == (2, 8)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -177,12 +165,9 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 
 
 def test_tiny_config_runs_from_nothing(tmp_path):
-    run = [sys.executable, "-m", "train", "--config", "train/configs/tiny.yaml"]
-    done = subprocess.run(
-        [*run, f"output_dir={tmp_path}/x", "save_steps=3"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
     output = tmp_path / "x"
+    tiny = str(ROOT / "train/configs/tiny.yaml")
+    assert main(["--config", tiny, f"output_dir={output}", "save_steps=3"]) == 0
     assert len(read_lines(output / "metrics.jsonl")) == 12
     assert {path.name for path in (output / "checkpoints").iterdir()} == {
         f"step-{step:06d}" for step in (3, 6, 9, 12)
