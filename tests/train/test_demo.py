@@ -1,16 +1,19 @@
 """The demo's parts: the task, the arms, and one short run of everything."""
 
+import contextlib
 import json
 import random
+import runpy
 import subprocess
 import sys
-from pathlib import Path
+from functools import partial
+from types import SimpleNamespace
 
+import pytest
 import yaml
 
 from train import addition, demo
-
-ROOT = Path(__file__).parents[2]
+from train.__main__ import main
 
 
 def test_the_biased_teacher_is_right_without_a_carry_only():
@@ -53,13 +56,38 @@ def test_the_verdict_is_honest():
     assert "NOT above" in demo.verdict(summary([0.54, 0.7]))  # below the teacher
 
 
-def test_quick_demo(tmp_path):
-    command = [sys.executable, "-m", "train.demo", "--quick", "--seeds", "1"]
-    done = subprocess.run(
-        [*command, "--output", str(tmp_path / "demo")], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_demo_is_a_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo", "--help"])
+    monkeypatch.delitem(sys.modules, "train.demo")  # else runpy warns that it is there already
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("train.demo", run_name="__main__")
+    assert end.value.code == 0
+    assert "python -m train.demo" in capsys.readouterr().out
+
+
+class Here:
+    """Runs a command in this process, which has imported everything already."""
+
+    def __init__(self, command, env, stdout, stderr):
+        assert command[:3] == [sys.executable, "-m", "train"]
+        assert env["OMP_NUM_THREADS"] == "1"
+        with contextlib.redirect_stdout(stdout):
+            self.returncode = main(command[3:])
+
+    def poll(self):
+        return self.returncode
+
+
+def test_quick_demo(tmp_path, monkeypatch):
+    small = partial(addition.make_model, hidden_size=16, layers=1)
+    problems = addition.all_problems(seed=0)
+    monkeypatch.setattr(addition, "make_model", small)
+    monkeypatch.setattr(addition, "all_problems", lambda seed: problems[:600])
+    monkeypatch.setattr(demo, "HELD_OUT", 100)
+    here = SimpleNamespace(Popen=Here, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(demo, "subprocess", here)
     output = tmp_path / "demo"
+    assert demo.main(["--quick", "--seeds=1", f"--output={output}"]) == 0
     written = json.loads((output / "summary.json").read_text())
     assert {arm: len(values) for arm, values in written["heldout_accuracy"].items()} == {
         "imitation": 1,
@@ -73,7 +101,8 @@ def test_quick_demo(tmp_path):
         name: {json.loads(line)["prompt"] for line in (output / "assets" / name).open()}
         for name in ("train.jsonl", "eval.jsonl")
     }
-    assert len(prompts["eval.jsonl"]) == 1000
+    assert len(prompts["eval.jsonl"]) == 100
+    assert len(prompts["train.jsonl"]) == 500
     assert prompts["train.jsonl"].isdisjoint(prompts["eval.jsonl"])
     # The arms differ in the two weights and in nothing else.
     configs = {
