@@ -40,8 +40,8 @@ TOLERANCE = 1e-6
 # Of bf16: each side is rounded, by the interpreter towards zero.
 ROUNDINGS = {"torch": 2 * 2.0**-8, "triton": 4 * 2.0**-8}
 
-# What the processes have imported when they begin.
-IMPORTED = ["torch", "torch.distributed", "hybrid_kernels", "pytest"]
+# What the processes have imported when they begin. (Dynamo is what a custom op imports.)
+IMPORTED = ["torch._dynamo", "torch.distributed", "hybrid_kernels", "pytest"]
 GRACE = 5  # seconds to tell what became of the others, once a rank has failed
 HANG = datetime.timedelta(minutes=10)  # of a collective; no test waits for it to pass or to fail
 
