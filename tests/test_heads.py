@@ -1,14 +1,13 @@
 """What may stand for an output layer: PEFT's wrappers, DTensors, mixed precision."""
 
-from pathlib import Path
+from importlib.util import find_spec
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from hybrid_kernels import LinearTeacher, hybrid_loss, linear_hybrid_loss
-from ranks import join
+from ranks import on_ranks, two_ranks
 
 D, V = 16, 61
 
@@ -173,7 +172,7 @@ def test_autocast_casts_as_a_linear_layer_does():
 
 # -- FSDP2 ------------------------------------------------------------------------------------
 
-STEPS, RANKS = 4, 2
+STEPS = 4
 
 
 def demo_model(tied):
@@ -194,20 +193,21 @@ def demo_model(tied):
 
 
 def train_steps(model, batches):
-    """SGD on the hybrid loss of hidden states."""
+    """SGD on the hybrid loss of hidden states: the losses, and the kinds of weight it was given."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-    losses, states = [], []
+    losses, kinds, states = [], [], []
     model.model.register_forward_hook(lambda *args: states.append(args[2][0]))
     for ids, hidden, weight, advantages in batches:
         model(input_ids=ids, logits_to_keep=1)
-        teacher = LinearTeacher(hidden, weight)
+        head, teacher = model.lm_head.weight, LinearTeacher(hidden, weight)
+        kinds.append(type(head).__name__)
         # (Ranks average their gradients, so that the tokens of one rank are what to divide by.)
-        loss = linear_hybrid_loss(states.pop(), model.lm_head.weight, teacher, ids, advantages).loss
+        loss = linear_hybrid_loss(states.pop(), head, teacher, ids, advantages).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
-    return torch.stack(losses)
+    return torch.stack(losses), kinds
 
 
 def batches():
@@ -219,14 +219,24 @@ def batches():
         yield ids, hidden, weight, torch.randn(4, 5, generator=generator)
 
 
-def fsdp_worker(rank, folder, tied, units):
+@pytest.mark.parametrize(
+    ("tied", "units", "kind"),
+    [(False, [], "Parameter"), (False, ["lm_head"], "DTensor"), (True, [], "Parameter")],
+    ids=["root", "head", "tied"],
+)
+@pytest.mark.native
+@pytest.mark.skipif(not find_spec("transformers"), reason="needs transformers")
+@two_ranks
+@on_ranks
+def test_fsdp2_trains_as_one_process_does(ranks, tied, units, kind):
+    """Two ranks with half of each batch and sharded weights, against one process with all of it."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
 
-    join(rank, RANKS, folder)
+    alone = demo_model(tied)
+    expected, _ = train_steps(alone, batches())
     model = demo_model(tied)
-    mesh = init_device_mesh("cpu", (RANKS,))
+    mesh = init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     # What is a unit of its own is sharded again when the loss needs it; what is not belongs to the
@@ -234,78 +244,39 @@ def fsdp_worker(rank, folder, tied, units):
     for name in units:
         fully_shard(model.get_submodule(name), mesh=mesh)
     fully_shard(model, mesh=mesh)
-    kinds = []
-    original = linear_hybrid_loss
-
-    def noticing(hidden, weight, *args, **options):
-        kinds.append(isinstance(weight, DTensor))
-        return original(hidden, weight, *args, **options)
-
-    globals()["linear_hybrid_loss"] = noticing
-    own = slice(2 * rank, 2 * rank + 2)
+    own = slice(2 * ranks.rank, 2 * ranks.rank + 2)
     parts = ((ids[own], hidden[own], w, a[own]) for ids, hidden, w, a in batches())
-    losses = train_steps(model, parts)
-    dist.all_reduce(losses)
-    whole = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
-    assert all(parameter.placements[0].is_shard() for parameter in model.parameters())
-    if rank == 0:
-        torch.save((losses / RANKS, whole, kinds), Path(folder) / "result.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize(
-    ("tied", "units", "is_sharded"),
-    [
-        (False, [], False),
-        (False, ["lm_head"], True),
-        (True, [], False),
-    ],
-    ids=["root", "head", "tied"],
-)
-def test_fsdp2_trains_as_one_process_does(tied, units, is_sharded, tmp_path):
-    """Two ranks with half of each batch and sharded weights, against one process with all of it."""
-    pytest.importorskip("transformers", reason="needs transformers")
-    model = demo_model(tied)
-    losses = train_steps(model, batches())
-    torch.multiprocessing.spawn(fsdp_worker, (str(tmp_path), tied, units), nprocs=RANKS)
-    got, whole, kinds = torch.load(tmp_path / "result.pt")
-    assert kinds == [is_sharded] * STEPS
-    torch.testing.assert_close(got, losses, rtol=1e-5, atol=1e-6)
-    start = demo_model(tied)
-    for (name, parameter), before in zip(model.named_parameters(), start.parameters(), strict=True):
-        torch.testing.assert_close(whole[name], parameter.detach(), rtol=1e-5, atol=1e-6, msg=name)
+    losses, kinds = train_steps(model, parts)
+    assert kinds == [kind] * STEPS
+    torch.distributed.all_reduce(losses)
+    torch.testing.assert_close(losses / 2, expected, rtol=1e-5, atol=1e-6)
+    before = demo_model(tied).state_dict()
+    for name, parameter in model.named_parameters():
+        assert parameter.placements[0].is_shard()
+        got, wanted = parameter.full_tensor().detach(), alone.get_parameter(name).detach()
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6, msg=name)
         # (Biases of keys have no gradient: attention does not see them.)
-        assert not torch.equal(parameter, before) or name.endswith("k_proj.bias")
+        assert not torch.equal(wanted, before[name]) or name.endswith("k_proj.bias"), name
 
 
-def lora_worker(rank, folder):
+@pytest.mark.native
+@pytest.mark.skipif(not find_spec("peft"), reason="needs PEFT")
+@two_ranks
+@on_ranks
+def test_lora_on_a_sharded_layer(ranks):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    join(rank, RANKS, folder)
-    model, head = lora_head()
-    fully_shard(head, mesh=init_device_mesh("cpu", (RANKS,)))
     hidden, teacher, ids, advantages = inputs()
-    part = LinearTeacher(teacher.hidden[rank], teacher.weight)
-    leaf = hidden[rank].clone().requires_grad_()
-    linear_hybrid_loss(leaf, head, part, ids[rank], advantages[rank]).loss.backward()
-    gradients = {
-        name: parameter.grad.full_tensor()
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
-    if rank == 0:
-        torch.save(gradients, Path(folder) / "gradients.pt")
-    dist.destroy_process_group()
-
-
-def test_lora_on_a_sharded_layer(tmp_path):
-    model, head = lora_head()
-    hidden, teacher, ids, advantages = inputs()
+    alone, head = lora_head()
     linear_hybrid_loss(hidden, head, teacher, ids, advantages).loss.backward()
-    torch.multiprocessing.spawn(lora_worker, (str(tmp_path),), nprocs=RANKS)
-    got = torch.load(tmp_path / "gradients.pt")
-    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    expected = {n: p.grad for n, p in alone.named_parameters() if p.grad is not None}
+    model, head = lora_head()
+    fully_shard(head, mesh=init_device_mesh("cpu", (2,)))
+    part = LinearTeacher(teacher.hidden[ranks.rank], teacher.weight)
+    leaf = hidden[ranks.rank].clone().requires_grad_()
+    linear_hybrid_loss(leaf, head, part, ids[ranks.rank], advantages[ranks.rank]).loss.backward()
+    got = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
     assert len(got) == 2
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
