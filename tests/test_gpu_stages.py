@@ -1,11 +1,16 @@
 """What a lent GPU runs, on a machine without one: stages that fail alone, kernels that travel."""
 
+import contextlib
+import gc
 import json
 import math
-import subprocess
+import os
+import runpy
 import sys
 import time
-from pathlib import Path
+from functools import partial
+from itertools import cycle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +23,6 @@ from bench.gpu.conductor import Run, Stage
 from hybrid_kernels import hybrid_loss, timing
 from hybrid_kernels.kernels import config
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(config.INTERPRETED, reason="compiles, or walks through launches")
 
 
@@ -34,9 +38,41 @@ def outcomes(folder):
 # -- the conductor ---------------------------------------------------------------------------------
 
 
+class Simulated(Run):
+    """Time passes when a stage says that it sleeps, and then as much as it has left.
+
+    So no outcome depends on how fast the machine is.
+    """
+
+    now = 0.0
+    silent = True  # whether a stage that sleeps writes nothing
+
+    @property
+    def asleep(self):
+        return self.folder / "asleep"
+
+    def passed(self):
+        return self.now
+
+    def wait(self, process, seconds):
+        while not self.asleep.exists():
+            if process.poll() is not None:
+                return process.returncode
+            time.sleep(0.01)
+        self.asleep.unlink()
+        self.now += seconds
+        if self.silent:
+            past = time.time() - seconds
+            os.utime(self.results, (past, past))
+
+
 def says(run, **row):
     """Python that appends a row to the results."""
     return f"open({str(run.results)!r}, 'a').write({json.dumps(row)!r} + chr(10));"
+
+
+def sleeps(run):
+    return f"import time; open({str(run.asleep)!r}, 'w'); time.sleep(1000)"
 
 
 def python(name, code, seconds=20.0):
@@ -49,24 +85,28 @@ def stage(run, name, code, seconds=20.0):
 
 
 @pytest.fixture
-def run(tmp_path):
-    found = Run(tmp_path / "a-gpu", seconds=60, dry=True)
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(conductor, "GRACE", 0.1)
+    found = Simulated(tmp_path / "a-gpu", seconds=60, dry=True)
     found.write({"device": "A GPU", "commit": "0123456789ab", "torch": "2", "triton": "3"})
     return found
 
 
-def test_a_stage_costs_only_itself(run, capsys):
+def test_a_stage_costs_only_itself(run, tmp_path, capsys):
     """One hangs, and so does what it has started, one dies, one fails, one says nothing."""
-    child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', "
-    child += "'import time; time.sleep(1000)  # left-behind']); import time; time.sleep(1000)"
-    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(1000)"
+    pipe, survived = tmp_path / "pipe", tmp_path / "survived"
+    os.mkfifo(pipe)
+    ignores = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+    child = f"{ignores} import os; end = os.open({str(pipe)!r}, os.O_RDWR);"
+    child += f"open({str(run.asleep)!r}, 'w'); os.read(end, 1); open({str(survived)!r}, 'w')"
+    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]);"
+    parent += "time.sleep(1000)"
     silent = python("silent", "print('only to the terminal')")
-    begin = time.monotonic()
     status = run.all(
         [
             stage(run, "first", "pass"),
-            stage(run, "hangs", child, seconds=2.0),
-            stage(run, "stubborn", stubborn, seconds=2.0),
+            stage(run, "hangs", parent, seconds=2.0),
+            stage(run, "stubborn", ignores + sleeps(run), seconds=2.0),
             stage(run, "dies", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"),
             stage(run, "fails", "raise SystemExit(3)"),
             silent,
@@ -85,7 +125,13 @@ def test_a_stage_costs_only_itself(run, capsys):
     }
     said = {row["case"] for row in rows_of(run.folder) if "case" in row}
     assert said == {"first", "hangs", "stubborn", "dies", "fails", "last"}
-    assert "left-behind" not in subprocess.run(["ps", "ax"], capture_output=True, text=True).stdout
+    # What is alive reads from the pipe and says so; what has been killed has it open for a moment.
+    with contextlib.suppress(OSError):
+        while True:
+            end = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            os.write(end, b"?")
+            os.close(end)
+    assert not survived.exists()
     log = run.log.read_text()
     assert "a line for the log" in log
     assert "only to the terminal" in log
@@ -93,28 +139,31 @@ def test_a_stage_costs_only_itself(run, capsys):
         capsys.readouterr().out.rstrip().endswith((run.folder / "report.md").read_text().rstrip())
     )
     assert len(list(run.folder.iterdir())) <= 8
-    assert time.monotonic() - begin < run.seconds
 
 
-SLEEPS = "import time; time.sleep(1000)"
+def test_the_clock_cuts_off_what_goes_on(tmp_path):
+    run = Run(tmp_path, seconds=60, dry=True)
+    run.write({})
+    code = [sys.executable, "-c", "import time; time.sleep(1000)"]
+    assert run.execute(code, 0.1, tmp_path / "log")[0] == "cut off after 0 s"
+    assert run.execute([sys.executable, "-c", ""], 1e6, tmp_path / "log")[0] == "ok"
 
 
 @pytest.mark.parametrize("begun", [True, False])
-def test_after_a_hang_nothing_waits_for_siblings(run, monkeypatch, begun):
+def test_after_a_hang_nothing_waits_for_siblings(run, begun):
     """A hang is silence after something has begun that may wait; a stage may also just be slow."""
-    monkeypatch.setattr(conductor, "SILENCE", 0.5)
     real, later = Stage("headline", 20.0), python("later", "raise SystemExit(1)")
     row = {"begun": "a kernel", "waits": True} if begun else {"begun": "a peer", "waits": False}
     after = {"stage": "hangs", "compiled": "a kernel"}
     run.all(
         [
-            python("hangs", says(run, stage="hangs", **row) + says(run, **after) + SLEEPS, 1.5),
+            python("hangs", says(run, stage="hangs", **row) + says(run, **after) + sleeps(run)),
             later._replace(after_a_hang=False),
         ]
     )
     assert ("--sweeping" in run.command(real, 20)) == begun
     ending = "not begun: programs that wait have hung" if begun else "failed with status 1"
-    assert outcomes(run.folder) == {"hangs": "cut off after 2 s", "later": ending}
+    assert outcomes(run.folder) == {"hangs": "cut off after 20 s", "later": ending}
     found = next(row for row in rows_of(run.folder) if "hung" in row)
     assert (found["hung"], found["health"]) == (begun, True)
     assert f"- {row['begun']}: begun, never ended" in (run.folder / "report.md").read_text()
@@ -133,28 +182,29 @@ def test_a_wait_that_ended_itself_is_a_hang(run, error, waits):
 
 
 def test_what_goes_on_is_no_hang(run, monkeypatch):
-    monkeypatch.setattr(conductor, "SILENCE", 1.0)
+    """And may say a last thing when it is cut off."""
+    for name in ("SILENCE", "GRACE"):
+        monkeypatch.setattr(conductor, name, 1e6)
+    run.seconds, run.silent = math.inf, False
     row = says(run, stage="slow", begun="another", waits=True)
-    run.stage(python("slow", f"import time\nwhile True: {row} time.sleep(0.1)", 2.0))
-    assert outcomes(run.folder) == {"slow": "cut off after 2 s"}
+    run.stage(python("slow", f"try: {row} {sleeps(run)}\nexcept KeyboardInterrupt: {row}", 2e6))
+    assert outcomes(run.folder) == {"slow": "cut off after 2000000 s"}
+    assert len([row for row in rows_of(run.folder) if "begun" in row]) == 2
     assert not run.sweeps
 
 
 def test_a_gpu_that_no_longer_answers_ends_the_run(run, monkeypatch):
     monkeypatch.setattr(run, "health", lambda: False)
-    run.all([stage(run, "hangs", SLEEPS, 1.0), stage(run, "later", "pass")])
+    run.all([stage(run, "hangs", sleeps(run)), stage(run, "later", "pass")])
     assert outcomes(run.folder)["later"] == "not begun: the GPU no longer answers"
 
 
-def test_the_clock_stops_the_run(tmp_path):
-    run = Run(tmp_path, seconds=conductor.LAST + conductor.GRACE + 6, dry=True)
-    run.write({"device": "A GPU", "commit": "0123456789ab", "torch": "2", "triton": "3"})
-    long = [stage(run, name, "import time; time.sleep(1000)", 500) for name in ("one", "two")]
+def test_the_clock_stops_the_run(run):
+    long = [stage(run, name, sleeps(run), 500) for name in ("one", "two")]
+    run.seconds = conductor.LAST + conductor.GRACE + 6
     run.all([*long, stage(run, "three", "pass")])
-    assert run.passed() < run.seconds
-    found = outcomes(run.folder)
-    assert found["one"].startswith("cut off after")
-    assert found["three"] == "not begun: the run's time was up"
+    late = "not begun: the run's time was up"
+    assert outcomes(run.folder) == {"one": "cut off after 6 s", "two": late, "three": late}
     assert (run.folder / "report.md").exists()
 
 
@@ -164,25 +214,45 @@ def test_every_stage_has_a_function_and_the_times_fit():
     assert sum(stage.seconds for stage in conductor.STAGES) < 1.3 * conductor.CLOCK
 
 
-def test_the_script_in_a_dry_run(tmp_path):
-    command = [sys.executable, "-m", "bench", "gpu", str(tmp_path), "--dry-run"]
-    command += ["--stages=meeting,hangs", f"--prebuilt={tmp_path}", "--stage-seconds=300"]
-    run = subprocess.run([*command, "--seconds=1000"], cwd=ROOT, capture_output=True, text=True)
-    print(run.stdout, run.stderr)
-    assert run.returncode == 0
+def test_the_script_in_a_dry_run(tmp_path, monkeypatch, capsys):
+    command = ["bench", "gpu", str(tmp_path), "--dry-run", "--stages=meeting"]
+    command += [f"--prebuilt={tmp_path}", "--stage-seconds=1e6", "--seconds=1e9"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("bench", run_name="__main__")
+    assert end.value.code == 0
     folder = tmp_path / "dry-run"
-    assert outcomes(folder) == {"setup": "ok", "meeting": "ok", "hangs": "ok"}
-    assert run.stdout.rstrip().endswith((folder / "report.md").read_text().rstrip())
+    assert outcomes(folder) == {"setup": "ok", "meeting": "ok"}
+    assert capsys.readouterr().out.rstrip().endswith((folder / "report.md").read_text().rstrip())
 
 
 @pytest.fixture
 def on_meta(tmp_path):
+    gc.freeze()  # each case collects what is not needed, which need not look through all modules
     with standin.gpu(compiles=False) as driver:
         yield stages.Stage("here", tmp_path / "results-1.jsonl", math.inf, "meta"), driver
+    gc.unfreeze()
+
+
+class OneOfEach:
+    """A plugin of pytest: of each test one combination of its arguments."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        items[:] = {item.nodeid.partition("[")[0]: item for item in items}.values()
+
+
+@pytest.fixture
+def shortened(request, monkeypatch):
+    """Without `--all`, each smoke test once, and each tuning and each case that it is tried on."""
+    if not request.config.getoption("--all"):
+        monkeypatch.setattr(pytest, "main", partial(pytest.main, plugins=[OneOfEach()]))
+        once = SimpleNamespace(product=lambda tunings, cases: zip(tunings, cycle(cases)))
+        monkeypatch.setattr(stages, "itertools", once)
 
 
 @pytest.mark.parametrize("name", stages.FUNCTIONS)
-def test_every_stage_walks_through_its_problems(name, on_meta, monkeypatch, tmp_path):
+def test_every_stage_walks_through_its_problems(name, on_meta, shortened, monkeypatch, tmp_path):
     """And nothing is measured, or looks as if it had been."""
     stage, driver = on_meta
     for variable in ("BENCH_PREBUILT", "BENCH_PEERS"):

@@ -267,9 +267,7 @@ class Run:
                 env={**os.environ, **self.environment},
                 start_new_session=True,
             )
-            status = None
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                status = process.wait(seconds)
+            status = self.wait(process, seconds)
             silence = time.time() - self.results.stat().st_mtime
             if status is None:
                 end_group(process, signal.SIGINT)
@@ -280,6 +278,11 @@ class Run:
         if status < 0:
             return f"died of {signal.Signals(-status).name}", silence
         return ("ok" if status == 0 else f"failed with status {status}"), silence
+
+    def wait(self, process: subprocess.Popen, seconds: float) -> int | None:
+        """A process's status; None if it goes on after so long."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(seconds)
 
     def health(self) -> bool:
         """Whether the GPU still answers, from a process of its own."""
