@@ -15,7 +15,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import hypothesis
 import pytest
@@ -190,11 +190,11 @@ def device(target: Target) -> str:
 
 
 @pytest.fixture(scope="session")
-def ranks(world_size: int, backend: str) -> Iterator["Pool"]:
+def ranks(world_size, backend, tmp_path_factory):
     """The processes that a test runs in, `world_size` of them (see `ranks.py`)."""
     from ranks import Pool
 
-    pool = Pool(world_size, backend)
+    pool = Pool(world_size, backend, tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.close()
 

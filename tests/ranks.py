@@ -25,6 +25,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -173,11 +174,10 @@ class Pool:
     and the next call starts others.
     """
 
-    def __init__(self, size: int, backend: str) -> None:
-        self.size, self.backend = size, backend
+    def __init__(self, size: int, backend: str, folder: Path) -> None:
+        self.size, self.backend, self.folder = size, backend, folder
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []
-        self.folder = None
 
     def run(self, function: Callable, *args: Any, **options: Any) -> list[Any]:
         """What a module's function returns on each rank, which it gets a `Ranks` of.
@@ -225,10 +225,10 @@ class Pool:
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTED)
-        self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        meeting = f"{tempfile.mkdtemp(dir=self.folder)}/meeting"
         for rank in range(self.size):
             pipe, theirs = context.Pipe()
-            arguments = (theirs, rank, self.size, self.backend, f"{self.folder.name}/meeting")
+            arguments = (theirs, rank, self.size, self.backend, meeting)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()  # so that ours ends when the process does
@@ -241,8 +241,6 @@ class Pool:
             process.join()
             pipe.close()
         self.processes, self.pipes = [], []
-        if self.folder is not None:
-            self.folder.cleanup()
 
 
 def _serve(pipe: Connection, rank: int, size: int, backend: str, meeting: str) -> None:
