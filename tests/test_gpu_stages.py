@@ -146,6 +146,7 @@ def test_the_clock_cuts_off_what_goes_on(tmp_path):
     run.write({})
     code = [sys.executable, "-c", "import time; time.sleep(1000)"]
     assert run.execute(code, 0.1, tmp_path / "log")[0] == "cut off after 0 s"
+    assert run.passed() > 0.1
     assert run.execute([sys.executable, "-c", ""], 1e6, tmp_path / "log")[0] == "ok"
 
 
