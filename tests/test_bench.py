@@ -94,7 +94,7 @@ def test_nan_is_not_right():
 @pytest.mark.parametrize("suite", SUITES)
 def test_the_suites_ask_for_what_there_is(suite):
     cases = SUITES[suite]()
-    assert len({str(case) for case in cases}) == len(cases)
+    assert len({str(case) for case in cases}) == len(cases) > 0
     for case in cases:
         providers = LINEAR_PROVIDERS if case.size else PROVIDERS
         assert case.divergence in providers[case.provider].divergences
