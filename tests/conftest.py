@@ -102,19 +102,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if _interpreted(config):
         others = [item for item in items if "target" not in getattr(item, "fixturenames", ())]
         others += [item for item in items if item.get_closest_marker("native")]
-        others += [item for item in items if item not in set(others) and _has_a_twin(item)]
     else:
         # On a GPU the form of a kernel follows from the problem (test_gpu.py), and programs run
         # side by side without our doing.
         only = {"form", "interleaved"}
         others = [item for item in items if only & set(getattr(item, "fixturenames", ()))]
     _deselect(config, items, set(others))
-    if not config.getoption("--all"):
-        tests = collections.defaultdict(list)
-        for item in items:
+    tests = collections.defaultdict(list)
+    for item in items:
+        same_rows = _interpreted(config) and item.get_closest_marker("gemms")
+        if same_rows or not config.getoption("--all"):
             tests[item.nodeid.partition("[")[0]].append(item)
-        kept = {item for own in tests.values() for item in each_argument_once(own)}
-        _deselect(config, items, set(items) - kept)
+    thinned = [set(own) - set(each_argument_once(own)) for own in tests.values()]
+    _deselect(config, items, set().union(*thinned))
 
 
 def _deselect(config: pytest.Config, items: list[pytest.Item], others: set[pytest.Item]) -> None:
@@ -149,25 +149,6 @@ def _arguments(item: pytest.Item) -> set[tuple]:
         names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
         found.add(tuple((name.strip(), id(alone.pop(name.strip()))) for name in names))
     return found | {(name, id(value)) for name, value in alone.items()}
-
-
-# The interpreter is slow. These share their arithmetic with another parameter or divergence, and
-# what runs every divergence through every form and teacher is enough for them.
-TWINS = {"skew_forward_kl-0.3", "alpha-0.3", "renyi-0.3"}
-COMPLETE = {"test_forms", "test_teachers", "test_meeting"}
-# Of what is GEMMs around the same row kernels, these run the kernels on a chunk's buffers.
-PICKED = {"test_linear": ("test_every_teacher_and_chunk", "test_every_divergence")}
-
-
-def _has_a_twin(item: pytest.Item) -> bool:
-    if item.path.stem in COMPLETE or not isinstance(item, pytest.Function):
-        return False
-    if item.path.stem in PICKED and item.originalname not in PICKED[item.path.stem]:
-        return True
-    divergence = getattr(item, "callspec", None) and item.callspec.params.get("divergence")
-    name = getattr(divergence, "name", None)
-    values = getattr(divergence, "params", {}).values()
-    return "-".join([str(name), *(str(value) for value in values)]) in TWINS
 
 
 def _interpreted(config: pytest.Config) -> bool:

@@ -19,7 +19,7 @@ FORMS = {
     "one program": {},
     "chunks": {"BLOCK_V": 64, "PREFETCH": True},
     "two programs": {"SLICE": 136, "BLOCK_V": 64},
-    "many programs": {"SLICE": 40, "BLOCK_V": 16, "GROUPS": 1, "PREFETCH": True},
+    "three programs": {"SLICE": 72, "BLOCK_V": 32, "GROUPS": 1, "PREFETCH": True},
 }
 
 
@@ -53,6 +53,13 @@ def spy(monkeypatch, name, calls):
 @pytest.mark.parametrize("style", ["close", "forbidden_by_student"])
 def test_every_form_is_right(form, style, divergence, backend):
     case = cases.make(201, (1, 4), style=style, masked=True)
+    assert_matches_reference(case, backend, divergence=divergence, entropy_weight=0.3)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("style", cases.STYLES)
+def test_every_form_takes_every_style(form, style, divergence, backend):
+    case = cases.make(201, (1, 3), style=style)
     assert_matches_reference(case, backend, divergence=divergence, entropy_weight=0.3)
 
 

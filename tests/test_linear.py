@@ -18,6 +18,8 @@ from hybrid_kernels import (
 )
 from tolerance import assert_close, assert_linear_matches
 
+pytestmark = pytest.mark.gemms
+
 
 @pytest.mark.parametrize("teacher", LINEAR_TEACHERS)
 @pytest.mark.parametrize("chunk_rows", [None, 1, 3, 100])

@@ -20,7 +20,7 @@ KINDS = ["full", *TAILS]
 
 
 def case_of(kind, members, temperature=1.0, support="union", **options):
-    case = cases.make(127, masked=True, **options)
+    case = cases.make(127, (1, 6), masked=True, **options)
     return cases.with_teachers(case, members, None if kind == "full" else support, temperature)
 
 

@@ -63,6 +63,14 @@ def assert_close(
         )
 
 
+def written_and_scaled(backend: str, gradient: Tensor) -> int:
+    """Roundings of a gradient: one where it is written, one where the upstream scales it.
+
+    Each counts double in the interpreter, which truncates to bf16 (a GPU rounds to nearest).
+    """
+    return 4 if backend == "triton" and gradient.device.type == "cpu" else 2
+
+
 def assert_matches_reference(
     case: Case, backend: str, method: str = "hybrid_loss", **options
 ) -> Outcome:
@@ -81,10 +89,6 @@ def assert_matches_reference(
             scale = 1 + math.log(case.vocabulary)
             assert_close(got, expected, getattr(eager.result, field), field, scale=scale)
     assert outcome.gradient.dtype == case.student.dtype
-    # One rounding where the gradient is written, and one where the upstream scales it; each counts
-    # double in the interpreter, which truncates to bf16 (a GPU rounds to nearest).
-    interpreted = backend == "triton" and case.student.device.type == "cpu"
-    roundings = 4 if interpreted else 2
     # The scale matters where probabilities of order 1 cancel to nothing, such as a single entry.
     assert_close(
         outcome.gradient,
@@ -92,7 +96,7 @@ def assert_matches_reference(
         eager.gradient,
         "gradient",
         scale=0.05,
-        roundings=roundings,
+        roundings=written_and_scaled(backend, outcome.gradient),
     )
     return outcome
 
@@ -124,7 +128,8 @@ def assert_linear_matches(
             assert (own - true).norm() <= 1e-2 * true.norm(), name
             continue
         scale = float(true.abs().max()) if true.numel() else 0.0
-        assert_close(own, true, plain, f"gradient of {name}", scale=scale, roundings=2)
+        roundings = written_and_scaled(backend, own)
+        assert_close(own, true, plain, f"gradient of {name}", scale=scale, roundings=roundings)
     return got, gradients
 
 
