@@ -216,15 +216,26 @@ def test_every_stage_has_a_function_and_the_times_fit():
 
 
 def test_the_script_in_a_dry_run(tmp_path, monkeypatch, capsys):
-    command = ["bench", "gpu", str(tmp_path), "--dry-run", "--stages=meeting"]
+    command = ["bench", "gpu", str(tmp_path), "--dry-run", "--stages=setup"]
     command += [f"--prebuilt={tmp_path}", "--stage-seconds=1e6", "--seconds=1e9"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as end:
         runpy.run_module("bench", run_name="__main__")
     assert end.value.code == 0
     folder = tmp_path / "dry-run"
-    assert outcomes(folder) == {"setup": "ok", "meeting": "ok"}
+    assert outcomes(folder) == {"setup": "ok"}
     assert capsys.readouterr().out.rstrip().endswith((folder / "report.md").read_text().rstrip())
+
+
+def test_the_stages_that_are_asked_for_come_after_the_setup(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(Run, "all", lambda run, stages: found.extend(stages))
+    conductor.main([str(tmp_path), "--dry-run", "--stages=hangs,right", "--stage-seconds=7"])
+    assert [(stage.name, stage.seconds) for stage in found] == [
+        ("setup", 7.0),
+        ("right", 7.0),
+        ("hangs", 7.0),
+    ]
 
 
 @pytest.fixture
