@@ -105,7 +105,7 @@ class Ranks:
 
     def compare(self, case: Case, method: str = "hybrid_loss", **options) -> Outcome:
         """Asserts that this rank's results are those of the whole; returns its outcome."""
-        whole = getattr(case, method)(backend=self.backend, **options)
+        whole = self.on_one(lambda: getattr(case, method)(backend=self.backend, **options))
         own = getattr(self.shard(case), method)(
             backend=self.backend, process_group=self.group, **options
         )
@@ -117,6 +117,12 @@ class Ranks:
         others[..., first:last] = False
         assert not gradient[others].any(), "a gradient of what is another rank's"
         return own
+
+    def on_one(self, function: Callable[[], Any]) -> Any:
+        """What a function returns on one rank, which tells the others: none computes it again."""
+        told = [function() if self.rank == 0 else None]
+        torch.distributed.broadcast_object_list(told, group=self.group, group_src=0)
+        return told[0]
 
     def assert_result(self, own: Any, whole: Any, tolerance: float = TOLERANCE) -> None:
         """Every field is that of the whole, and to the last bit what the other ranks have."""

@@ -32,7 +32,8 @@ def compare(ranks: Ranks, case: LinearCase, method: str = "hybrid_loss", **optio
     own_head = replace(head, weight=head.weight[first:last], bias=bias)
     part = replace(case, head=own_head, fixed=part_of(teacher, first, last))
     options["backend"] = ranks.backend
-    whole, (hidden, *weights) = replace(case, fixed=teacher).ours(method, **options)
+    alone = replace(case, fixed=teacher)
+    whole, (hidden, *weights) = ranks.on_one(lambda: alone.ours(method, **options))
     own, gradients = part.ours(method, process_group=ranks.group, **options)
     ranks.assert_result(own, whole, 3 * TOLERANCE)
     allowed = TOLERANCE * max(float(w.norm()) for w in (hidden, *weights))
