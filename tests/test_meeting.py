@@ -213,28 +213,35 @@ FAULTS = {
 }
 
 
+def goes_wrong(divergence, seed, layout, interleaved):
+    from interpreter import Deadlock
+
+    try:
+        with interleaved(seed, limit=20_000, loads=False):
+            check(of_all_kinds(layout, seed), divergence=divergence)
+    except (AssertionError, Deadlock):
+        return True
+    except InterpreterError as error:
+        if "did not arrive" not in str(error):
+            raise
+        return True
+    return False
+
+
 @one_group
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found(fault, layout, interleaved, tmp_path, monkeypatch):
-    from interpreter import Deadlock
-
     divergence, change, *what = FAULTS[fault]
     faulty = faults.module_of(change(faults.source_of(resident), *what), tmp_path)
     monkeypatch.setattr(launchers, "resident_kernel", faulty.resident_kernel)
+    assert any(goes_wrong(divergence, seed, layout, interleaved) for seed in range(8))
 
-    def goes_wrong(seed):
-        try:
-            with interleaved(seed, limit=20_000, loads=False):
-                check(of_all_kinds(layout, seed), divergence=divergence)
-        except (AssertionError, Deadlock):
-            return True
-        except InterpreterError as error:
-            if "did not arrive" not in str(error):
-                raise
-            return True
-        return False
 
-    assert any(goes_wrong(seed) for seed in range(8))
+@one_group
+@pytest.mark.parametrize("divergence", [REVERSE_KL, JSD], ids=divergence_id)
+def test_no_fault_is_found_where_none_is(divergence, layout, orders, interleaved):
+    found = [goes_wrong(divergence, seed, layout, interleaved) for seed in range(orders)]
+    assert found == [False] * orders
 
 
 # -- the meeting alone -----------------------------------------------------------------------------

@@ -170,10 +170,9 @@ def test_nothing_pulls_where_the_teacher_is_the_student(tail, divergence, backen
     case = cases.make(200, (5,), device=device)
     known = TopK.from_logits(case.student, 20)
     result, gradient = gradient_of(case.student, known, backend, divergence=divergence, tail=tail)
-    # (A total variation feels every rounding of p - q, in the sign.)
-    slack = 1.0 if divergence.name == "tv" else 2e-6
-    assert gradient.abs().max() < slack
     assert result.divergence.abs().max() < 1e-6
+    if divergence.name != "tv":  # which feels every rounding of p - q, in the sign
+        assert gradient.abs().max() < 2e-6
 
 
 @every_divergence
