@@ -49,7 +49,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--orders",
         type=int,
-        default=2,
         help="in how many orders programs that share a row run side by side (test_meeting.py)",
     )
 
@@ -59,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
         _interpret(config)
     examples = 6 if _interpreted(config) else 20
     if not config.getoption("--all"):
-        examples //= 2
+        examples //= 3
     hypothesis.settings.register_profile(
         "suite", deadline=None, max_examples=examples, derandomize=True
     )
@@ -107,6 +106,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # side by side without our doing.
         only = {"form", "interleaved"}
         others = [item for item in items if only & set(getattr(item, "fixturenames", ()))]
+    if not config.getoption("--all"):
+        others += [item for item in items if item.get_closest_marker("full")]
     _deselect(config, items, set(others))
     tests = collections.defaultdict(list)
     for item in items:
@@ -195,7 +196,8 @@ def _interleaved():
 
 @pytest.fixture(scope="session")
 def orders(request: pytest.FixtureRequest) -> int:
-    return request.config.getoption("--orders")
+    config = request.config
+    return config.getoption("--orders") or (2 if config.getoption("--all") else 1)
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ ELSEWHERE = [
 ]
 ONE_MODE = [("sm_80", "resident"), ("sm_100", "resident"), ("gfx942", "sweeping")]
 
+full = pytest.mark.full
 every_dtype = pytest.mark.parametrize("dtype", aot.DTYPES, ids=str)
 every_sweep = pytest.mark.parametrize("mode", ["sweeping", "statistics", "gradient"])
 
@@ -64,6 +65,7 @@ def test_compiles_for_every_target(gpu, divergence, mode):
     assert assembled(compiled, gpu)
 
 
+@full
 @pytest.mark.parametrize(("gpu", "mode"), ONE_MODE)
 @pytest.mark.parametrize("divergence", OTHERS)
 def test_other_divergences_compile_for_every_target(gpu, divergence, mode):
@@ -71,6 +73,7 @@ def test_other_divergences_compile_for_every_target(gpu, divergence, mode):
     assert assembled(compiled, gpu)
 
 
+@full
 @pytest.mark.parametrize(("gpu", "mode"), ONE_MODE)
 @pytest.mark.parametrize("teachers", ["top-128", "three"])
 def test_other_teachers_compile_for_every_target(gpu, teachers, mode):
@@ -79,11 +82,11 @@ def test_other_teachers_compile_for_every_target(gpu, teachers, mode):
     assert assembled(aot.compile_marks(gpu, 151936, torch.bfloat16, 128), gpu)
 
 
+@full
 @pytest.mark.parametrize("teachers", TEACHERS)
 @pytest.mark.parametrize("mode", aot.MODES)
-@pytest.mark.parametrize("vocabulary", [50257, 151936])
-def test_other_teachers_spill_scalars_at_most(vocabulary, mode, teachers):
-    case = ("sm_90", vocabulary, torch.bfloat16, "reverse_kl", mode)
+def test_other_teachers_spill_scalars_at_most(mode, teachers):
+    case = ("sm_90", 151936, torch.bfloat16, "reverse_kl", mode)
     compiled = aot.compile_rows(*case, **TEACHERS[teachers])
     assert machine_code.resources(compiled).spilled <= allowed(mode)
 
@@ -113,19 +116,17 @@ def test_scale_kernel_compiles(gpu, vocabulary):
 
 
 @every_dtype
-@pytest.mark.parametrize("vocabulary", [128, *aot.VOCABULARIES])
+@pytest.mark.parametrize("vocabulary", [128, 151936, pytest.param(50257, marks=full)])
 @pytest.mark.parametrize("divergence", aot.KINDS)
 def test_the_row_resident_form(divergence, vocabulary, dtype):
     assert_reads_once(divergence, vocabulary, dtype)
 
 
-@pytest.mark.parametrize(
-    ("vocabulary", "dtype"),
-    [(50257, torch.bfloat16), (151936, torch.bfloat16), (151936, torch.float32)],
-)
+@full
+@every_dtype
 @pytest.mark.parametrize("divergence", OTHERS)
-def test_the_row_resident_form_of_others(divergence, vocabulary, dtype):
-    assert_reads_once(divergence, vocabulary, dtype)
+def test_the_row_resident_form_of_others(divergence, dtype):
+    assert_reads_once(divergence, 151936, dtype)
 
 
 def assert_reads_once(divergence, vocabulary, dtype):
@@ -189,6 +190,7 @@ def test_the_sweeping_form_spills_nothing(divergence, vocabulary, mode, dtype):
     assert machine_code.resources(compiled).spilled == 0
 
 
+@full
 @every_sweep
 @pytest.mark.parametrize("divergence", OTHERS)
 def test_the_sweeping_form_of_others_spills_nothing(divergence, mode):
@@ -236,6 +238,7 @@ def test_sweeping_tiles_move_in_128_bits(dtype, mode, vocabulary):
     assert ("STG.E.128" in names) == (mode == "gradient")
 
 
+@full
 @pytest.mark.parametrize("vocabulary", [50257, 151936])
 def test_a_gradient_in_fewer_bits_than_the_logits(vocabulary):
     """As the linear op's chunks have it: 4 + 4 bytes of an entry read, 2 written."""

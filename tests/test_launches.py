@@ -43,7 +43,7 @@ def meta(*shape, dtype=FP32):
 class Given:
     """What a loss is given: logits of both models, sampled tokens, advantages."""
 
-    def __init__(self, *rows, vocabulary=151_936, dtype=BF16, teacher_dtype=None):
+    def __init__(self, *rows, vocabulary=5000, dtype=BF16, teacher_dtype=None):
         shape = (*rows, vocabulary)
         self.student = meta(*shape, dtype=dtype).requires_grad_()
         self.teacher = meta(*shape, dtype=teacher_dtype or dtype)
@@ -124,7 +124,7 @@ def linear(dtype, **options):
 
 
 LAUNCHES = {
-    "everything": (Given(8192), Given.loss),
+    "everything": (Given(8192, vocabulary=151_936), Given.loss),
     "distillation alone": (Given(8192), distillation_alone),
     "no teacher": (Given(8192), lambda g: g.loss(None, dense_weight=0.0)),
     "a teacher of weight 0": (Given(8192), lambda g: g.loss(dense_weight=0.0)),
@@ -144,7 +144,7 @@ LAUNCHES = {
     "fp32": (Given(700, dtype=FP32), Given.loss),
     "fp16": (Given(700, dtype=FP16), Given.loss),
     "two dtypes": (Given(700, teacher_dtype=FP32), Given.loss),
-    "top-K": (Given(8192), lambda g: g.loss(g.top_k(32))),
+    "top-K": (Given(8192, vocabulary=151_936), lambda g: g.loss(g.top_k(32))),
     "top-K, not aligned": (Given(3, 5, vocabulary=50_257), lambda g: g.loss(g.top_k(100))),
     "top-K, renormalized": (Given(700), lambda g: g.loss(g.top_k(64), tail="renormalize")),
     "top-K, jsd": (Given(700), lambda g: g.loss(g.top_k(64), divergence="jsd")),

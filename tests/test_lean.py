@@ -214,6 +214,7 @@ def test_a_slot_less_is_found_out(slots, lag, words, interleaved, monkeypatch):
     assert any(orders_that_go_wrong(interleaved, slots, way, monkeypatch))
 
 
+@pytest.mark.full
 def test_one_counter_for_all_slots_is_found_out(interleaved, tmp_path, monkeypatch):
     """Under lag a fast program's next arrival passes for a slow one's."""
     source = faults.source_of(lean)
@@ -226,6 +227,7 @@ def test_one_counter_for_all_slots_is_found_out(interleaved, tmp_path, monkeypat
     assert any(orders_that_go_wrong(interleaved, 4, {"lag": True}, monkeypatch))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("words", [False, True], ids=["counters", "words"])
 def test_two_slots_are_enough_without_lag(words, interleaved, monkeypatch):
     assert not any(orders_that_go_wrong(interleaved, 2, {"words": words}, monkeypatch, 4))
@@ -272,6 +274,7 @@ def test_shapes():
         lean.shape(151936, 8192, 9)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(config.INTERPRETED, reason="compiles ahead of time")
 @pytest.mark.parametrize(
     ("options", "instructions"),

@@ -1,6 +1,7 @@
 """From hidden states with the vocabulary over several ranks: each result is that of the whole; a
 rank's gradient of the weight is its rows of the whole's, that of the hidden states all of it."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -57,6 +58,9 @@ def test_teachers_and_chunks(ranks, chunk_rows, divergence, teacher):
     compare(ranks, case, divergence=divergence, chunk_rows=chunk_rows, entropy_weight=0.1)
 
 
+native = functools.partial(pytest.param, marks=pytest.mark.native)
+
+
 def advantages(terms):
     return terms.log_prob * terms.entropy
 
@@ -65,17 +69,17 @@ def advantages(terms):
     ("inputs", "options"),
     [
         ({"masked": True}, {"reduction": "sum", "chunk_rows": 4}),
-        ({"masked": True}, {"reduction": "none", "chunk_rows": 4}),
-        ({"masked": True}, {"advantages": advantages}),
         ({"masked": True}, {"advantages": advantages, "chunk_rows": 3}),
         ({"masked": True, "teacher": "mixed"}, {"method": "token_terms", "chunk_rows": 3}),
-        ({"masked": True}, {"drop_masked": False}),
-        ({"rows": (0,)}, {}),
-        ({"dtype": torch.bfloat16}, {}),
+        native({"masked": True}, {"reduction": "none", "chunk_rows": 4}),
+        native({"masked": True}, {"advantages": advantages}),
+        native({"masked": True}, {"drop_masked": False}),
+        native({"rows": (0,)}, {}),
+        native({"dtype": torch.bfloat16}, {}),
         # The filter looks at columns, which the ranks share out, and its norm at all of them.
-        ({"vocabulary": 400, "rows": (12,), "logit_scale": 3.0}, {"grad_filter": 1e-3}),
+        native({"vocabulary": 400, "rows": (12,), "logit_scale": 3.0}, {"grad_filter": 1e-3}),
     ],
-    ids=["sum", "none", "function", "chunks", "terms", "kept", "no rows", "bf16", "filter"],
+    ids=["sum", "chunks", "terms", "none", "function", "kept", "no rows", "bf16", "filter"],
 )
 @on_ranks
 def test_options(ranks, inputs, options):
