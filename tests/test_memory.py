@@ -38,7 +38,7 @@ def test_the_measure_sees_a_copy(device):
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "expanded"])
 def test_statistics_need_no_copy_and_no_gradient(layout, divergence, backend, device):
-    case = cases.make(VOCABULARY, (2, ROWS // 4), layout=layout, device=device)
+    case = cases.make(VOCABULARY, (2, ROWS // 2), layout=layout, device=device)
     options = {"backend": backend, "divergence": divergence}
     with torch.no_grad():
         wanted = case.student.requires_grad_()
