@@ -113,7 +113,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         same_rows = _interpreted(config) and item.get_closest_marker("gemms")
         if same_rows or not config.getoption("--all"):
-            tests[item.nodeid.partition("[")[0]].append(item)
+            target = item.callspec.params.get("target") if hasattr(item, "callspec") else None
+            tests[item.nodeid.partition("[")[0], target].append(item)
     thinned = [set(own) - set(each_argument_once(own)) for own in tests.values()]
     _deselect(config, items, set().union(*thinned))
 
