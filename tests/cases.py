@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -33,6 +34,15 @@ DIVERGENCES = [
 
 def divergence_id(divergence: Divergence) -> str:
     return divergence.name + "".join(f"-{value}" for value in divergence.params.values())
+
+
+# These share their arithmetic with another parameter or divergence.
+_TWINS = ("skew_forward_kl-0.3", "alpha-0.3", "renyi-0.3")
+every_divergence = pytest.mark.parametrize(
+    "divergence",
+    [pytest.param(d, marks=[pytest.mark.twin] * (divergence_id(d) in _TWINS)) for d in DIVERGENCES],
+    ids=divergence_id,
+)
 
 
 class Outcome(NamedTuple):

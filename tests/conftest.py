@@ -80,6 +80,11 @@ def _interpret(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:{cause} encountered:RuntimeWarning")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    # No test of these takes a backend, and to import what they test takes seconds.
+    return True if _interpreted(config) and collection_path.name == "train" else None
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" not in metafunc.fixturenames:
         return
@@ -101,6 +106,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if _interpreted(config):
         others = [item for item in items if "target" not in getattr(item, "fixturenames", ())]
         others += [item for item in items if item.get_closest_marker("native")]
+        if not config.getoption("--all"):
+            others += [item for item in items if item.get_closest_marker("twin")]
     else:
         # On a GPU the form of a kernel follows from the problem (test_gpu.py), and programs run
         # side by side without our doing.

@@ -6,13 +6,11 @@ import pytest
 import torch
 
 import cases
-from cases import DIVERGENCES, divergence_id
+from cases import DIVERGENCES, divergence_id, every_divergence
 from hybrid_kernels import hybrid_loss, reference, token_terms
 from tolerance import assert_matches_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_tiles")
-
-every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
 
 
 def diverges(divergence):

@@ -4,13 +4,12 @@ import pytest
 import torch
 
 import cases
-from cases import DIVERGENCES, divergence_id
+from cases import every_divergence
 from hybrid_kernels import Divergence, HybridLoss, hybrid_loss, reference, token_terms
 from tolerance import assert_close, assert_matches_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
 one_of_each_kind = pytest.mark.parametrize(
     "divergence", ["reverse_kl", Divergence("jsd", beta=0.3)], ids=["one_sweep", "two_sweeps"]
 )

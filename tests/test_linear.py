@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cases import DIVERGENCES, DTYPES, LINEAR_TEACHERS, divergence_id, make_linear
+from cases import DTYPES, LINEAR_TEACHERS, every_divergence, make_linear
 from hybrid_kernels import (
     LinearTeacher,
     hybrid_loss,
@@ -28,7 +28,7 @@ def test_every_teacher_and_chunk(teacher, chunk_rows, backend, device):
     assert_linear_matches(case, backend, chunk_rows=chunk_rows, entropy_weight=0.2, temperature=0.7)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
+@every_divergence
 def test_every_divergence(divergence, backend, device):
     case = make_linear(rows=(5,), device=device)
     assert_linear_matches(case, backend, chunk_rows=4, divergence=divergence, entropy_weight=0.2)

@@ -5,7 +5,7 @@ import torch
 
 import cases
 from bench.measure import peak_bytes
-from cases import DIVERGENCES, divergence_id
+from cases import every_divergence
 from hybrid_kernels import (
     LinearTeacher,
     hybrid_loss,
@@ -35,7 +35,7 @@ def test_the_measure_sees_a_copy(device):
     assert peak_bytes(lambda: case.student.clone().exp(), device) >= 2 * size(case)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
+@every_divergence
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "expanded"])
 def test_statistics_need_no_copy_and_no_gradient(layout, divergence, backend, device):
     case = cases.make(VOCABULARY, (2, ROWS // 2), layout=layout, device=device)

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import cases
-from cases import DIVERGENCES, divergence_id
+from cases import every_divergence
 from hybrid_kernels import Divergence, Mixture, TopK, hybrid_loss, ops, token_terms
 
-every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
 needs_cc = pytest.mark.skipif(
     shutil.which("cc") is None, reason="inductor needs a C compiler: no cc"
 )

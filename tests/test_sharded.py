@@ -8,7 +8,7 @@ import torch
 import torch.distributed
 
 import cases
-from cases import DIVERGENCES, Case, divergence_id
+from cases import DIVERGENCES, Case, divergence_id, every_divergence
 from hybrid_kernels import Divergence, TopK, hybrid_loss, ops, reference, sharded, token_terms
 from hybrid_kernels.rows import Coefficients, Rows, Support
 from hybrid_kernels.validate import TAILS
@@ -49,7 +49,7 @@ def tail_of(kind: str) -> str:
     return "bucket" if kind == "full" else kind
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
+@every_divergence
 @each("members", [1, 2], (2,))
 @on_ranks
 def test_every_divergence(ranks, divergence, members):

@@ -6,11 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cases
-from cases import DIVERGENCES, divergence_id
+from cases import DIVERGENCES, every_divergence
 from hybrid_kernels import Divergence, token_terms
 from tolerance import assert_matches_reference
-
-every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
 
 shapes = st.tuples(st.integers(0, 3), st.integers(0, 4))
 vocabularies = st.integers(2, 300)  # of one: test_edges.py

@@ -7,14 +7,13 @@ import pytest
 import torch
 
 import cases
-from cases import DIVERGENCES, divergence_id
+from cases import DIVERGENCES, divergence_id, every_divergence
 from hybrid_kernels import Mixture, TopK, hybrid_loss, reference, token_terms
 from hybrid_kernels.validate import TAILS
 from tolerance import assert_close, assert_matches_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
 every_tail = pytest.mark.parametrize("tail", TAILS)
 KINDS = ["full", *TAILS]
 
@@ -24,7 +23,7 @@ def case_of(kind, members, temperature=1.0, support="union", **options):
     return cases.with_teachers(case, members, None if kind == "full" else support, temperature)
 
 
-@every_divergence
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("members", [1, 2, 3])
 def test_every_divergence_and_teacher(members, kind, divergence, backend, device):

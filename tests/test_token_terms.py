@@ -4,13 +4,11 @@ import pytest
 import torch
 
 import cases
-from cases import DIVERGENCES, divergence_id
+from cases import every_divergence
 from hybrid_kernels import TokenTerms, reference, token_terms
 from tolerance import assert_close, assert_matches_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
 
 
 @every_divergence
