@@ -103,7 +103,7 @@ class Ranks:
 
         return replace(case, view=view, given=part(case.given))
 
-    def compare(self, case: Case, method: str = "hybrid_loss", **options) -> Outcome:
+    def assert_equals_whole(self, case: Case, method: str = "hybrid_loss", **options) -> Outcome:
         """Asserts that this rank's results are those of the whole; returns its outcome."""
         whole = self.on_one(lambda: getattr(case, method)(backend=self.backend, **options))
         own = getattr(self.shard(case), method)(

@@ -26,7 +26,9 @@ def part_of(teacher, first: int, last: int):
     return teacher if isinstance(teacher, TopK) else teacher[..., first:last]
 
 
-def compare(ranks: Ranks, case: LinearCase, method: str = "hybrid_loss", **options) -> None:
+def assert_equals_whole(
+    ranks: Ranks, case: LinearCase, method: str = "hybrid_loss", **options
+) -> None:
     head, teacher = case.head, case.given(None)
     first, last = ranks.bounds(len(head.weight))
     bias = None if head.bias is None else head.bias[first:last]
@@ -55,7 +57,9 @@ def compare(ranks: Ranks, case: LinearCase, method: str = "hybrid_loss", **optio
 @on_ranks
 def test_teachers_and_chunks(ranks, chunk_rows, divergence, teacher):
     case = make_linear(teacher=teacher, masked=True, bias=True, softcap=3.0)
-    compare(ranks, case, divergence=divergence, chunk_rows=chunk_rows, entropy_weight=0.1)
+    assert_equals_whole(
+        ranks, case, divergence=divergence, chunk_rows=chunk_rows, entropy_weight=0.1
+    )
 
 
 native = functools.partial(pytest.param, marks=pytest.mark.native)
@@ -83,4 +87,4 @@ def advantages(terms):
 )
 @on_ranks
 def test_options(ranks, inputs, options):
-    compare(ranks, make_linear(**inputs), **options)
+    assert_equals_whole(ranks, make_linear(**inputs), **options)

@@ -55,13 +55,15 @@ def tail_of(kind: str) -> str:
 def test_every_divergence(ranks, divergence, members):
     made = teachers("full", members)
     options = {"divergence": divergence, "dense_weight": made.upstream.cos(), **ALL_TERMS}
-    ranks.compare(made, temperature=0.7, **options)
+    ranks.assert_equals_whole(made, temperature=0.7, **options)
 
 
 @each_divergence("reverse_kl")
 @on_ranks
 def test_a_floor_under_the_teacher(ranks, divergence):
-    ranks.compare(teachers("full", 2), divergence=divergence, teacher_floor=-4.0, **ALL_TERMS)
+    ranks.assert_equals_whole(
+        teachers("full", 2), divergence=divergence, teacher_floor=-4.0, **ALL_TERMS
+    )
 
 
 @each_divergence("reverse_kl")
@@ -70,7 +72,7 @@ def test_a_floor_under_the_teacher(ranks, divergence):
 def test_every_tail(ranks, tail, divergence):
     made = teachers(tail, 2, 0.7)
     options = {"divergence": divergence, "tail": tail, "dense_weight": made.upstream.cos()}
-    ranks.compare(made, temperature=0.7, **options, **ALL_TERMS)
+    ranks.assert_equals_whole(made, temperature=0.7, **options, **ALL_TERMS)
 
 
 @each_divergence("forward_kl", "jsd-0.3")
@@ -94,9 +96,11 @@ def test_shards_without_mass(ranks, side, divergence):
         made.student = made.student.masked_fill(hidden, -torch.inf)
     if side != "student":
         made.teacher = made.teacher.masked_fill(hidden, -torch.inf)
-    ranks.compare(made, divergence=divergence, **ALL_TERMS)
+    ranks.assert_equals_whole(made, divergence=divergence, **ALL_TERMS)
     if ranks.backend == "torch":
-        ranks.compare(cases.with_teachers(made, 2, None), divergence=divergence, **ALL_TERMS)
+        ranks.assert_equals_whole(
+            cases.with_teachers(made, 2, None), divergence=divergence, **ALL_TERMS
+        )
 
 
 @each_divergence("reverse_kl", "jsd-0.3")
@@ -112,11 +116,11 @@ def test_unsound_rows(ranks, bad, side, divergence):
     # A rank that sees nothing but NaN, or nothing but -inf.
     first, last = ranks.bounds(127, EMPTY)
     stored[4, first:last] = bad
-    own = ranks.compare(made, divergence=divergence, **ALL_TERMS)
+    own = ranks.assert_equals_whole(made, divergence=divergence, **ALL_TERMS)
     assert own.result.divergence[0].isfinite()
     assert own.result.divergence[3].isnan()
     if ranks.backend == "torch":
-        ranks.compare(made, "token_terms", divergence=divergence)
+        ranks.assert_equals_whole(made, "token_terms", divergence=divergence)
     if bad != -torch.inf:
         assert own.result.divergence[1:].isnan().all()
 
@@ -125,13 +129,13 @@ def test_unsound_rows(ranks, bad, side, divergence):
 @on_ranks
 def test_entries_forbidden_by_either(ranks, divergence):
     made = cases.make(127, (6,), style="forbidden_by_student")
-    ranks.compare(made, divergence=divergence, **ALL_TERMS)
+    ranks.assert_equals_whole(made, divergence=divergence, **ALL_TERMS)
     made = cases.make(127, (6,))
     made.teacher[1, 3] = made.teacher[2, 100] = made.teacher[4, 60:] = -torch.inf
-    ranks.compare(made, divergence=divergence, **ALL_TERMS)
+    ranks.assert_equals_whole(made, divergence=divergence, **ALL_TERMS)
     # A weight of 0 leaves nothing of an infinite divergence.
     weight = torch.arange(6.0).remainder(2)
-    own = ranks.compare(made, divergence=divergence, dense_weight=weight, **ALL_TERMS)
+    own = ranks.assert_equals_whole(made, divergence=divergence, dense_weight=weight, **ALL_TERMS)
     assert own.gradient[[0, 2, 4]].isfinite().all()
 
 
@@ -141,7 +145,7 @@ def test_entries_forbidden_by_either(ranks, divergence):
 def test_styles(ranks, style):
     made = cases.make(127, (4,), style=style)
     for divergence in ("reverse_kl", "forward_kl", "jsd"):
-        ranks.compare(made, divergence=divergence, **ALL_TERMS)
+        ranks.assert_equals_whole(made, divergence=divergence, **ALL_TERMS)
 
 
 @each_kind
@@ -149,7 +153,7 @@ def test_styles(ranks, style):
 @on_ranks
 def test_token_terms(ranks, name, kind):
     options = {"divergence": Divergence(name), "tail": tail_of(kind)}
-    ranks.compare(teachers(kind, 1), "token_terms", **options)
+    ranks.assert_equals_whole(teachers(kind, 1), "token_terms", **options)
 
 
 @each_kind
@@ -161,31 +165,33 @@ def test_callable_advantages(ranks, reduction, kind):
         return ratio - 0.1 * terms.divergence
 
     options = {"tail": tail_of(kind), "advantages": advantages, "reduction": reduction}
-    ranks.compare(teachers(kind, 2), entropy_weight=0.1, **options)
+    ranks.assert_equals_whole(teachers(kind, 2), entropy_weight=0.1, **options)
 
 
 @each_kind
 @on_ranks
 def test_in_place(ranks, kind):
-    ranks.compare(teachers(kind, 2), tail=tail_of(kind), inplace=True)
+    ranks.assert_equals_whole(teachers(kind, 2), tail=tail_of(kind), inplace=True)
     written = teachers(kind, 2, layout="sliced", dtype=torch.bfloat16)
-    ranks.compare(written, tail=tail_of(kind), inplace=True)
+    ranks.assert_equals_whole(written, tail=tail_of(kind), inplace=True)
 
 
 @each_kind
 @on_ranks
 def test_bf16_and_fp16(ranks, kind):
-    ranks.compare(teachers(kind, 2, dtype=torch.bfloat16), tail=tail_of(kind), **ALL_TERMS)
+    ranks.assert_equals_whole(
+        teachers(kind, 2, dtype=torch.bfloat16), tail=tail_of(kind), **ALL_TERMS
+    )
     made = cases.make(127, dtype=torch.bfloat16, teacher_dtype=torch.float16)
     made = cases.with_teachers(made, 2, None if kind == "full" else "union")
-    ranks.compare(made, tail=tail_of(kind), divergence="jsd", **ALL_TERMS)
+    ranks.assert_equals_whole(made, tail=tail_of(kind), divergence="jsd", **ALL_TERMS)
 
 
 @on_ranks
 def test_no_teacher(ranks):
     made = replace(cases.make(127, masked=True), teacher=None)
-    ranks.compare(made, dense_weight=0, **ALL_TERMS)
-    ranks.compare(made, "token_terms")
+    ranks.assert_equals_whole(made, dense_weight=0, **ALL_TERMS)
+    ranks.assert_equals_whole(made, "token_terms")
 
 
 @native
@@ -218,7 +224,7 @@ def test_each_term_alone(ranks, terms, kind):
         options["advantages"] = None
     if terms == "entropy":
         options["entropy_weight"] = 0.5
-    ranks.compare(teachers(kind, 2), tail=tail_of(kind), **options)
+    ranks.assert_equals_whole(teachers(kind, 2), tail=tail_of(kind), **options)
 
 
 @native
@@ -240,7 +246,7 @@ def test_no_rows(ranks, known):
 @on_ranks
 def test_layouts(ranks, support, layout):
     made = cases.make(127, masked=layout == "sliced", layout=layout)
-    ranks.compare(cases.with_teachers(made, 2, support), entropy_weight=0.3)
+    ranks.assert_equals_whole(cases.with_teachers(made, 2, support), entropy_weight=0.3)
 
 
 @native
@@ -249,7 +255,7 @@ def test_layouts(ranks, support, layout):
 @on_ranks
 def test_long_rows(ranks, support, divergence):
     made = cases.with_teachers(cases.make(50257, (3,)), 2, support)
-    ranks.compare(made, divergence=divergence, **ALL_TERMS)
+    ranks.assert_equals_whole(made, divergence=divergence, **ALL_TERMS)
 
 
 @native
@@ -257,14 +263,14 @@ def test_long_rows(ranks, support, divergence):
 @on_ranks
 def test_a_shard_of_one_entry(ranks, divergence):
     made = cases.make(ranks.group.size(), (4,))
-    ranks.compare(made, divergence=divergence, **ALL_TERMS)
+    ranks.assert_equals_whole(made, divergence=divergence, **ALL_TERMS)
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jeffreys"])
 @on_ranks
 def test_offset_models(ranks, divergence):
     made = cases.make(1000, (4,), style="offset")
-    ranks.compare(made, divergence=divergence, **ALL_TERMS)
+    ranks.assert_equals_whole(made, divergence=divergence, **ALL_TERMS)
 
 
 @native
@@ -278,7 +284,7 @@ def test_a_maximum_that_is_another_ranks_far_away(ranks, divergence):
     made.teacher[1:4, first:last] -= 1000
     made.teacher[4, last - 1] = -torch.inf
     made.student[4, first:last] -= 1000
-    ranks.compare(made, divergence=divergence, **ALL_TERMS)
+    ranks.assert_equals_whole(made, divergence=divergence, **ALL_TERMS)
 
 
 @native
@@ -337,7 +343,7 @@ def test_unsound_rows_under_a_support(ranks, bad, tail):
     made.student[4] = bad
     first, last = ranks.bounds(127, EMPTY)
     made.student[5, first:last] = bad
-    own = ranks.compare(made, tail=tail, **ALL_TERMS)
+    own = ranks.assert_equals_whole(made, tail=tail, **ALL_TERMS)
     assert own.result.divergence[4].isnan()
     assert own.result.divergence[0].isfinite()
 
@@ -352,7 +358,7 @@ def test_shards_without_mass_under_a_support(ranks, divergence):
     student[made.valid.nonzero(as_tuple=True)] = student[made.valid].index_fill(
         1, torch.arange(first, last), -torch.inf
     )
-    ranks.compare(replace(made, student=student), divergence=divergence, **ALL_TERMS)
+    ranks.assert_equals_whole(replace(made, student=student), divergence=divergence, **ALL_TERMS)
 
 
 @native
@@ -361,7 +367,9 @@ def test_shards_without_mass_under_a_support(ranks, divergence):
 def test_supports_measured_in_pieces(ranks, layout):
     """Statistics alone copy the logits, and not all of them at once."""
     with unittest.mock.patch.object(sharded, "_COPIED", 200):
-        ranks.compare(teachers("bucket", 2, layout=layout), "token_terms", divergence="jsd")
+        ranks.assert_equals_whole(
+            teachers("bucket", 2, layout=layout), "token_terms", divergence="jsd"
+        )
 
 
 @native
@@ -394,7 +402,7 @@ def test_a_gradient_of_another_dtype(ranks):
 def test_masked_rows_that_hold_ordinary_ids(ranks, kind):
     made = cases.with_teachers(cases.make(127, (6,)), 1, None if kind == "full" else "union")
     made = replace(made, mask=torch.tensor([True, False] * 3))
-    own = ranks.compare(made, tail=tail_of(kind), entropy_weight=0.3)
+    own = ranks.assert_equals_whole(made, tail=tail_of(kind), entropy_weight=0.3)
     assert not own.gradient[1::2].any()
 
 
@@ -422,8 +430,8 @@ def test_groups_of_some_of_the_ranks(ranks, kind):
     size = ranks.group.size()
     groups = [torch.distributed.new_group(range(first, size, 2)) for first in range(2)]
     some = Ranks(ranks.backend, groups[ranks.rank % 2])
-    some.compare(teachers(kind, 2), divergence="jsd", **ALL_TERMS)
-    some.compare(teachers(kind, 1), **ALL_TERMS)
+    some.assert_equals_whole(teachers(kind, 2), divergence="jsd", **ALL_TERMS)
+    some.assert_equals_whole(teachers(kind, 1), **ALL_TERMS)
 
 
 @native
