@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from bench.linear import LINEAR_PROVIDERS
+from bench.measure import provider_of
 from bench.providers import PROVIDERS
-from bench.suites import SUITES
+from bench.suites import SUITES, Case
 from bench.summary import versions
 
 START = time.monotonic()
@@ -26,7 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         suite = str(metafunc.config.getoption("--suite"))
-        metafunc.parametrize("case", SUITES[suite](), ids=str)
+        metafunc.parametrize("case", [_unless_missing(case) for case in SUITES[suite]()], ids=str)
+
+
+def _unless_missing(case: Case):
+    missing = provider_of(case).missing()
+    reason = f"the peer {case.provider} cannot run here: {missing}"
+    return pytest.param(case, marks=pytest.mark.skipif(bool(missing), reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -122,6 +122,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if same_rows or not config.getoption("--all"):
             target = item.callspec.params.get("target") if hasattr(item, "callspec") else None
             tests[item.nodeid.partition("[")[0], target].append(item)
+    if config.getoption("--backend") != "meta" and not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none here"))
     thinned = [set(own) - set(each_argument_once(own)) for own in tests.values()]
     _deselect(config, items, set().union(*thinned))
 
