@@ -72,9 +72,9 @@ def _interpret(config: pytest.Config) -> None:
             "--backend triton: Triton was imported first; set TRITON_INTERPRET=1"
         )
     os.environ["TRITON_INTERPRET"] = "1"
-    from interpreter import patch_once
+    from interpreter import speed_up
 
-    patch_once()
+    speed_up()
     # NumPy warns where a kernel means it.
     for cause in ("overflow", "invalid value", "divide by zero"):
         config.addinivalue_line("filterwarnings", f"ignore:{cause} encountered:RuntimeWarning")

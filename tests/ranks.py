@@ -254,9 +254,9 @@ def _serve(pipe: Connection, rank: int, size: int, backend: str, meeting: str) -
     threading.Thread(target=_end_with_the_tests, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the tests' own affair
     if os.environ.get("TRITON_INTERPRET") == "1":
-        from interpreter import patch_once
+        from interpreter import speed_up
 
-        patch_once()
+        speed_up()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # which fills new memory with NaN
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -33,15 +33,15 @@ TEACHERS = {
 }
 
 # The row-resident form is for NVIDIA GPUs; other tests compile for sm_90.
+full = pytest.mark.full
+ONE_MODE = [("sm_80", "resident"), ("sm_100", "resident"), ("gfx942", "sweeping")]
 ELSEWHERE = [
-    (gpu, mode)
+    pytest.param(gpu, mode, marks=[full] * ((gpu, mode) not in ONE_MODE))
     for gpu in standin.GPUS
     for mode in aot.MODES
     if gpu != "sm_90" and (gpu, mode) != ("gfx942", "resident")
 ]
-ONE_MODE = [("sm_80", "resident"), ("sm_100", "resident"), ("gfx942", "sweeping")]
 
-full = pytest.mark.full
 every_dtype = pytest.mark.parametrize("dtype", aot.DTYPES, ids=str)
 every_sweep = pytest.mark.parametrize("mode", ["sweeping", "statistics", "gradient"])
 
