@@ -1,5 +1,7 @@
 """What is allocated: no copy of the logits, one gradient at most, nothing of its size beside it."""
 
+import gc
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from bench.measure import peak_bytes
 from cases import every_divergence
 from hybrid_kernels import (
     LinearTeacher,
+    cpu,
     hybrid_loss,
     linear_hybrid_loss,
     linear_token_terms,
@@ -17,7 +20,21 @@ from hybrid_kernels.linear import BUDGET, chunk_size
 
 pytestmark = pytest.mark.native
 
-ROWS, VOCABULARY = 100, 50_000
+ROWS, VOCABULARY = 50, 25_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fast_collections():
+    """Of garbage, before each measurement: they pass over what modules hold."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Of the torch backend: as small, beside the problem, as they are beside one of use."""
+    monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", 2 * VOCABULARY)
 
 
 def size(case):
