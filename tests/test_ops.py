@@ -186,6 +186,7 @@ def test_second_derivatives_raise(function, backend, device):
         backward_through_a_penalty_on_the_gradient()
 
 
+@pytest.mark.native
 @every_divergence
 def test_results_are_the_same_run_to_run(divergence, backend, device, several_threads):
     case = cases.make(50257, (5,), masked=True, device=device)
