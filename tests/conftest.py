@@ -111,7 +111,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     else:
         # On a GPU the form of a kernel follows from the problem (test_gpu.py), and programs run
         # side by side without our doing.
-        only = {"form", "interleaved"}
+        only = {"form", "interleaved", "plainly"}
         others = [item for item in items if only & set(getattr(item, "fixturenames", ()))]
     if not config.getoption("--all"):
         others += [item for item in items if item.get_closest_marker("full")]
