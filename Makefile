@@ -17,7 +17,7 @@ TRITON36 := .venv-triton36
 
 help:
 	@echo "make demo    train three arms on two-digit addition: imitation, reward, hybrid"
-	@echo "make test    run the tests: every behaviour once, on both backends"
+	@echo "make test    run the tests: every argument once, on both backends"
 	@echo "make test-all  the full matrix, as CI does"
 	@echo "make test-triton36  whether kernels compile and travel on Triton 3.6"
 	@echo "make lint    ruff and pyright"

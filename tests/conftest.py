@@ -10,6 +10,8 @@ Of a parametrized test as many combinations run as show every argument once; `--
 
 import collections
 import contextlib
+import importlib.util
+import itertools
 import os
 import sys
 import zlib
@@ -60,13 +62,19 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--all"):
         examples //= 3
     hypothesis.settings.register_profile(
-        "suite", deadline=None, max_examples=examples, derandomize=True
+        "suite",
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+        max_examples=examples,
+        derandomize=True,
     )
     hypothesis.settings.load_profile("suite")
 
 
 def _interpret(config: pytest.Config) -> None:
     """Makes this process one that interprets, which Triton decides when it is imported."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.exit("--backend triton: Triton is not installed, so nothing to test", returncode=0)
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise pytest.UsageError(
             "--backend triton: Triton was imported first; set TRITON_INTERPRET=1"
@@ -102,30 +110,33 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("target", targets, indirect=True, scope="session")
 
 
+@pytest.hookimpl(trylast=True)  # what -k and -m leave is thinned, not the other way round
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    named = any("[" in argument for argument in config.args)  # combinations that were asked for
+    everything = named or config.getoption("--all")
     if _interpreted(config):
         others = [item for item in items if "target" not in getattr(item, "fixturenames", ())]
         others += [item for item in items if item.get_closest_marker("native")]
-        if not config.getoption("--all"):
+        if not everything:
             others += [item for item in items if item.get_closest_marker("twin")]
     else:
         # On a GPU the form of a kernel follows from the problem (test_gpu.py), and programs run
         # side by side without our doing.
         only = {"form", "interleaved", "plainly"}
         others = [item for item in items if only & set(getattr(item, "fixturenames", ()))]
-    if not config.getoption("--all"):
+    if not everything:
         others += [item for item in items if item.get_closest_marker("full")]
     _deselect(config, items, set(others))
-    tests = collections.defaultdict(list)
-    for item in items:
-        same_rows = _interpreted(config) and item.get_closest_marker("gemms")
-        if same_rows or not config.getoption("--all"):
-            target = item.callspec.params.get("target") if hasattr(item, "callspec") else None
-            tests[item.nodeid.partition("[")[0], target].append(item)
     if config.getoption("--backend") != "meta" and not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none here"))
+    tests = collections.defaultdict(list)
+    for item in items:
+        same_rows = _interpreted(config) and item.get_closest_marker("gemms") and not named
+        if same_rows or not everything:
+            target = item.callspec.params.get("target") if hasattr(item, "callspec") else None
+            tests[item.nodeid.partition("[")[0], target].append(item)
     thinned = [set(own) - set(each_argument_once(own)) for own in tests.values()]
     _deselect(config, items, set().union(*thinned))
 
@@ -137,31 +148,33 @@ def _deselect(config: pytest.Config, items: list[pytest.Item], others: set[pytes
 
 def each_argument_once(combinations: list[pytest.Item]) -> list[pytest.Item]:
     """Some of a test's combinations, in which every argument of every `parametrize` appears: again
-    and again one that shows the most new arguments, and of those one whose others are rare."""
+    and again one that shows the most new arguments, and of those the most that never met."""
     if len(combinations) == 1:
         return combinations
     arguments = {item: _arguments(item) for item in combinations}
-    missing = set.union(*arguments.values())
-    seen: collections.Counter = collections.Counter()
+    pairs = {item: set(itertools.combinations(own, 2)) for item, own in arguments.items()}
+    missing, met = set().union(*arguments.values()), set()
     chosen = []
     while missing:
-        shows = {item: len(own & missing) for item, own in arguments.items()}
-        often = {item: sum(seen[one] for one in own) for item, own in arguments.items()}
-        best = max(combinations, key=lambda item: (shows[item], -often[item]))
+        news = [
+            (len(missing.intersection(arguments[item])), len(pairs[item] - met))
+            for item in combinations
+        ]
+        best = combinations[news.index(max(news))]
         chosen.append(best)
-        missing -= arguments[best]
-        seen.update(arguments[best])
+        missing.difference_update(arguments[best])
+        met |= pairs[best]
     return chosen
 
 
-def _arguments(item: pytest.Item) -> set[tuple]:
+def _arguments(item: pytest.Item) -> list[tuple]:
     """What each `parametrize` gave a test; arguments that one gave together are one."""
     alone = dict(item.callspec.params)
-    found = set()
+    found = []
     for mark in item.iter_markers("parametrize"):
         names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
-        found.add(tuple((name.strip(), id(alone.pop(name.strip()))) for name in names))
-    return found | {(name, id(value)) for name, value in alone.items()}
+        found.append(tuple((name.strip(), id(alone.pop(name.strip()))) for name in names))
+    return found + [(name, id(value)) for name, value in alone.items()]
 
 
 def _interpreted(config: pytest.Config) -> bool:
@@ -200,7 +213,6 @@ def interleaved(target):
 
 
 def _interleaved():
-    pytest.importorskip("greenlet", reason="programs that run side by side are greenlets")
     from interpreter import interleaved
 
     return interleaved

@@ -1,6 +1,6 @@
 """Triton's interpreter, faster, and with the programs of a kernel side by side.
 
-`speed_up` takes it to a quarter of its time. The interpreter runs one program after another, so
+`speed_up` makes it three to four times as fast. The interpreter runs one program after another, so
 that programs which wait for each other would never end. Under `interleaved` each is a greenlet that
 gives way before and after every atomic operation and, where asked for, every load and store; a seed
 decides who goes on, so that an order can be repeated.
@@ -32,7 +32,7 @@ ACCESSES = ("create_masked_load", "create_masked_store")
 
 
 def speed_up() -> None:
-    """Makes the interpreter four times as fast, for good, with the results that it had.
+    """Makes the interpreter three to four times as fast, for good, with the results that it had.
 
     It patches Triton's language at every call of a helper, and undoes that after every launch. It
     looks dtypes up in a table that it makes each time, computes every integer a second time, in 64

@@ -34,12 +34,10 @@ import torch.distributed
 
 from cases import Case, Outcome
 from hybrid_kernels import Mixture
+from tolerance import ANOTHER_ORDER, assert_gradient, assert_values
 
 # How much of a vocabulary each rank has: never the same, and at no 16-byte boundary.
 SHARES = {1: (1.0,), 2: (0.31, 0.69), 4: (0.39, 0.08, 0.46, 0.07)}
-TOLERANCE = 1e-6
-# Of bf16: each side is rounded, by the interpreter towards zero.
-ROUNDINGS = {"torch": 2 * 2.0**-8, "triton": 4 * 2.0**-8}
 
 # What the processes have imported when they begin. (Dynamo is what a custom op imports.)
 IMPORTED = ["torch._dynamo", "hybrid_kernels", "pytest"]
@@ -124,7 +122,7 @@ class Ranks:
         torch.distributed.broadcast_object_list(told, group=self.group, group_src=0)
         return told[0]
 
-    def assert_result(self, own: Any, whole: Any, tolerance: float = TOLERANCE) -> None:
+    def assert_result(self, own: Any, whole: Any, tolerance: float = ANOTHER_ORDER) -> None:
         """Every field is that of the whole, and to the last bit what the other ranks have."""
         for name, expected in whole._asdict().items():
             got = getattr(own, name)
@@ -138,29 +136,6 @@ class Ranks:
         torch.distributed.all_gather(everywhere, told, self.group)
         for other in everywhere:
             assert_values(other, told, "what another rank tells", 0)
-
-
-def assert_values(got, expected, name, tolerance=TOLERANCE):
-    torch.testing.assert_close(
-        got, expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m: f"{name}: {m}"
-    )
-
-
-def assert_gradient(got, whole, bounds, backend):
-    """A part of the whole's: the same where that is not finite; else its error is small beside the
-    norm of the whole. Entry by entry in bf16, which may round to either side."""
-    assert got.dtype == whole.dtype
-    expected = whole[..., slice(*bounds)]
-    finite = expected.isfinite()
-    torch.testing.assert_close(got[~finite], expected[~finite], rtol=0, atol=0, equal_nan=True)
-    error = (got[finite].double() - expected[finite].double()).abs()
-    whole = whole[whole.isfinite()].double()
-    if expected.dtype == torch.bfloat16:
-        bound = ROUNDINGS[backend] * expected[finite].abs() + TOLERANCE * whole.norm()
-        assert bool((error <= bound).all()), "gradient: more than a rounding"
-    else:
-        relative = float(error.norm() / whole.norm().clamp(min=1e-30))
-        assert relative <= TOLERANCE, f"gradient: relative error {relative:.3g}"
 
 
 # -- the processes --------------------------------------------------------------------------------

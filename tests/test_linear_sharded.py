@@ -10,11 +10,9 @@ import torch
 from cases import LinearCase, divergence_id, make_linear
 from hybrid_kernels import Divergence, LinearTeacher, Mixture, TopK
 from ranks import Ranks, every_size, on_ranks
+from tolerance import ANOTHER_ORDER
 
 pytestmark = every_size
-
-# What fp32 sums of a GEMM differ by when its entries are added up in another order.
-TOLERANCE = 1e-6
 
 
 def part_of(teacher, first: int, last: int):
@@ -38,8 +36,8 @@ def assert_equals_whole(
     alone = replace(case, fixed=teacher)
     whole, (hidden, *weights) = ranks.on_one(lambda: alone.ours(method, **options))
     own, gradients = part.ours(method, process_group=ranks.group, **options)
-    ranks.assert_result(own, whole, 3 * TOLERANCE)
-    allowed = TOLERANCE * max(float(w.norm()) for w in (hidden, *weights))
+    ranks.assert_result(own, whole, 3 * ANOTHER_ORDER)
+    allowed = ANOTHER_ORDER * max(float(w.norm()) for w in (hidden, *weights))
     wanted = [hidden, *(weight[first:last] for weight in weights)]
     names = ("hidden", "weight", "bias")[: len(wanted)]
     for name, got, expected in zip(names, gradients, wanted, strict=True):
@@ -62,7 +60,7 @@ def test_teachers_and_chunks(ranks, chunk_rows, divergence, teacher):
     )
 
 
-native = functools.partial(pytest.param, marks=pytest.mark.native)
+twin = functools.partial(pytest.param, marks=pytest.mark.twin)
 
 
 def advantages(terms):
@@ -75,13 +73,13 @@ def advantages(terms):
         ({"masked": True}, {"reduction": "sum", "chunk_rows": 4}),
         ({"masked": True}, {"advantages": advantages, "chunk_rows": 3}),
         ({"masked": True, "teacher": "mixed"}, {"method": "token_terms", "chunk_rows": 3}),
-        native({"masked": True}, {"reduction": "none", "chunk_rows": 4}),
-        native({"masked": True}, {"advantages": advantages}),
-        native({"masked": True}, {"drop_masked": False}),
-        native({"rows": (0,)}, {}),
-        native({"dtype": torch.bfloat16}, {}),
+        twin({"masked": True}, {"reduction": "none", "chunk_rows": 4}),
+        twin({"masked": True}, {"advantages": advantages}),
+        twin({"masked": True}, {"drop_masked": False}),
+        twin({"rows": (0,)}, {}),
+        twin({"dtype": torch.bfloat16}, {}),
         # The filter looks at columns, which the ranks share out, and its norm at all of them.
-        native({"vocabulary": 400, "rows": (12,), "logit_scale": 3.0}, {"grad_filter": 1e-3}),
+        twin({"vocabulary": 400, "rows": (12,), "logit_scale": 3.0}, {"grad_filter": 1e-3}),
     ],
     ids=["sum", "chunks", "terms", "none", "function", "kept", "no rows", "bf16", "filter"],
 )

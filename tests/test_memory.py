@@ -33,8 +33,8 @@ def fast_collections():
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Of the torch backend: as small, beside the problem, as they are beside one of use."""
-    monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", 2 * VOCABULARY)
+    """A quarter of what the torch backend has, for problems that are smaller than those of use."""
+    monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", cpu.BLOCK_ELEMENTS // 4)
 
 
 def size(case):

@@ -12,8 +12,8 @@ from cases import DIVERGENCES, Case, divergence_id, every_divergence
 from hybrid_kernels import Divergence, TopK, hybrid_loss, ops, reference, sharded, token_terms
 from hybrid_kernels.rows import Coefficients, Rows, Support
 from hybrid_kernels.validate import TAILS
-from ranks import Ranks, assert_gradient, assert_values, every_size, on_ranks
-from tolerance import relative_error
+from ranks import Ranks, every_size, on_ranks
+from tolerance import assert_gradient, assert_values, relative_error
 
 pytestmark = every_size
 

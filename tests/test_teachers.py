@@ -45,6 +45,15 @@ def test_every_divergence_and_teacher(members, kind, divergence, backend, device
 
 @every_divergence
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_single_teacher_has_a_weight(kind, divergence, backend, device):
+    case = case_of(kind, 1, device=device)
+    case = replace(case, given=Mixture([(0.7, case.given)]))
+    options = {"divergence": divergence, "tail": "bucket" if kind == "full" else kind}
+    assert_matches_reference(case, backend, entropy_weight=0.3, **options)
+
+
+@every_divergence
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_floor(kind, divergence, backend, device):
     tail = "bucket" if kind == "full" else kind
     options = {"divergence": divergence, "tail": tail, "teacher_floor": -4.0, "reduction": "none"}

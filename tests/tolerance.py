@@ -135,10 +135,44 @@ def assert_linear_matches(
 
 def assert_near(got: Tensor, truth: Tensor, allowed: float) -> None:
     """The relative L2 error is as small as that."""
-    error = (got.double() - truth).norm() / truth.double().norm()
+    error = _relative(got, truth)
     torch.testing.assert_close(error, torch.zeros_like(error), rtol=0, atol=allowed)
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:
     """Relative L2 error."""
-    return float((got.double() - truth).norm() / truth.norm())
+    return float(_relative(got, truth))
+
+
+def _relative(got: Tensor, truth: Tensor) -> Tensor:
+    return (got.double() - truth).norm() / truth.double().norm()
+
+
+# -- a part, beside the whole ----------------------------------------------------------------------
+
+# What fp32 sums differ by when they are added up in another order.
+ANOTHER_ORDER = 1e-6
+
+
+def assert_values(got, expected, name, tolerance=ANOTHER_ORDER):
+    torch.testing.assert_close(
+        got, expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m: f"{name}: {m}"
+    )
+
+
+def assert_gradient(got, whole, bounds, backend):
+    """A part of the whole's: the same where that is not finite; else its error is small beside the
+    norm of the whole. Entry by entry in bf16, which may round to either side."""
+    assert got.dtype == whole.dtype
+    expected = whole[..., slice(*bounds)]
+    finite = expected.isfinite()
+    torch.testing.assert_close(got[~finite], expected[~finite], rtol=0, atol=0, equal_nan=True)
+    error = (got[finite].double() - expected[finite].double()).abs()
+    whole = whole[whole.isfinite()].double()
+    if expected.dtype == torch.bfloat16:
+        rounding = written_and_scaled(backend, got) * ROUNDING[got.dtype]
+        bound = rounding * expected[finite].abs() + ANOTHER_ORDER * whole.norm()
+        assert bool((error <= bound).all()), "gradient: more than a rounding"
+    else:
+        relative = float(error.norm() / whole.norm().clamp(min=1e-30))
+        assert relative <= ANOTHER_ORDER, f"gradient: relative error {relative:.3g}"
