@@ -127,7 +127,7 @@ def test_the_row_resident_form(divergence, vocabulary, dtype):
 
 @full
 @pytest.mark.parametrize("vocabulary", [v for v in aot.VOCABULARIES if v not in (50257, 151936)])
-@pytest.mark.parametrize("divergence", aot.KINDS)
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
 def test_the_row_resident_form_of_other_vocabularies(divergence, vocabulary):
     assert_reads_once(divergence, vocabulary, torch.bfloat16)
 
