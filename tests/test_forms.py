@@ -25,10 +25,7 @@ FORMS = {
 }
 
 
-SLOW = pytest.param("many programs", marks=pytest.mark.full)
-
-
-@pytest.fixture(params=[*(name for name in FORMS if name not in SLOW.values), SLOW, "sweeping"])
+@pytest.fixture(params=["one program", "chunks", "two programs", "three programs", "sweeping"])
 def form(request, side_by_side, monkeypatch):
     """Forces a form, and proves that it ran: where a row is cut, that its programs had to meet."""
     launched, resident = [], config.resident
@@ -66,6 +63,14 @@ def spy(monkeypatch, name, calls):
 @pytest.mark.parametrize("style", ["close", "forbidden_by_student"])
 def test_every_form_is_right(form, style, divergence, backend):
     case = cases.make(201, (1, 4), style=style, masked=True)
+    assert_matches_reference(case, backend, divergence=divergence, entropy_weight=0.3)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("form", ["many programs"], indirect=True)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=divergence_id)
+def test_many_programs_share_a_row(form, divergence, backend):
+    case = cases.make(201, (1, 4), style="forbidden_by_student", masked=True)
     assert_matches_reference(case, backend, divergence=divergence, entropy_weight=0.3)
 
 
