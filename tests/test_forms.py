@@ -90,6 +90,14 @@ def test_every_form_takes_every_layout(form, vocabulary, layout, backend):
     assert_matches_reference(case, backend, entropy_weight=0.3)
 
 
+@pytest.mark.parametrize("form", ["one program", "chunks", "sweeping"], indirect=True)
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_a_few_entries_in_every_layout(form, layout, backend):
+    dtype = torch.float32 if layout == "expanded" else torch.bfloat16
+    case = cases.make(7, (2, 2), layout=layout, dtype=dtype)
+    assert_matches_reference(case, backend, entropy_weight=0.3)
+
+
 @pytest.mark.parametrize("options", [{"teacher_floor": -4.0}, {"inplace": True}], ids=str)
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
 def test_every_form_takes_every_option(form, options, divergence, backend):
