@@ -27,10 +27,11 @@ from triton import JITFunction, knobs
 
 from bench import lean, machine_code, standin
 from bench.machine_code import Compiled
-from hybrid_kernels import Divergence, available_divergences
+from hybrid_kernels import Divergence
+from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.kernels import config, resident, sweep, topk
 from hybrid_kernels.kernels import rows as launchers
-from hybrid_kernels.rows import ONE_SWEEP, Coefficients, Rows, Support
+from hybrid_kernels.rows import Coefficients, Rows, Support
 
 # The form, and of the sweeping one whether it measures and whether it writes.
 MODES = {
@@ -39,20 +40,7 @@ MODES = {
     "statistics": (True, False),
     "gradient": (False, True),
 }
-# That an entry needs: one for each side's sum, and what the gradient takes anew.
-EXPONENTIALS = {
-    "reverse_kl": 3,
-    "forward_kl": 4,
-    "jeffreys": 4,
-    "jsd": 5,
-    "skew_reverse_kl": 5,
-    "skew_forward_kl": 6,
-    "alpha": 8,
-    "renyi": 9,
-    "tv": 4,
-}
-# These differ in what a sweep adds up; the others read the same and differ in arithmetic alone.
-KINDS = ("reverse_kl", "forward_kl", "jeffreys", "jsd")
+KINDS = tuple(name for name, family in FAMILIES.items() if family.resident)
 TOPK_EXPONENTIALS = 2
 LEAN_EXPONENTIALS = 3
 MAIN_VOCABULARY = 151936
@@ -289,7 +277,7 @@ class Configuration(NamedTuple):
         """Of a row, with counters."""
         if self.divergence is None:
             return 0 if "words" in self.options else 1
-        return 1 if self.divergence in ONE_SWEEP else 2
+        return 1 if FAMILIES[self.divergence].one_sweep else 2
 
     def compile(self, **options) -> Compiled:
         """`options` are for the shipped kernel, and leave out what rare rows need."""
@@ -301,11 +289,9 @@ class Configuration(NamedTuple):
 
 
 def configurations() -> Iterator[Configuration]:
-    for vocabulary, dtype, divergence in itertools.product(
-        VOCABULARIES, DTYPES, available_divergences()
-    ):
+    for vocabulary, dtype, divergence in itertools.product(VOCABULARIES, DTYPES, FAMILIES):
         if divergence in KINDS or vocabulary == MAIN_VOCABULARY:
-            case = (vocabulary, dtype, EXPONENTIALS[divergence], 3, divergence)
+            case = (vocabulary, dtype, FAMILIES[divergence].exponentials, 3, divergence)
             yield Configuration(divergence, *case, {})
 
     def main(name: str, exponentials: int, moved: int, divergence: str | None, **options):
@@ -321,7 +307,7 @@ def configurations() -> Iterator[Configuration]:
     for tuning in config.CANDIDATES:
         if tuning.prefetch:
             name = f"reverse_kl, {tuning.slice_v}x{tuning.num_warps}x{tuning.programs} ahead"
-            yield main(name, EXPONENTIALS["reverse_kl"], 3, "reverse_kl", tuning=tuning)
+            yield main(name, FAMILIES["reverse_kl"].exponentials, 3, "reverse_kl", tuning=tuning)
     for way in ({}, {"lag": True}, {"lag": True, "words": True}):
         yield main(", ".join(["lean", *way]), LEAN_EXPONENTIALS, 3, None, **way)
 

@@ -1,16 +1,9 @@
 """Fused dense and sparse gradients for training language models with a teacher and a reward."""
 
 from hybrid_kernels.api import hybrid_loss, linear_hybrid_loss, linear_token_terms, token_terms
+from hybrid_kernels.divergences import Divergence, available_divergences
 from hybrid_kernels.returns import returns_to_go, sparse_advantages
-from hybrid_kernels.types import (
-    Divergence,
-    HybridLoss,
-    LinearTeacher,
-    Mixture,
-    TokenTerms,
-    TopK,
-    available_divergences,
-)
+from hybrid_kernels.types import HybridLoss, LinearTeacher, Mixture, TokenTerms, TopK
 
 __version__ = "0.1.0.dev0"
 

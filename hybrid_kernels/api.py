@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels import ops, validate
+from hybrid_kernels.divergences import Divergence
 from hybrid_kernels.heads import Head
 from hybrid_kernels.linear import Options
 from hybrid_kernels.problem import Context, LinearProblem, LogitProblem, Problem, valid_rows
 from hybrid_kernels.rows import FIELDS
-from hybrid_kernels.types import Divergence, HybridLoss, Teacher, TokenTerms
+from hybrid_kernels.types import HybridLoss, Teacher, TokenTerms
 
 
 def hybrid_loss(

@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from hybrid_kernels.cpu_forms import FORMS, row_dot, weighted
+from hybrid_kernels.cpu_forms import FORMS, row_dot, settle, tilt, weighted
 from hybrid_kernels.cpu_topk import Supports
+from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.rows import (
     FIELDS,
     LOWEST,
@@ -69,7 +70,7 @@ def row_values(rows: Rows, statistics: Tensor, values: Tensor) -> None:
 
     Fills `[1 + 2 M, N]`: log q(y), the weighted mean over the M members; and for each of them its
     part of the divergence and of the sum of slopes (of Renyi's: of S - 1, and of log S as a
-    log-sum-exp), as they are before `Form.settle`. Masked rows may hold anything.
+    log-sum-exp), as they are before `settle`. Masked rows may hold anything.
     """
     for block in _blocks(rows, statistics, known=True):
         block.write_values(values)
@@ -189,8 +190,8 @@ def _runs(valid: Tensor) -> list[tuple[int, int]]:
 class _Block:
     """A few consecutive rows: their logits, and four buffers in cache.
 
-    `x` holds z - max z, `log_ratio` l and then g, `p` and `q` the probabilities, which `p_factor`
-    and `q_factor` have still to normalise (`q` then h). What there is one of per row is a column
+    `x` holds z - max z, `log_ratio` l and then u, `p` and `q` the probabilities, which `p_factor`
+    and `q_factor` have still to normalise (`q` then -v). What there is one of per row is a column
     `[r, 1]`. With several teachers, which take their turns in these buffers, a fifth one sums up
     dD/dz.
     """
@@ -209,6 +210,7 @@ class _Block:
         stop: int,
     ) -> None:
         self.rows = rows
+        self.form, self.family = FORMS[rows.divergence], FAMILIES[rows.divergence]
         offset = outer * rows.student.shape[1]
         self.range = slice(offset + start, offset + stop)
         self.statistics = statistics[:, self.range]
@@ -235,14 +237,13 @@ class _Block:
         self.p_factor: Tensor | None = None
         self.q_factor: Tensor | None = None
         keeps_x = rows.teacher_floor is not None or len(self.teachers) > 1
-        keeps_x = keeps_x or FORMS[rows.divergence].tilted is not None
+        keeps_x = keeps_x or self.family.tilted
         keeps_x = keeps_x or (coefficients and coefficients.entropy is not None)
         if not keeps_x:
             self.q = self.x  # one buffer less in cache
         self.on_cpu = rows.student.device.type == "cpu"
         self.inv_t = 1.0 / rows.temperature
         self.dropped: Tensor | None = None
-        self.form = FORMS[rows.divergence]
         self.supports = supports
         self.known = known
         self.columns: dict[int, Tensor] = {}
@@ -361,10 +362,10 @@ class _Block:
         first = STUDENT_FIELDS + member * MEMBER_FIELDS
         lost = self._log_ratios(member, guarded)
         value, slope_sum = self._sums(lost)
-        if guarded or form.tilted is not None:
+        if guarded or self.family.tilted:
             lse, teacher_lse = columns[FIELDS.student_lse], columns[first + MEMBER.teacher_lse]
-            sound = lse.isfinite() & teacher_lse.isfinite()
-            settled = form.settle(value, slope_sum, sound, self.rows.parameter)
+            finite = lse.isfinite() & teacher_lse.isfinite()
+            settled = settle(self.family, value, slope_sum, finite, self.rows.parameter)
             value, slope_sum, columns[first + MEMBER.log_s] = settled
             self._tilt(settled[-1])
         columns[first + MEMBER.slope_sum] = slope_sum
@@ -400,7 +401,7 @@ class _Block:
             self.log_q = self.log_q + share * log_q
         self._subtract(teacher, student_max, top, teacher_lse - student_lse)
         lost = 0.0
-        if guarded or floor is not None or not self.form.linear or self.pull is not None:
+        if guarded or floor is not None or not self.family.linear or self.pull is not None:
             self._normalise()
         if floor is not None:
             torch.minimum(log_ratio, self._over_t(self.x) - (student_lse + floor), out=log_ratio)
@@ -412,7 +413,7 @@ class _Block:
             lost = lost + torch.where(self.dropped, q, 0.0).sum(-1, keepdim=True)
             q.masked_fill_(self.dropped, 0.0)
             log_ratio.masked_fill_(self.dropped, LOWEST)
-            if not self.form.diverges:
+            if not self.family.diverges:
                 log_ratio.clamp_(max=-LOWEST)
         return lost
 
@@ -425,24 +426,24 @@ class _Block:
         return value, slope_sum
 
     def _tilt(self, log_s: Tensor) -> None:
-        """`Form.tilt` of these buffers."""
-        buffers = (self.p, self.q, self.log_ratio, self.rows.parameter, self._log_p(), log_s)
-        self.form.tilt(*buffers)
+        """`tilt` of these buffers, if their slopes have waited for it."""
+        if self.family.tilted:
+            tilt(self.p, self.q, self.log_ratio, self.rows.parameter, self._log_p(), log_s)
 
     def _log_p(self) -> Tensor:
         """log p, for Renyi's divergence; others have no use for it."""
-        if self.form.tilted is None:
+        if not self.family.tilted:
             return self.p
         return self._over_t(self.x) - self.columns[FIELDS.student_lse]
 
     def _add_pull(self, pull: Tensor, member: int, slope_sum: Tensor) -> None:
-        """Adds a member's dD/dz: its share of p (g - sum of slopes) - h."""
+        """Adds a member's dD/dz: its share of p (u - sum of slopes) + v."""
         if member == 0:
             pull.zero_()
         weight = self.rows.shares[member]
-        g = self.log_ratio if self.form.has_g else self.log_ratio.zero_()
-        pull.addcmul_(self.p, g.sub_(slope_sum).mul_(weight))
-        if self.form.has_h:
+        u = self.log_ratio if self.family.has_u else self.log_ratio.zero_()
+        pull.addcmul_(self.p, u.sub_(slope_sum).mul_(weight))
+        if self.family.has_v:
             pull.sub_(self.q.mul_(weight))
 
     def _over_t(self, value: Tensor) -> Tensor:
@@ -509,7 +510,7 @@ class _Block:
         assert self.gradient is not None
         assert self.coefficients is not None
         c_div, c_logp, c_ent = (self._own(c) for c in self.coefficients)
-        p, inner, form, columns = self.p, self.log_ratio, self.form, self.columns
+        p, inner, family, columns = self.p, self.log_ratio, self.family, self.columns
         factor = 1.0 if self.p_factor is None else self.p_factor
         # One teacher's slopes are still in the buffers.
         alone = c_div is not None and self.pull is None
@@ -525,7 +526,7 @@ class _Block:
             if self.rows.shares[0] != 1.0:
                 c_div = c_div * self.rows.shares[0]
             constant = constant - c_div * slope_sum
-        if c_div is not None and alone and form.has_g:
+        if c_div is not None and alone and family.has_u:
             inner.mul_(c_div * factor)
         else:
             inner.zero_()
@@ -537,7 +538,7 @@ class _Block:
         inner.add_(constant * factor)
         out = self.gradient if self.gradient.dtype == torch.float32 else inner
         torch.mul(p, inner, out=out)
-        if c_div is not None and alone and form.has_h:
+        if c_div is not None and alone and family.has_v:
             out.sub_(self.q.mul_(c_div))
         if c_div is not None and self.pull is not None:
             out.add_(weighted(c_div, self.pull))

@@ -5,91 +5,73 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from hybrid_kernels.divergences import Family
 from hybrid_kernels.rows import LOWEST
+
+Sums: TypeAlias = tuple[Tensor, Tensor]  # of terms and slopes, each `[r, 1]`
 
 
 class Form(NamedTuple):
     """A divergence on block buffers, in terms of p, q and the log-ratio l.
 
-    The slopes of its terms are dt/dlog p = p g - h, up to a multiple of p (which changes no logit
-    gradient), where the g or the h may be absent.
+    The slopes of its terms are dt/dlog p = p u + v, up to a multiple of p (which changes no logit
+    gradient). `Family` says which of the two there are, and all else that holds of a divergence.
 
     Attributes:
-        sums: (p, q, l, parameter) -> the value and the sum of the slopes, each `[r, 1]`; leaves g
-            in the buffer of l and h in that of q.
-        linear: whether both sums are linear in p and do not read q: p may be unnormalised.
-        has_g: whether the slopes have p g.
-        has_h: whether the slopes have -h.
-        diverges: whether a term is infinite where q = 0 < p.
+        sums: (p, q, l, parameter, log p) -> the value and the sum of the slopes, each `[r, 1]`;
+            leaves u in the buffer of l and -v in that of q. Of a tilted family S - 1 and log S, as
+            `settle` wants them, with the buffers left alone: `tilt` fills them later.
         small_value: (p, q, l) -> `[r, 1]`, the value as a sum of positive terms, right near p = q.
         lost_sign: the sign with which 1 - sum q of the entries that take part enters it.
         lost_share: parameter -> the factor with which it enters the value of `sums`.
-        tilted: in place of `sums`, (p, q, l, parameter, log p), for Renyi's, whose slopes have to
-            wait for the whole row: it tells S - 1 and log S, and leaves the buffers alone.
     """
 
-    sums: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    linear: bool = False
-    has_g: bool = True
-    has_h: bool = False
-    diverges: bool = False
+    sums: Callable[[Tensor, Tensor, Tensor, float, Tensor], Sums]
     small_value: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     lost_sign: float = 0.0
     lost_share: Callable[[float], float] | None = None
-    tilted: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def compare(
         self, p: Tensor, q: Tensor, log_ratio: Tensor, a: float, log_p: Tensor, lost: Tensor | float
-    ) -> tuple[Tensor, Tensor]:
-        """As `sums`, with what 1 - sum q of the entries that take part does to the value.
-
-        (Of Renyi's divergence S - 1 and log S, which `settle` wants, and no slopes: see `tilt`.)
-        """
-        if self.tilted is not None:
-            return self.tilted(p, q, log_ratio, a, log_p)
-        value, slope_sum = self.sums(p, q, log_ratio, a)
+    ) -> Sums:
+        """As `sums`, with what 1 - sum q of the entries that take part does to the value."""
+        value, slope_sum = self.sums(p, q, log_ratio, a, log_p)
         if self.lost_share is not None:
             value = value + self.lost_share(a) * lost
         return value, slope_sum
 
-    def settle(
-        self, value: Tensor, slope_sum: Tensor, sound: Tensor, a: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What a row's divergence makes of the sums of its terms and slopes, and its edge cases.
 
-        Returns the value, the sum of slopes and, for Renyi's, the log S that its slopes need (else
-        0). S is 1 + sum (p^a q^(1-a) - p) where it is near 1; elsewhere a log-sum-exp, which stands
-        in the place of the slopes' sum.
+def settle(
+    family: Family, value: Tensor, slope_sum: Tensor, finite: Tensor, a: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a row's divergence makes of the sums of its terms and slopes, and its edge cases.
 
-        `sound` tells where both normalisers are finite: there a NaN is the 0 * inf of a p that
-        underflows, and means that the teacher forbids what the student may still say.
-        """
-        log_s = torch.zeros_like(value)
-        if self.tilted is not None:
-            near = value.abs() < 0.5
-            log_s = torch.where(near, value.clamp(-0.5, 0.5).log1p(), slope_sum)
-            # Where the teacher forbids an entry the log-ratio is a huge number, for infinity.
-            log_s = log_s.masked_fill(log_s > 1e20, math.inf)
-            value, slope_sum = log_s / (a - 1), torch.where(log_s == math.inf, math.inf, 0.0)
-        if self.diverges:
-            infinite = (value.isnan() & sound) | (value == math.inf)
-            value = torch.where(infinite, math.inf, value)
-            slope_sum = torch.where(infinite, math.inf, slope_sum)
-        # Comparisons lose sight of a NaN.
-        value, slope_sum = (torch.where(sound, x, math.nan) for x in (value, slope_sum))
-        return value, slope_sum, log_s
+    Returns the value, the sum of slopes and, for Renyi's, the log S that its slopes need (else 0).
+    S is 1 + sum (p^a q^(1-a) - p) where it is near 1; elsewhere a log-sum-exp, which stands in the
+    place of the slopes' sum.
 
-    def tilt(
-        self, p: Tensor, q: Tensor, log_ratio: Tensor, a: float, log_p: Tensor, log_s: Tensor
-    ) -> None:
-        """Leaves g and h in the buffers where `compare` has not."""
-        if self.tilted is not None:
-            _renyi_slopes(p, q, log_ratio, a, log_p, log_s)
+    Where both normalisers are `finite`, a NaN is the 0 * inf of a p that underflows, and means that
+    the teacher forbids what the student may still say.
+    """
+    log_s = torch.zeros_like(value)
+    if family.tilted:
+        near = value.abs() < 0.5
+        log_s = torch.where(near, value.clamp(-0.5, 0.5).log1p(), slope_sum)
+        # Where the teacher forbids an entry the log-ratio is a huge number, for infinity.
+        log_s = log_s.masked_fill(log_s > 1e20, math.inf)
+        value, slope_sum = log_s / (a - 1), torch.where(log_s == math.inf, math.inf, 0.0)
+    if family.diverges:
+        infinite = (value.isnan() & finite) | (value == math.inf)
+        value = torch.where(infinite, math.inf, value)
+        slope_sum = torch.where(infinite, math.inf, slope_sum)
+    # Comparisons lose sight of a NaN.
+    value, slope_sum = (torch.where(finite, x, math.nan) for x in (value, slope_sum))
+    return value, slope_sum, log_s
 
 
 def weighted(weight: Tensor, value: Tensor) -> Tensor:
@@ -102,16 +84,16 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a, b)[:, None]
 
 
-def _reverse_kl(p: Tensor, q: Tensor, log_ratio: Tensor, _: float) -> tuple[Tensor, Tensor]:
+def _reverse_kl(p: Tensor, q: Tensor, log_ratio: Tensor, *_: object) -> Sums:
     value = row_dot(p, log_ratio)
     return value, value
 
 
-def _forward_kl(p: Tensor, q: Tensor, log_ratio: Tensor, _: float) -> tuple[Tensor, Tensor]:
+def _forward_kl(p: Tensor, q: Tensor, log_ratio: Tensor, *_: object) -> Sums:
     return -row_dot(q, log_ratio), -q.sum(-1, keepdim=True)
 
 
-def _jeffreys(p: Tensor, q: Tensor, log_ratio: Tensor, _: float) -> tuple[Tensor, Tensor]:
+def _jeffreys(p: Tensor, q: Tensor, log_ratio: Tensor, *_: object) -> Sums:
     reverse = row_dot(p, log_ratio)
     return reverse - row_dot(q, log_ratio), reverse - q.sum(-1, keepdim=True)
 
@@ -122,27 +104,27 @@ def _mixture_log_ratio(log_ratio: Tensor, beta: float) -> Tensor:
     return log_ratio.abs().neg_().expm1_().mul_(weight).log1p_().sub_(log_ratio.clamp(max=0.0))
 
 
-def _jsd(p: Tensor, q: Tensor, log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _jsd(p: Tensor, q: Tensor, log_ratio: Tensor, beta: float, _: Tensor) -> Sums:
     log_m_over_p = _mixture_log_ratio(log_ratio, beta)
     teacher_side = row_dot(q, log_ratio.add_(log_m_over_p))
-    g = torch.mul(log_m_over_p, beta - 1, out=log_ratio)
-    student_side = row_dot(p, g)
+    u = torch.mul(log_m_over_p, beta - 1, out=log_ratio)
+    student_side = row_dot(p, u)
     return student_side - beta * teacher_side, student_side
 
 
-def _skew_reverse_kl(p: Tensor, q: Tensor, log_ratio: Tensor, a: float) -> tuple[Tensor, Tensor]:
+def _skew_reverse_kl(p: Tensor, q: Tensor, log_ratio: Tensor, a: float, _: Tensor) -> Sums:
     log_p_over_m = _mixture_log_ratio(log_ratio, 1 - a).neg_()
     value = row_dot(p, log_p_over_m)
     # log(p/m) - a p/m, which is 0 at p = q once a is added.
-    g = torch.expm1(log_p_over_m, out=log_ratio).mul_(-a).add_(log_p_over_m)
-    return value, row_dot(p, g)
+    u = torch.expm1(log_p_over_m, out=log_ratio).mul_(-a).add_(log_p_over_m)
+    return value, row_dot(p, u)
 
 
-def _skew_forward_kl(p: Tensor, q: Tensor, log_ratio: Tensor, a: float) -> tuple[Tensor, Tensor]:
+def _skew_forward_kl(p: Tensor, q: Tensor, log_ratio: Tensor, a: float, _: Tensor) -> Sums:
     log_q_over_m = _mixture_log_ratio(log_ratio, a).add_(log_ratio).neg_()
     value = row_dot(q, log_q_over_m)
-    g = torch.expm1(log_q_over_m, out=log_ratio).mul_(a - 1)  # -(1-a) q/m, but for 1-a
-    return value, row_dot(p, g)
+    u = torch.expm1(log_q_over_m, out=log_ratio).mul_(a - 1)  # -(1-a) q/m, but for 1-a
+    return value, row_dot(p, u)
 
 
 def _alpha_terms(p: Tensor, q: Tensor, log_ratio: Tensor, a: float) -> Tensor:
@@ -181,8 +163,8 @@ def _square(x: Tensor) -> Tensor:
 
 
 def _tilted(q: Tensor, exponent: Tensor, whole: Callable[[], Tensor]) -> None:
-    """Leaves g = e^exponent - 1 in `exponent` and h = 0 in q; where g would be a large number, for
-    an entry whose p is next to nothing beside `whole`, -1 and -whole."""
+    """Leaves u = e^exponent - 1 in `exponent` and -v = 0 in q; where u would be a large number, for
+    an entry whose p is next to nothing against `whole`, -1 and -whole."""
     plain = exponent.abs() < 30
     if exponent.device.type == "cpu" and bool(plain.all()):
         exponent.expm1_()
@@ -202,7 +184,7 @@ def _geometric(p: Tensor, q: Tensor, log_ratio: Tensor, a: float) -> Tensor:
     return product.masked_fill_(log_ratio > -LOWEST / 2, math.inf if a > 1 else 0.0)
 
 
-def _alpha(p: Tensor, q: Tensor, log_ratio: Tensor, a: float) -> tuple[Tensor, Tensor]:
+def _alpha(p: Tensor, q: Tensor, log_ratio: Tensor, a: float, _: Tensor) -> Sums:
     value = _alpha_terms(p, q, log_ratio, a)
     raw = log_ratio.clone()
     _tilted(q, log_ratio.mul_(a - 1), lambda: _geometric(p, q, raw, a))
@@ -211,9 +193,7 @@ def _alpha(p: Tensor, q: Tensor, log_ratio: Tensor, a: float) -> tuple[Tensor, T
     return value, row_dot(p, log_ratio) - q.sum(-1, keepdim=True)
 
 
-def _renyi(
-    p: Tensor, q: Tensor, log_ratio: Tensor, a: float, log_p: Tensor
-) -> tuple[Tensor, Tensor]:
+def _renyi(p: Tensor, q: Tensor, log_ratio: Tensor, a: float, log_p: Tensor) -> Sums:
     """sum (p^a q^(1-a) - p), which is S - 1, and log S as a log-sum-exp."""
     exponent = (a - 1) * log_ratio
     plain = exponent.abs() < 30
@@ -224,21 +204,20 @@ def _renyi(
     return terms.sum(-1, keepdim=True), log_s
 
 
-def _renyi_slopes(
-    p: Tensor, q: Tensor, log_ratio: Tensor, a: float, log_p: Tensor, log_s: Tensor
-) -> None:
-    """Slopes a/(a-1) (p^a q^(1-a)/S - p), which sum to 0."""
+def tilt(p: Tensor, q: Tensor, log_ratio: Tensor, a: float, log_p: Tensor, log_s: Tensor) -> None:
+    """Leaves u and -v of a tilted family in the buffers: of slopes a/(a-1) (p^a q^(1-a)/S - p),
+    which sum to 0."""
     exponent = log_ratio.mul_(a - 1).sub_(log_s)
     _tilted(q, exponent, lambda: (exponent + log_p).exp_())
     log_ratio.mul_(a / (a - 1))
     q.mul_(a / (a - 1))
 
 
-def _tv(p: Tensor, q: Tensor, log_ratio: Tensor, _: float) -> tuple[Tensor, Tensor]:
+def _tv(p: Tensor, q: Tensor, log_ratio: Tensor, *_: object) -> Sums:
     near = log_ratio.abs() < 0.5
     terms = torch.where(near, p * torch.where(near, -log_ratio, 0.0).expm1_(), p - q).abs_()
-    g = log_ratio.sign_().mul_(0.5)
-    return 0.5 * terms.sum(-1, keepdim=True), row_dot(p, g)
+    u = log_ratio.sign_().mul_(0.5)
+    return 0.5 * terms.sum(-1, keepdim=True), row_dot(p, u)
 
 
 def _excess(log_ratio: Tensor) -> Tensor:
@@ -265,17 +244,13 @@ def _jeffreys_small(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
 
 
 FORMS = {
-    "reverse_kl": Form(
-        _reverse_kl, linear=True, diverges=True, small_value=_reverse_small, lost_sign=1.0
-    ),
-    "forward_kl": Form(
-        _forward_kl, has_g=False, has_h=True, small_value=_forward_small, lost_sign=-1.0
-    ),
-    "jeffreys": Form(_jeffreys, has_h=True, diverges=True, small_value=_jeffreys_small),
+    "reverse_kl": Form(_reverse_kl, _reverse_small, lost_sign=1.0),
+    "forward_kl": Form(_forward_kl, _forward_small, lost_sign=-1.0),
+    "jeffreys": Form(_jeffreys, _jeffreys_small),
     "jsd": Form(_jsd),
     "skew_reverse_kl": Form(_skew_reverse_kl),
     "skew_forward_kl": Form(_skew_forward_kl),
-    "alpha": Form(_alpha, has_h=True, lost_share=lambda a: 1 / a),
-    "renyi": Form(_alpha, has_h=True, tilted=_renyi),
+    "alpha": Form(_alpha, lost_share=lambda a: 1 / a),
+    "renyi": Form(_renyi),
     "tv": Form(_tv),
 }

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybrid_kernels.cpu_forms import FORMS, Form, weighted
+from hybrid_kernels.cpu_forms import FORMS, settle, tilt, weighted
+from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.rows import (
     FIELDS,
     HIDDEN_TAIL,
@@ -195,7 +196,7 @@ def compare(
     support = rows.support
     assert support is not None
     inv_t, floor, tail = 1.0 / rows.temperature, rows.teacher_floor, support.tail
-    form = FORMS[rows.divergence]
+    family = FAMILIES[rows.divergence]
     log_p = torch.where(kept & (x > LOWEST), x * inv_t - lse, -torch.inf)
     log_tail = tail_sum.log() - lse
     part = torch.cat([log_p > -torch.inf, log_tail.exp() >= SMALLEST_TAIL], -1)
@@ -228,16 +229,16 @@ def compare(
             raw_q = torch.where(part, their.exp(), 0.0)
         log_ratio = torch.where(part, own - their, 0.0)
         # (A NaN of the teacher stays one; an infinite ratio is one where it forbids an entry.)
-        if not form.diverges:
+        if not family.diverges:
             log_ratio.clamp_(max=-LOWEST)
         p = torch.where(part, own.exp(), 0.0)
         q = torch.where(part, their.exp(), 0.0)
         rho = rho + share * log_ratio[:, -1:]
         log_p_part = torch.where(part, own, -torch.inf)
-        sound = (mass + lse).isfinite()
-        one, slope_sum = _sums(form, p, q, raw_q, log_ratio, log_p_part, sound, rows.parameter)
-        slopes = p * log_ratio if form.has_g else torch.zeros_like(p)
-        if form.has_h:
+        finite = (mass + lse).isfinite()
+        one, slope_sum = _sums(rows, p, q, raw_q, log_ratio, log_p_part, finite)
+        slopes = p * log_ratio if family.has_u else torch.zeros_like(p)
+        if family.has_v:
             slopes = slopes - q
         slopes = slopes - p * slope_sum
         # Of an empty tail no entry is left to have a slope.
@@ -257,23 +258,24 @@ def compare(
 
 
 def _sums(
-    form: Form,
+    rows: Rows,
     p: Tensor,
     q: Tensor,
     raw_q: Tensor,
     log_ratio: Tensor,
     log_p: Tensor,
-    sound: Tensor,
-    a: float,
+    finite: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Value and sum of slopes; leaves g and h as `Form.sums` does."""
+    """Value and sum of slopes; leaves u and -v as `Form.sums` does."""
+    form, family, a = FORMS[rows.divergence], FAMILIES[rows.divergence], rows.parameter
     lost = (raw_q - q).sum(-1, keepdim=True)
     small = None
     if form.small_value is not None:
         small = form.small_value(p, q, log_ratio) + form.lost_sign * lost
     value, slope_sum = form.compare(p, q, log_ratio, a, log_p, lost)
-    value, slope_sum, log_s = form.settle(value, slope_sum, sound, a)
-    form.tilt(p, q, log_ratio, a, log_p, log_s)
+    value, slope_sum, log_s = settle(family, value, slope_sum, finite, a)
+    if family.tilted:
+        tilt(p, q, log_ratio, a, log_p, log_s)
     if small is not None:
         value = torch.where(value < SMALL_DIVERGENCE, small, value)
     return value, slope_sum

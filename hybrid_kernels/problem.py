@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels import linear_ops, ops, validate
+from hybrid_kernels.divergences import Divergence
 from hybrid_kernels.heads import Head
 from hybrid_kernels.linear import Options, write_logits
 from hybrid_kernels.rows import FIELDS
 from hybrid_kernels.types import (
     IGNORED_TOKEN,
-    Divergence,
     LinearTeacher,
     Teacher,
     TokenTerms,

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hybrid_kernels.divergences import Divergence
 from hybrid_kernels.types import (
     IGNORED_TOKEN,
-    Divergence,
     HybridLoss,
     Mixture,
     Teacher,

@@ -10,21 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hybrid_kernels.divergences import FAMILIES
+
 # Stands for -inf in a log-ratio: 0 times it is 0, where 0 * -inf would be NaN. (About -1e30, and a
 # power of two, which bf16 holds exactly.)
 LOWEST = -(2.0**100)
 
-# The divergences that SMALL_DIVERGENCE is for.
-KL_FAMILY = ("reverse_kl", "forward_kl", "jeffreys")
-
 # Below this many nats the swept value of a KL, a difference of large sums with an absolute error of
 # a few 1e-7, is replaced by a sum of positive terms, which keeps its relative precision.
 SMALL_DIVERGENCE = 1e-2
-
-# Divergences whose statistics are sums of exp(z) * poly(z, w), so that one sweep finds them. The
-# others, and every one under a teacher floor, need both normalisers first.
-ONE_SWEEP = ("reverse_kl", "forward_kl", "jeffreys")
-
 
 # Of a top-K support. A tail of the student's of less mass counts as empty: smaller numbers have no
 # reciprocal. And the mass, at least, that the rounding of its log-probabilities hides of a
@@ -112,7 +106,7 @@ class Rows(NamedTuple):
         """Whether one sweep over the vocabulary finds all statistics."""
         if self.support is not None or not self.teachers:
             return True
-        return self.divergence in ONE_SWEEP and self.teacher_floor is None
+        return FAMILIES[self.divergence].one_sweep and self.teacher_floor is None
 
     @property
     def logits(self) -> list[Tensor]:

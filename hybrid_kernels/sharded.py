@@ -31,8 +31,9 @@ import torch.distributed
 from torch import Tensor
 
 from hybrid_kernels import validate
-from hybrid_kernels.cpu_forms import FORMS
+from hybrid_kernels.cpu_forms import settle
 from hybrid_kernels.cpu_topk import Supports, overwrite
+from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.rows import (
     FIELDS,
     LOWEST,
@@ -225,11 +226,12 @@ class Sharded:
         """Divergences and sums of slopes by the chain rule."""
         value, log_q = parts[:, FIELDS.divergence].double(), 0.0
         forbidden = torch.zeros_like(student.empty)
+        of_student = FAMILIES[rows.divergence].student_d  # KL(p||q), else KL(q||p)
         for member, (share, teacher) in enumerate(zip(rows.shares, teachers, strict=True)):
             first = STUDENT_FIELDS + member * MEMBER_FIELDS
             slope_sums = parts[:, first + MEMBER.slope_sum]
             log_ratio = student.log_mass - teacher.log_mass
-            if rows.divergence == "reverse_kl":
+            if of_student:
                 value = value + share * log_ratio
                 # The gradient takes l as d/T and what both normalisers, rounded, add to it. That
                 # it sums to 0 where the models agree, the sum of slopes must have the same of it.
@@ -246,7 +248,7 @@ class Sharded:
             statistics[first + MEMBER.slope_sum] = slope_sum
             forbidden = forbidden | teacher.empty
             log_q = log_q + share / sum(rows.shares) * teacher.log_mass
-        if rows.divergence == "reverse_kl":
+        if of_student:
             value = student.mean(torch.where(forbidden, torch.inf, value))
             value = value + 0.0 * sum(teacher.lse for teacher in teachers)
         else:
@@ -259,7 +261,7 @@ class Sharded:
 
     def _sum_up(self, rows: Rows, local: Rows, statistics: Tensor) -> None:
         """Divergences and sums of slopes from those of the entries, all normalisers known."""
-        form, members = FORMS[rows.divergence], len(rows.teachers)
+        family, members = FAMILIES[rows.divergence], len(rows.teachers)
         values = statistics.new_empty((1 + 2 * members, rows.total))
         self.module.row_values(local, statistics, values)
         parts = self._gather(values).double()
@@ -267,10 +269,9 @@ class Sharded:
         for member, share in enumerate(rows.shares):
             first = STUDENT_FIELDS + member * MEMBER_FIELDS
             value, slope_sum = parts[:, 1 + 2 * member].sum(0), parts[:, 2 + 2 * member]
-            tilted = form.tilted is not None
-            slope_sum = slope_sum.logsumexp(0) if tilted else slope_sum.sum(0)
+            slope_sum = slope_sum.logsumexp(0) if family.tilted else slope_sum.sum(0)
             lse = statistics[first + MEMBER.teacher_lse] + statistics[FIELDS.student_lse]
-            settled = form.settle(value, slope_sum, lse.isfinite(), rows.parameter)
+            settled = settle(family, value, slope_sum, lse.isfinite(), rows.parameter)
             statistics[first + MEMBER.slope_sum] = settled[1]
             statistics[first + MEMBER.log_s] = settled[2]
             total = total + share * settled[0]
@@ -414,11 +415,7 @@ class _Side:
 def _is_chained(rows: Rows) -> bool:
     """Whether the chain rule gives the divergence: each member's has to be known by itself, or only
     their sum to be needed."""
-    if rows.teacher_floor is not None:
-        return False
-    return rows.divergence == "reverse_kl" or (
-        rows.divergence == "forward_kl" and len(rows.teachers) == 1
-    )
+    return rows.teacher_floor is None and len(rows.teachers) <= FAMILIES[rows.divergence].chained
 
 
 def _copy(student: Tensor, gradient: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hybrid_kernels.types import Divergence, LinearTeacher, Mixture, TopK
+from hybrid_kernels.divergences import Divergence
+from hybrid_kernels.types import LinearTeacher, Mixture, TopK
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")

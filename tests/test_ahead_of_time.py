@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from hybrid_kernels.types import available_divergences
+from hybrid_kernels.divergences import FAMILIES
 
 pytest.importorskip("triton", reason="needs Triton's compiler")
 
@@ -16,8 +16,7 @@ pytestmark = pytest.mark.skipif(
     config.INTERPRETED, reason="compiles ahead of time, which TRITON_INTERPRET=1 turns off"
 )
 
-DIVERGENCES = available_divergences()
-OTHERS = [name for name in DIVERGENCES if name not in aot.KINDS]
+OTHERS = [name for name in FAMILIES if name not in aot.KINDS]
 OPTIONS = {
     "floor": {"teacher_floor": -20.0},
     "distillation-only": {"policy_gradient": False, "mask": False},
@@ -151,7 +150,7 @@ def assert_reads_once(divergence, vocabulary, dtype):
     main = aot.compile_rows(
         "sm_90", vocabulary, dtype, divergence, "resident", mask=False, small=False
     )
-    cost = machine_code.cost(main, aot.EXPONENTIALS[divergence])
+    cost = machine_code.cost(main, FAMILIES[divergence].exponentials)
     # A slice fills its last chunk in part; what is not there is not read.
     launch = main.launch
     room = launch.chunks * launch.chunk_v / launch.slice_v
@@ -171,7 +170,7 @@ def test_programs_meet_behind_barriers_and_fences(divergence, meetings, barriers
     """Where one is missing, programs race, which nothing but a GPU would show."""
     case = ("sm_90", 151936, torch.bfloat16, divergence, "resident")
     main = aot.compile_rows(*case, mask=False, small=False)
-    exponentials = aot.EXPONENTIALS[divergence]
+    exponentials = FAMILIES[divergence].exponentials
     order = machine_code.order(main, exponentials, meetings)
     assert order.faults == ()
     assert order.early is None, "the default does not prefetch"
@@ -187,7 +186,7 @@ def test_a_prefetch_is_waited_for_where_it_begins():
     case = ("sm_90", 151936, torch.bfloat16, "reverse_kl", "resident")
     options = {"mask": False, "small": False, "tuning": config.Tuning(6144, 4, 2, True)}
     main = aot.compile_rows(*case, **options)
-    order = machine_code.order(main, aot.EXPONENTIALS["reverse_kl"])
+    order = machine_code.order(main, FAMILIES["reverse_kl"].exponentials)
     assert isinstance(main.launch, config.Resident)
     assert order.ahead == 2 * main.launch.chunks
     assert order.early > 0
@@ -211,7 +210,7 @@ def test_the_sweeping_form_of_others_spills_nothing(divergence, mode):
     assert machine_code.resources(compiled).spilled == 0
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", FAMILIES)
 @pytest.mark.parametrize("gpu", standin.GPUS)
 def test_a_part_of_the_vocabulary_compiles(gpu, divergence):
     """On one of them with a floor, two teachers, and a single row, which is a constant."""
@@ -264,7 +263,7 @@ def test_a_gradient_in_fewer_bits_than_the_logits(vocabulary):
     main = aot.compile_rows(*case, gradient_dtype=torch.bfloat16, mask=False, small=False)
     launch = main.launch
     room = launch.chunks * launch.chunk_v / launch.slice_v
-    cost = machine_code.cost(main, aot.EXPONENTIALS["reverse_kl"])
+    cost = machine_code.cost(main, FAMILIES["reverse_kl"].exponentials)
     assert cost.loaded == pytest.approx(8 * room)
     assert cost.stored == pytest.approx(2 * room)
 

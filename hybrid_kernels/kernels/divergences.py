@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language import target_info
 
-from hybrid_kernels import rows
+from hybrid_kernels import divergences, rows
 from hybrid_kernels.kernels.reduce import INTERPRETED
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -42,7 +42,7 @@ def has_v(divergence):
 
 @triton.constexpr_function
 def has_small_terms(divergence):
-    return divergence in rows.KL_FAMILY
+    return divergences.FAMILIES[divergence].one_sweep
 
 
 @triton.jit

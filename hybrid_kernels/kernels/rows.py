@@ -8,12 +8,13 @@ import torch
 import triton
 from torch import Tensor
 
+from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.kernels import config
 from hybrid_kernels.kernels.access import GROUP, Problem, Side, Target, mark_bytes
 from hybrid_kernels.kernels.resident import PUBLISHED, SLOTS, resident_kernel
 from hybrid_kernels.kernels.sweep import scale_kernel, sweep_kernel, values_kernel
 from hybrid_kernels.kernels.topk import Support, mark_kernel
-from hybrid_kernels.rows import KL_FAMILY, LOWEST, Coefficients, Rows
+from hybrid_kernels.rows import LOWEST, Coefficients, Rows
 
 # Triton compiles for alignments of 16, in bytes of a pointer and in entries of a stride.
 ALIGNMENT = 16
@@ -328,7 +329,9 @@ def _problem_constants(rows: Rows, gradient: Tensor | None) -> dict:
         "CORRECTS": rows.corrects_tail,
         "HAS_FLOOR": rows.teacher_floor is not None,
         "ONE_SWEEP": rows.one_sweep,
-        "HAS_SMALL": rows.divergence in KL_FAMILY and bool(rows.teachers) and support is None,
+        "HAS_SMALL": bool(
+            rows.teachers and support is None and FAMILIES[rows.divergence].one_sweep
+        ),
         "DIVERGENCE": rows.divergence,
     }
 
