@@ -10,9 +10,15 @@ from dataclasses import KW_ONLY, dataclass, field
 
 @dataclass(frozen=True)
 class Parameter:
-    """The parameter of a family, and the range that it may take.
+    """The parameter of a family, and the range of its values.
 
     Attributes:
+        name: as users write it.
+        default: its value where none is given.
+        low: the least value.
+        high: the largest.
+        open_low: whether `low` itself is excluded.
+        open_high: whether `high` itself is.
         limits: by its value, the name of the divergence that the family is there, or tends to.
     """
 
@@ -52,9 +58,9 @@ class Family:
         chained: of up to how many teachers the chain rule over shards of the vocabulary gives it.
         resident: whether the row-resident kernel is tuned for it. These differ in what a sweep adds
             up; the others read the same and differ in arithmetic alone.
-        room: how many times as many registers as with the others an entry needs in that kernel.
-        exponentials: that an entry needs: one for each side's sum, and what the gradient computes
-            again.
+        room: the registers that an entry needs in that kernel, as a multiple of a KL's.
+        exponentials: how many an entry needs: one for each side's sum, and those that the gradient
+            computes again.
     """
 
     parameter: Parameter | None = None
@@ -73,8 +79,8 @@ class Family:
     def one_sweep(self) -> bool:
         """Whether one sweep over the vocabulary finds its statistics, sums of exp(z) poly(z, w).
 
-        The others need both normalisers first. Of these a value that is small, and so a difference
-        of large sums, is summed a second time (`SMALL_DIVERGENCE` in `rows.py`).
+        The others need both normalisers first. What one sweep finds is a difference of large sums,
+        so a small value is summed a second time (`SMALL_DIVERGENCE` in `rows.py`).
         """
         return self.student_d or self.teacher_d
 
