@@ -10,17 +10,8 @@ from dataclasses import KW_ONLY, dataclass, field
 
 @dataclass(frozen=True)
 class Parameter:
-    """The parameter of a family, and the range of its values.
-
-    Attributes:
-        name: as users write it.
-        default: its value where none is given.
-        low: the least value.
-        high: the largest.
-        open_low: whether `low` itself is excluded.
-        open_high: whether `high` itself is.
-        limits: by its value, the name of the divergence that the family is there, or tends to.
-    """
+    """The parameter of a family: its values, from `low` to `high` (where `open`, without that end),
+    and `limits`, by value the divergence that the family is there, or tends to."""
 
     name: str
     default: float
@@ -86,8 +77,7 @@ class Family:
 
     @property
     def linear(self) -> bool:
-        """Whether it is KL(p||q) alone: its sums are linear in p, which may then be unnormalised,
-        and do not read q."""
+        """Whether it is KL(p||q) alone: its sums do not read q, and p may be unnormalised."""
         return self.student_d and not self.teacher_d
 
     @property
