@@ -101,7 +101,9 @@ class Head(NamedTuple):
 
 def _is_autocast(device: str) -> bool:
     """Whether autocast is on; some devices ("meta") have none."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # (The compiler of torch 2.10 can't ask whether there is one.)
+    exists = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return exists and torch.is_autocast_enabled(device)
 
 
 def _unwrapped(name: str, module: nn.Module) -> tuple[Any, list[tuple[Any, Any, float, Any]]]:
