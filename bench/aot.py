@@ -31,7 +31,7 @@ from hybrid_kernels import Divergence
 from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.kernels import config, resident, sweep, topk
 from hybrid_kernels.kernels import rows as launchers
-from hybrid_kernels.rows import Coefficients, Rows, Support
+from hybrid_kernels.rows import Coefficients, Rows
 
 # The form, and of the sweeping one whether it measures and whether it writes.
 MODES = {
@@ -91,18 +91,19 @@ def compile_rows(
     target_logits = meta(1, count, vocabulary, dtype=gradient_dtype or dtype)
     members = teachers if distil else 0
     name, parameter = Divergence(divergence).canonical()
-    ids = meta(count, support, dtype=torch.int64)
     rows = Rows(
         logits,
         (meta(count, support) if support else logits,) * members,
         (1.0,) * members,
-        Support(ids, meta(count), tail, 2.0**-24) if support else None,
+        meta(count, support, dtype=torch.int64) if support else None,
+        meta(count) if support else None,
         meta(count, dtype=torch.int64) if policy_gradient else None,
         meta(count, dtype=torch.bool) if mask else None,
-        name,
-        parameter,
-        1.0,
-        teacher_floor,
+        divergence=name,
+        parameter=parameter,
+        teacher_floor=teacher_floor,
+        tail=tail,
+        resolution=2.0**-24,
     )
     seen = launchers.empty_support(rows) if support else None
     own = meta(count) if policy_gradient else None
@@ -144,9 +145,7 @@ def compile_marks(target: str, vocabulary: int, dtype: torch.dtype, support: int
     """The kernel that looks at top-K supports before the rows are read."""
     logits = meta(1, 8192, vocabulary, dtype=dtype)
     ids = meta(8192, support, dtype=torch.int64)
-    known = Support(ids, None, "bucket", 2.0**-24)
-    log_probs = (meta(8192, support),)
-    rows = Rows(logits, log_probs, (1.0,), known, None, None, "reverse_kl", 0.0, 1.0, None)
+    rows = Rows(logits, (meta(8192, support),), (1.0,), ids, resolution=2.0**-24)
     arguments = launchers.mark_arguments(rows, launchers.empty_support(rows))
     constants = launchers.mark_constants(rows, logits)
     launch = launchers.MARKS
@@ -170,13 +169,11 @@ def compile_values(
         logits,
         (logits,) * teachers,
         (1.0,) * teachers,
-        None,
-        meta(count, dtype=torch.int64),
-        meta(count, dtype=torch.bool),
-        name,
-        parameter,
-        1.0,
-        teacher_floor,
+        token_ids=meta(count, dtype=torch.int64),
+        valid=meta(count, dtype=torch.bool),
+        divergence=name,
+        parameter=parameter,
+        teacher_floor=teacher_floor,
     )
     values = meta(1 + 2 * teachers, count)
     arguments = launchers.values_arguments(rows, rows.statistics(), values)

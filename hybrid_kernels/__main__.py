@@ -97,8 +97,7 @@ def _describe_forms(device: torch.device) -> None:
     for vocabulary in VOCABULARIES:
         # One entry seen many times: nothing is allocated.
         logits = torch.empty(1, dtype=torch.bfloat16, device=device).expand(1, 8192, vocabulary)
-        constants = ("reverse_kl", 0.0, 1.0, None)
-        rows = Rows(logits, (logits,), (1.0,), None, None, None, *constants)
+        rows = Rows(logits, (logits,), (1.0,))
         print(f"  V={vocabulary:<12,} {launchers.form(rows).describe()}")
 
 

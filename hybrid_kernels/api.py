@@ -12,7 +12,7 @@ from torch import Tensor
 from hybrid_kernels import ops, validate
 from hybrid_kernels.divergences import Divergence
 from hybrid_kernels.heads import Head
-from hybrid_kernels.linear import Options
+from hybrid_kernels.linear import Hidden
 from hybrid_kernels.problem import Context, LinearProblem, LogitProblem, Problem, valid_rows
 from hybrid_kernels.rows import FIELDS
 from hybrid_kernels.types import HybridLoss, Teacher, TokenTerms
@@ -361,8 +361,11 @@ def _linear_problem(
     validate.linear_options(chunk_rows, logits_dtype, grad_filter, drop_masked)
     valid = valid_rows(context, hidden.shape[:-1], hidden.device)
     head = Head.of("student_", hidden, weight, bias, softcap, logit_scale, valid)
-    options = Options(chunk_rows or 0, logits_dtype, drop_masked)
-    return LinearProblem(hidden, head, context, options, float(grad_filter))
+    student = Hidden(
+        head.hiddens, head.weights, head.bias, [], [], [head.logit_scale], [head.softcap],
+        chunk_rows or 0, logits_dtype, drop_masked,
+    )  # fmt: skip
+    return LinearProblem(hidden, student, context, float(grad_filter))
 
 
 class Objective(NamedTuple):
@@ -410,7 +413,7 @@ def _hybrid_loss(problem: Problem, objective: Objective) -> HybridLoss:
     else:
         if statistics is None:
             statistics = problem.measure()
-        loss = ops.row_losses(statistics, weights, problem.valid)
+        loss = ops.row_losses(statistics, weights, problem.rows.valid)
         loss = (loss * scale).sum() if summed else loss
     terms = problem.terms(statistics)
     return HybridLoss(
@@ -435,9 +438,9 @@ def _normaliser(reduction: str, num_tokens: float | Tensor | None, problem: Prob
         return torch.where(count > 0, count.reciprocal(), 0.0)
     if num_tokens is not None:
         return torch.full((), 1.0 / num_tokens, device=device)
-    if problem.valid is None:
+    if problem.rows.valid is None:
         return torch.full((), 1.0 / max(problem.count, 1), device=device)
-    return problem.valid.sum().clamp(min=1).float().reciprocal()
+    return problem.rows.valid.sum().clamp(min=1).float().reciprocal()
 
 
 def _flat_weight(weight: float | Tensor) -> float | Tensor:

@@ -67,7 +67,7 @@ class Supports:
     def __init__(self, rows: Rows, size: int | Tensor) -> None:
         """`size` is that of the whole vocabulary, of which `rows` may have a part."""
         assert rows.support is not None
-        ids = rows.support.ids.long()
+        ids = rows.support.long()
         self.rows = rows
         self.impossible = (ids < -1) | (ids >= size)
         self.kept = first_of_each(ids) & ~self.impossible
@@ -193,9 +193,8 @@ def compare(
         token: `[r, 1]` sampled ids, or None.
         token_log_p: log p of them.
     """
-    support = rows.support
-    assert support is not None
-    inv_t, floor, tail = 1.0 / rows.temperature, rows.teacher_floor, support.tail
+    assert rows.support is not None
+    inv_t, floor, tail = 1.0 / rows.temperature, rows.teacher_floor, rows.tail
     family = FAMILIES[rows.divergence]
     log_p = torch.where(kept & (x > LOWEST), x * inv_t - lse, -torch.inf)
     log_tail = tail_sum.log() - lse
@@ -208,13 +207,13 @@ def compare(
         part[:, -1] = False
     found = None
     if token is not None:
-        found = (support.ids[span] == token) & kept
+        found = (rows.support[span] == token) & kept
     total = sum(rows.shares)
     value = pull = tail_pull = teacher_mass = log_q_token = rho = 0.0
     for share, log_probs in zip(rows.shares, rows.teachers, strict=True):
         log_q = torch.where(kept, log_probs[span], -torch.inf)
         q = log_q.exp()
-        raw_tail, tail_q, mass = tail_of_teacher(log_q, q, support.resolution)
+        raw_tail, tail_q, mass = tail_of_teacher(log_q, q, rows.resolution)
         raw_q = torch.cat([q, raw_tail], -1)
         if floor is not None:
             log_q = torch.where(kept, log_q.clamp(min=floor), -torch.inf)
@@ -292,10 +291,9 @@ def _token(
     """log q(y), and the correction of the advantage."""
     if found is None or log_p is None:
         return None, None
-    assert rows.support is not None
     total = sum(rows.shares)
     outside = ~found.any(-1, keepdim=True)
-    known = rows.support.token_log_prob
+    known = rows.token_log_prob
     elsewhere = torch.full_like(log_p, torch.nan) if known is None else known[span, None]
     if rows.teacher_floor is not None:
         elsewhere = elsewhere.clamp(min=rows.teacher_floor)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hybrid_kernels import ops
 from hybrid_kernels.heads import Head
-from hybrid_kernels.rows import Coefficients, Rows, Support, statistics_size
+from hybrid_kernels.rows import Coefficients, Rows, per_row
 
 # Bytes that the buffers of a chunk may take in any case.
 BUDGET = {"cpu": 64 << 20, "gpu": 2 << 30}
@@ -38,18 +38,67 @@ BLOCK_V = 2048
 BLOCK_ELEMENTS = 160 * 1024
 
 
-class Options(NamedTuple):
-    """How rows are cut into chunks.
+# The fields of `Hidden` as the operators declare them.
+HIDDEN = (
+    "Tensor[] hiddens, Tensor[] weights, Tensor? bias, Tensor?[] teacher_weights, "
+    "Tensor?[] teacher_biases, float[] logit_scales, float[] softcaps, int chunk_rows, "
+    "ScalarType logits_dtype, bool drop_masked"
+)
+
+
+class Hidden(NamedTuple):
+    """What makes logits of hidden states. All else of the problem is in its `Rows`: there the
+    student is its hidden states `[1, N, D]`, and a teacher may be hidden states `[N, D]`, too.
 
     Attributes:
+        hiddens, weights, bias: the student's, as in `heads.Head`.
+        teacher_weights, teacher_biases: a member's; None where it is not given by hidden states.
+        logit_scales, softcaps: of the student, then of each member.
         chunk_rows: rows of a chunk; 0 to have them chosen.
         logits_dtype: of the logits.
         drop_masked: whether masked rows are left out before the GEMMs, which synchronises.
     """
 
+    hiddens: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    bias: Tensor | None
+    teacher_weights: Sequence[Tensor | None]
+    teacher_biases: Sequence[Tensor | None]
+    logit_scales: Sequence[float]
+    softcaps: Sequence[float]
     chunk_rows: int
     logits_dtype: torch.dtype
     drop_masked: bool
+
+    @classmethod
+    def split(cls, arguments: Sequence) -> tuple["Hidden", Rows]:
+        """The arguments of an operator."""
+        count = len(cls._fields)
+        hidden = cls(*arguments[:count])
+        return hidden, hidden.rows(*arguments[count:])
+
+    def rows(self, *fields) -> Rows:
+        """The rows, of all their fields but the student."""
+        return Rows.of(self.hiddens[0][None], *fields)
+
+    # (Not a property, which the compiler of torch 2.10 does not find in a NamedTuple.)
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        return (*self.hiddens, *self.weights, self.bias)
+
+    @property
+    def student(self) -> Head:
+        return Head(self.hiddens, self.weights, self.bias, self.logit_scales[0], self.softcaps[0])
+
+    def members(self, teachers: Sequence[Tensor]) -> list[Tensor | Head]:
+        """The teachers, as heads where they are given by hidden states."""
+        found: list[Tensor | Head] = []
+        for i, (teacher, weight) in enumerate(zip(teachers, self.teacher_weights, strict=True)):
+            if weight is None:
+                found.append(teacher)
+            else:
+                scaling = self.logit_scales[i + 1], self.softcaps[i + 1]
+                found.append(Head([teacher], [weight], self.teacher_biases[i], *scaling))
+        return found
 
 
 def chunk_size(rows: int, row_bytes: int, vocabulary: int, device: torch.device) -> int:
@@ -134,15 +183,8 @@ class Problem:
 
     def __init__(
         self,
-        student: Head,
-        teachers: Sequence[Tensor | Head],
-        support: Support | None,
-        token_ids: Tensor | None,
-        valid: Tensor | None,
-        constants: tuple,
-        group: str,
-        backend: str,
-        options: Options,
+        hidden: Hidden,
+        rows: Rows,
         *,
         gradient: bool,
         room: int = 0,
@@ -150,61 +192,54 @@ class Problem:
     ) -> None:
         """
         Args (those that say nothing by their names):
-            student: its tensors.
-            teachers: logits, log-probabilities on a support, or a side's tensors.
-            constants: shares, divergence, parameter, temperature and floor, as in `rows.Rows`.
-            group: name of the ranks that share the vocabulary; empty where there are none.
             gradient: whether buffers are for gradients, too.
             room: bytes of memory, beside the budget, that all buffers of a single chunk may take.
             kept: buffers with the logits of all rows, where these are known.
         """
-        self.student, self.teachers, self.support = student, teachers, support
-        self.token_ids, self.valid, self.constants = token_ids, valid, constants
-        first = student.weights[0]
-        self.total, self.vocabulary = len(student.hiddens[0]), first.shape[0]
+        self.student, self.teachers = hidden.student, hidden.members(rows.teachers)
+        self.rows, valid = rows, rows.valid
+        first = hidden.weights[0]
+        self.total, self.vocabulary = rows.total, first.shape[0]
         self.device = first.device
-        self.statistics = torch.zeros(
-            (statistics_size(len(teachers)), self.total), dtype=torch.float32, device=self.device
-        )
+        self.statistics = rows.statistics().zero_()
         # What is selected of all rows: None where it is all of them.
         self.index: Tensor | None = None
-        if valid is not None and options.drop_masked:
+        if valid is not None and hidden.drop_masked:
             index = valid.nonzero()[:, 0]
             if len(index) < self.total:
                 self.index = index
-            self.valid = None
+            self.rows = rows._replace(valid=None)
         elif valid is not None:
             # Masked rows may hold anything, which a GEMM would spread.
-            hidden = (~valid)[:, None]
-            states = [one.masked_fill(hidden, 0.0) for one in student.hiddens]
-            self.student = student._replace(hiddens=states)
+            masked = (~valid)[:, None]
+            states = [one.masked_fill(masked, 0.0) for one in hidden.hiddens]
+            self.student = self.student._replace(hiddens=states)
         self.count = self.total if self.index is None else len(self.index)
-        self.logits_dtype = options.logits_dtype
+        self.logits_dtype = hidden.logits_dtype
         self.gradient_dtype = self.logits_dtype
         if first.device.type != "cpu" and first.element_size() < self.logits_dtype.itemsize:
             self.gradient_dtype = first.dtype  # as the GEMMs want it
-        self.apart = bool(student.softcap) or self.gradient_dtype != self.logits_dtype
+        self.apart = bool(self.student.softcap) or self.gradient_dtype != self.logits_dtype
         self.apart = self.apart and gradient
         self.width = -(-self.vocabulary // 16) * 16  # rows begin at 16-byte boundaries
-        self.linear = 1 + sum(isinstance(teacher, Head) for teacher in teachers)
+        self.linear = 1 + sum(isinstance(teacher, Head) for teacher in self.teachers)
         sizes = [self.logits_dtype.itemsize] * self.linear
         sizes += [self.gradient_dtype.itemsize] * self.apart
         self.row_bytes = self.width * sum(sizes)
-        self.size = options.chunk_rows or chunk_size(
+        self.size = hidden.chunk_rows or chunk_size(
             self.count, self.row_bytes, self.vocabulary, self.device
         )
-        if not options.chunk_rows:
+        if not hidden.chunk_rows:
             if self._fits(self.count, room):
                 self.size = self.count
-            if group:
+            if rows.group:
                 # Parts of the vocabulary need not be equal, and chunks meet in collectives.
                 smallest = torch.tensor(self.size, device=self.device)
-                _all_reduce(smallest, group, "MIN")
+                _all_reduce(smallest, rows.group, "MIN")
                 self.size = int(smallest)
         if kept:
             self.size = self.count
         self.size = max(1, min(self.size, self.count))
-        self.group, self.backend = group, backend
         self.kept, self.buffers = kept, []
 
     def allocate(self, inside: Tensor | None = None) -> int:
@@ -236,9 +271,8 @@ class Problem:
                 self.buffers[i], end = piece.view(dtypes[i]).view(shape), start
             last = self.buffers[order[-1]]
             free = last.data_ptr() - memory.data_ptr()
-        self.backend_rows = ops.implementation(
-            self.backend, self.group, self.buffers[0][None, :, : self.vocabulary]
-        )
+        logits = self.buffers[0][None, :, : self.vocabulary]
+        self.launchers = ops.implementation(self.rows._replace(student=logits))
         return free
 
     def _fits(self, rows: int, room: int) -> bool:
@@ -275,43 +309,34 @@ class Chunk:
                 teachers.append(_logit_rows(teacher, selection))
             else:
                 teachers.append(teacher[selection].contiguous())
-        support = problem.support
-        if support is not None:
-            known = support.token_log_prob
-            support = support._replace(
-                ids=support.ids[selection].contiguous(),
-                token_log_prob=None if known is None else known[selection].contiguous(),
-            )
-        shares, divergence, parameter, temperature, floor = problem.constants
-        self.rows = Rows(
-            self.logits[None],
-            tuple(teachers),
-            tuple(shares),
-            support,
-            self.own(problem.token_ids),
-            self.own(problem.valid),
-            divergence,
-            parameter,
-            temperature,
-            floor,
+        rows = problem.rows
+        self.rows = rows._replace(
+            student=self.logits[None],
+            teachers=tuple(teachers),
+            support=self.own(rows.support),
+            token_log_prob=self.own(rows.token_log_prob),
+            token_ids=self.own(rows.token_ids),
+            valid=self.own(rows.valid),
+            row_temperature=self.own(rows.row_temperature),
         )
-        ops.check_values(self.rows, problem.group)
+        ops.check_values(self.rows)
 
-    def own(self, per_row: Tensor | None) -> Tensor | None:
-        """What belongs to these rows of a tensor `[N]`, or `[1]` for all."""
-        if per_row is None or (per_row.numel() == 1 and self.problem.total != 1):
-            return per_row
-        return per_row[self.selection].contiguous()
+    def own(self, values: Tensor | None) -> Tensor | None:
+        """The part of these rows of `[N, ...]` or `[R]`; one element stays one for all."""
+        if values is None or values.numel() == 1:
+            return values
+        values = per_row(values, self.problem.total) if values.ndim == 1 else values
+        return values[self.selection].contiguous()
 
     def measure(self) -> None:
         """Fills the statistics of these rows."""
         found = self.rows.statistics()
-        self.problem.backend_rows.row_statistics(self.rows, found)
+        self.problem.launchers.row_statistics(self.rows, found)
         self.problem.statistics[:, self.selection] = found
 
     def differentiate(self, coefficients: Coefficients, known: Tensor | None) -> Tensor:
         """dz `[C, V]`, all but the factor of the logit scale; statistics where none are `known`."""
-        run, target = self.problem.backend_rows, self.gradient[None]
+        run, target = self.problem.launchers, self.gradient[None]
         own = Coefficients(*(self.own(c) for c in coefficients))
         if known is None:
             found = self.rows.statistics()
@@ -359,7 +384,7 @@ class Gradients:
         for i in range(pairs):
             if wanted[i]:
                 # (The ranks that share the vocabulary add theirs up.)
-                dtype = torch.float32 if problem.group else student.hiddens[i].dtype
+                dtype = torch.float32 if problem.rows.group else student.hiddens[i].dtype
                 self.hiddens[i] = torch.zeros_like(student.hiddens[i], dtype=dtype)
             if wanted[pairs + i]:
                 dtype = torch.float32 if several else student.weights[i].dtype
@@ -455,7 +480,7 @@ class Gradients:
     def finish(self) -> tuple[Tensor, list[Tensor]]:
         """The share of the norm that was dropped, and the gradients that are wanted, each in the
         dtype of its tensor."""
-        student, group = self.problem.student, self.problem.group
+        student, group = self.problem.student, self.problem.rows.group
         if self.problem.count == 0:
             for gradient in self.weights:
                 if gradient is not None:

@@ -17,64 +17,49 @@ Shapes and names are those of `rows.py`.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hybrid_kernels import validate
-from hybrid_kernels.rows import FIELDS, Coefficients, Rows, Support, statistics_size
+from hybrid_kernels.rows import COEFFICIENTS, FIELDS, ROWS, Coefficients, Rows, per_row
 from hybrid_kernels.sharded import Sharded
 
 
-def implementation(backend: str, group: str, student: Tensor) -> ModuleType | Sharded:
-    """What computes rows of logits: a backend, or one on each rank of a group that shares the
-    vocabulary (`group` is its name, empty where there is none)."""
+def launchers(backend: str) -> ModuleType:
     if backend == "triton":
         from hybrid_kernels.kernels import rows as module
     else:
         from hybrid_kernels import cpu as module
-    return Sharded(module, group, student) if group else module
+    return module
 
 
-def _rows(
-    student, teachers, support, token_log_prob, token_ids, valid, shares, divergence, parameter,
-    temperature, teacher_floor, tail, resolution,
-) -> Rows:  # fmt: skip
-    """The arguments that all operators share, as one problem."""
-    return Rows(
-        student,
-        tuple(teachers),
-        tuple(shares),
-        None if support is None else Support(support, token_log_prob, tail, resolution),
-        token_ids,
-        valid,
-        divergence,
-        parameter,
-        temperature,
-        teacher_floor,
-    )
+def implementation(rows: Rows) -> ModuleType | Sharded:
+    """What computes rows of logits: a backend, or one on each rank of the group that shares the
+    vocabulary."""
+    module = launchers(rows.backend)
+    return Sharded(module, rows.group, rows.student) if rows.group else module
 
 
-def check_values(rows: Rows, group: str) -> None:
+def check_values(rows: Rows) -> None:
     """The checks that read tensors: on the CPU, and in debug mode. (Whether ids are in range, only
     the ranks that share the vocabulary know together: `sharded.py`.)"""
     if rows.student.device.type != "cpu" and not validate.debug():
         return
     support, vocabulary = rows.support, rows.student.shape[-1]
-    if support is not None and support.token_log_prob is not None:
-        validate.token_log_probs(support.token_log_prob, rows.valid)
-    if group:
+    if rows.token_log_prob is not None:
+        validate.token_log_probs(rows.token_log_prob, rows.valid)
+    if rows.group:
         return
     if rows.token_ids is not None:
         validate.token_ids_in_range(rows.token_ids, rows.valid, vocabulary)
     if support is not None:
         for log_probs in rows.teachers:
-            resolution = support.resolution
-            validate.support_values(support.ids, log_probs, rows.valid, vocabulary, resolution)
+            validate.support_values(support, log_probs, rows.valid, vocabulary, rows.resolution)
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager:
@@ -97,121 +82,56 @@ def without_autocast(operator: Callable) -> Callable:
     return wrapped
 
 
-@torch.library.custom_op("hybrid_kernels::row_statistics", mutates_args=())
+@torch.library.custom_op(
+    "hybrid_kernels::row_statistics", mutates_args=(), schema=f"({ROWS}) -> Tensor"
+)
 @without_autocast
-def row_statistics(
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    support: Tensor | None,
-    token_log_prob: Tensor | None,
-    token_ids: Tensor | None,
-    valid: Tensor | None,
-    shares: Sequence[float],
-    divergence: str,
-    parameter: float,
-    temperature: float,
-    teacher_floor: float | None,
-    tail: str,
-    resolution: float,
-    group: str,
-    backend: str,
-) -> Tensor:
-    rows = _rows(
-        student, teachers, support, token_log_prob, token_ids, valid, shares, divergence, parameter,
-        temperature, teacher_floor, tail, resolution,
-    )  # fmt: skip
-    check_values(rows, group)
+def row_statistics(*args):
+    rows = Rows.of(*args)
+    check_values(rows)
     statistics = rows.statistics()
-    implementation(backend, group, student).row_statistics(rows, statistics)
+    implementation(rows).row_statistics(rows, statistics)
     return statistics
 
 
 @row_statistics.register_fake
-def _(student, teachers, *args) -> Tensor:
-    return _fake_statistics(student, teachers)
+def _(*args) -> Tensor:
+    return Rows(*args).statistics()
 
 
-def _fake_statistics(student: Tensor, teachers: Sequence[Tensor]) -> Tensor:
-    count = student.shape[0] * student.shape[1]
-    return student.new_empty((statistics_size(len(teachers)), count), dtype=torch.float32)
-
-
-@torch.library.custom_op("hybrid_kernels::row_gradient", mutates_args=("gradient",))
+@torch.library.custom_op(
+    "hybrid_kernels::row_gradient",
+    mutates_args=("gradient",),
+    schema=f"(Tensor(a!) gradient, Tensor statistics, {COEFFICIENTS}, {ROWS}) -> ()",
+)
 @without_autocast
-def row_gradient(
-    gradient: Tensor,
-    statistics: Tensor,
-    divergence_coefficient: Tensor | None,
-    log_prob_coefficient: Tensor | None,
-    entropy_coefficient: Tensor | None,
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    support: Tensor | None,
-    token_log_prob: Tensor | None,
-    token_ids: Tensor | None,
-    valid: Tensor | None,
-    shares: Sequence[float],
-    divergence: str,
-    parameter: float,
-    temperature: float,
-    teacher_floor: float | None,
-    tail: str,
-    resolution: float,
-    group: str,
-    backend: str,
-) -> None:
-    rows = _rows(
-        student, teachers, support, token_log_prob, token_ids, valid, shares, divergence, parameter,
-        temperature, teacher_floor, tail, resolution,
-    )  # fmt: skip
-    coefficients = Coefficients(divergence_coefficient, log_prob_coefficient, entropy_coefficient)
-    own = implementation(backend, group, student)
-    own.row_gradient(rows, statistics, coefficients, gradient)
+def row_gradient(gradient, statistics, c_div, c_logp, c_ent, *args):
+    rows, coefficients = Rows.of(*args), Coefficients(c_div, c_logp, c_ent)
+    implementation(rows).row_gradient(rows, statistics, coefficients, gradient)
 
 
 @row_gradient.register_fake
-def _(gradient, *args) -> None:
+def _(*args) -> None:
     return None
 
 
-@torch.library.custom_op("hybrid_kernels::hybrid_rows", mutates_args=("gradient",))
+@torch.library.custom_op(
+    "hybrid_kernels::hybrid_rows",
+    mutates_args=("gradient",),
+    schema=f"(Tensor(a!) gradient, {COEFFICIENTS}, {ROWS}) -> Tensor",
+)
 @without_autocast
-def hybrid_rows(
-    gradient: Tensor,
-    divergence_coefficient: Tensor | None,
-    log_prob_coefficient: Tensor | None,
-    entropy_coefficient: Tensor | None,
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    support: Tensor | None,
-    token_log_prob: Tensor | None,
-    token_ids: Tensor | None,
-    valid: Tensor | None,
-    shares: Sequence[float],
-    divergence: str,
-    parameter: float,
-    temperature: float,
-    teacher_floor: float | None,
-    tail: str,
-    resolution: float,
-    group: str,
-    backend: str,
-) -> Tensor:
-    rows = _rows(
-        student, teachers, support, token_log_prob, token_ids, valid, shares, divergence, parameter,
-        temperature, teacher_floor, tail, resolution,
-    )  # fmt: skip
-    check_values(rows, group)
-    coefficients = Coefficients(divergence_coefficient, log_prob_coefficient, entropy_coefficient)
+def hybrid_rows(gradient, c_div, c_logp, c_ent, *args):
+    rows, coefficients = Rows.of(*args), Coefficients(c_div, c_logp, c_ent)
+    check_values(rows)
     statistics = rows.statistics()
-    own = implementation(backend, group, student)
-    own.hybrid_rows(rows, statistics, coefficients, gradient)
+    implementation(rows).hybrid_rows(rows, statistics, coefficients, gradient)
     return statistics
 
 
 @hybrid_rows.register_fake
-def _(gradient, c_div, c_logp, c_ent, student, teachers, *args) -> Tensor:
-    return _fake_statistics(student, teachers)
+def _(gradient, c_div, c_logp, c_ent, *args) -> Tensor:
+    return Rows(*args).statistics()
 
 
 @torch.library.custom_op("hybrid_kernels::scale_rows", mutates_args=("gradient",))
@@ -220,7 +140,7 @@ def scale_rows(gradient: Tensor, factor: Tensor, backend: str) -> None:
     # (Logits are [O, I, V]. What is not: see `linear_ops`. A view outside would be a mutated view
     # of unknown size to the compiler.)
     rows = gradient if gradient.ndim == 3 else gradient.view(1, -1, gradient.shape[-1])
-    implementation(backend, "", rows).scale_rows(rows, factor)
+    launchers(backend).scale_rows(rows, factor)
 
 
 @scale_rows.register_fake
@@ -264,40 +184,64 @@ def first_order(backward):
     return wrapped
 
 
-class TokenTermsFunction(torch.autograd.Function):
-    """Statistics whose first rows are differentiable with any upstream gradient.
+_TENSOR = object()  # where `keep` took a tensor out
 
-    Teachers come last, one by one, because autograd does not look into containers.
-    """
+
+def _each(value: Any, function: Callable) -> Any:
+    """The value with all that its NamedTuples and sequences hold replaced."""
+    if not isinstance(value, list | tuple):
+        return function(value)
+    items = [_each(item, function) for item in value]
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
+def keep(ctx, *values: Any) -> None:
+    """Saves tensors, and NamedTuples that hold some, for the backward: autograd itself takes
+    tensors one by one only."""
+    tensors = []
+
+    def take(value):
+        if not isinstance(value, Tensor):
+            return value
+        tensors.append(value)
+        return _TENSOR
+
+    ctx.values = _each(values, take)
+    ctx.save_for_backward(*tensors)
+
+
+def kept(ctx) -> Any:
+    """What `keep` was given."""
+    tensors = iter(ctx.saved_tensors)
+    return _each(ctx.values, lambda value: next(tensors) if value is _TENSOR else value)
+
+
+class TokenTermsFunction(torch.autograd.Function):
+    """Statistics whose first rows are differentiable with any upstream gradient."""
 
     @staticmethod
-    def forward(ctx, student, support, token_log_prob, token_ids, valid, config, *teachers):
-        rows = (token_ids, valid)
-        statistics = row_statistics(student, teachers, support, token_log_prob, *rows, *config)
-        ctx.save_for_backward(student, support, *rows, statistics, *teachers)
-        ctx.config = config
+    def forward(ctx, student, rows):
+        statistics = row_statistics(*rows)
+        # Not log q(y): the gradient of the value needs no correction.
+        keep(ctx, rows._replace(token_log_prob=None), statistics)
         return statistics
 
     @staticmethod
     @first_order
     def backward(ctx, upstream):  # pyright: ignore[reportIncompatibleMethodOverride]
-        student, support, token_ids, valid, statistics, *teachers = ctx.saved_tensors
-        gradient = _gradient_of(student)
-        row_gradient(
-            gradient,
-            statistics,
-            upstream[FIELDS.divergence].contiguous() if teachers else None,
-            upstream[FIELDS.log_prob].contiguous() if token_ids is not None else None,
-            upstream[FIELDS.entropy].contiguous(),
-            student,
-            teachers,
-            support,
-            None,  # not log q(y): the gradient of the value needs no correction
-            token_ids,
-            valid,
-            *ctx.config,
-        )
-        return gradient, *(None,) * (5 + len(teachers))
+        rows, statistics = kept(ctx)
+        gradient = _gradient_of(rows.student)
+        row_gradient(gradient, statistics, *upstream_coefficients(upstream, rows), *rows)
+        return gradient, None
+
+
+def upstream_coefficients(upstream: Tensor, rows: Rows) -> Coefficients:
+    """Of the differentiable statistics."""
+    return Coefficients(
+        upstream[FIELDS.divergence].contiguous() if rows.teachers else None,
+        upstream[FIELDS.log_prob].contiguous() if rows.token_ids is not None else None,
+        upstream[FIELDS.entropy].contiguous(),
+    )
 
 
 class HybridLossFunction(torch.autograd.Function):
@@ -309,63 +253,49 @@ class HybridLossFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        student,
-        support,
-        token_log_prob,
-        token_ids,
-        valid,
-        dense,
-        advantages,
-        entropy,
-        scale,
-        statistics,
-        summed,
-        inplace,
-        config,
-        *teachers,
-    ):
-        weights = Weights(dense, advantages, entropy)
+    def forward(ctx, student, rows, weights, scale, statistics, summed, inplace):
         own = coefficients(weights, scale)
-        problem = (student, teachers, support, token_log_prob, token_ids, valid, *config)
         late = summed and scales_late(student)
-        gradient = None if late else _gradient_of(student, inplace)
-        if gradient is None:
-            statistics = row_statistics(*problem) if statistics is None else statistics
-        elif statistics is None:
-            statistics = hybrid_rows(gradient, *own, *problem)
+        gradient = None
+        if late:
+            statistics = row_statistics(*rows) if statistics is None else statistics
+            keep(ctx, rows, own, statistics)
         else:
-            row_gradient(gradient, statistics, *own, *problem)
-        loss = row_losses(statistics, weights, valid)
+            gradient = _gradient_of(student, inplace)
+            if statistics is None:
+                statistics = hybrid_rows(gradient, *own, *rows)
+            else:
+                row_gradient(gradient, statistics, *own, *rows)
+            ctx.save_for_backward(gradient, rows.valid)
+        loss = row_losses(statistics, weights, rows.valid)
         if summed:
             loss = (loss * scale).sum()
-        inputs = (student, support, token_log_prob, token_ids, statistics, *own, *teachers)
-        kept = inputs if late else ()
-        ctx.save_for_backward(gradient, valid, *kept)
-        ctx.config, ctx.inplace, ctx.inputs = config, inplace, 13 + len(teachers)
+        ctx.late, ctx.inplace, ctx.backend = late, inplace, rows.backend
         ctx.mark_non_differentiable(statistics)
         return loss, statistics
 
     @staticmethod
     @first_order
     def backward(ctx, upstream, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradient, valid, *kept = ctx.saved_tensors
-        if gradient is None:
-            student, support, token_log_prob, token_ids, statistics, *rest = kept
-            own = (None if c is None else c * upstream for c in rest[:3])
-            teachers = rest[3:]
-            gradient = _gradient_of(student, ctx.inplace and not graph_is_kept())
-            rows = (student, teachers, support, token_log_prob, token_ids, valid)
-            row_gradient(gradient, statistics, *own, *rows, *ctx.config)
-            return gradient, *(None,) * (ctx.inputs - 1)
+        if ctx.late:
+            rows, own, statistics = kept(ctx)
+            own = (None if c is None else c * upstream for c in own)
+            gradient = _gradient_of(rows.student, ctx.inplace and not graph_is_kept())
+            row_gradient(gradient, statistics, *own, *rows)
+            return gradient, *(None,) * 6
+        gradient, valid = ctx.saved_tensors
         if graph_is_kept():
             gradient = gradient.clone()
-        upstream = upstream.reshape(-1)
-        if valid is not None and upstream.shape == valid.shape:
-            upstream = torch.where(valid, upstream, 0.0)
-        scale_rows(gradient, upstream.contiguous(), ctx.config[-1])
-        return gradient, *(None,) * (ctx.inputs - 1)
+        scale_rows(gradient, row_upstream(upstream, valid), ctx.backend)
+        return gradient, *(None,) * 6
+
+
+def row_upstream(upstream: Tensor, valid: Tensor | None) -> Tensor:
+    """The upstream gradient of a loss, `[N]` or one element; 0 on masked rows."""
+    upstream = upstream.reshape(-1)
+    if valid is not None and upstream.shape == valid.shape:
+        upstream = torch.where(valid, upstream, 0.0)
+    return upstream.contiguous()
 
 
 def scales_late(*tensors: Tensor) -> bool:
@@ -375,7 +305,8 @@ def scales_late(*tensors: Tensor) -> bool:
 
 
 class Weights(NamedTuple):
-    """Per-row weights of the three terms of the loss: a number, a tensor `[N]` or `[]`, or None."""
+    """Weights of the three terms of the loss: a number, a tensor `[]` or `[R]`, whose elements are
+    for N/R consecutive rows each, or None."""
 
     dense: float | Tensor | None
     advantages: Tensor | None
@@ -388,20 +319,24 @@ def row_losses(statistics: Tensor, weights: Weights, valid: Tensor | None) -> Te
     The correction for tokens sampled outside a top-K support is part of the advantages: it is 0
     where there is none.
     """
+    dense, advantages, entropy = (
+        per_row(weight, statistics.shape[1]) if isinstance(weight, Tensor) else weight
+        for weight in weights
+    )
     loss = None
-    if weights.dense is not None:
+    if dense is not None:
         tail = statistics[FIELDS.tail_correction]
         # (Not 0 * -inf, of a token that the student forbids.)
         corrected = torch.where(tail == 0, 0.0, tail * statistics[FIELDS.log_prob])
-        loss = weights.dense * (statistics[FIELDS.divergence] + corrected)
-        if isinstance(weights.dense, Tensor):
-            # A weight of 0 leaves nothing of an infinite divergence.
-            loss = torch.where(weights.dense == 0, 0.0, loss)
-    if weights.advantages is not None:
-        sparse = weights.advantages * statistics[FIELDS.log_prob]
+        loss = dense * (statistics[FIELDS.divergence] + corrected)
+        if isinstance(dense, Tensor):
+            # A weight of 0 leaves 0 of an infinite divergence.
+            loss = torch.where(dense == 0, 0.0, loss)
+    if advantages is not None:
+        sparse = advantages * statistics[FIELDS.log_prob]
         loss = -sparse if loss is None else loss - sparse
-    if weights.entropy is not None:
-        bonus = weights.entropy * statistics[FIELDS.entropy]
+    if entropy is not None:
+        bonus = entropy * statistics[FIELDS.entropy]
         loss = -bonus if loss is None else loss - bonus
     if loss is None:
         return torch.zeros_like(statistics[0])
@@ -421,7 +356,7 @@ def coefficients(weights: Weights, scale: Tensor) -> Coefficients:
 def _gradient_of(student: Tensor, inplace: bool = False) -> Tensor:
     """Memory for a gradient."""
     # detach() shares storage and version counter: whoever saved the logits for their own backward
-    # is told by autograd that they were overwritten.
+    # gets autograd's error that they were overwritten.
     if inplace:
         return student.detach()
     return torch.empty(student.shape, dtype=student.dtype, device=student.device)

@@ -14,8 +14,8 @@ from torch import Tensor
 from hybrid_kernels import linear_ops, ops, validate
 from hybrid_kernels.divergences import Divergence
 from hybrid_kernels.heads import Head
-from hybrid_kernels.linear import Options, write_logits
-from hybrid_kernels.rows import FIELDS
+from hybrid_kernels.linear import Hidden, write_logits
+from hybrid_kernels.rows import FIELDS, Rows
 from hybrid_kernels.types import (
     IGNORED_TOKEN,
     LinearTeacher,
@@ -48,46 +48,46 @@ class Problem(ABC):
         shape: the caller's leading dimensions.
         count: N, the rows.
         device: of all tensors.
-        valid: bool `[N]`, the rows that count; None where all do by construction.
+        rows: all that the operators need; a subclass fills in the teachers.
         members: the teachers with their weights.
         wants_gradient: whether there is one to compute.
     """
 
     wants_gradient: bool
 
-    def __init__(self, place: validate.Place, context: Context) -> None:
+    def __init__(self, student: Tensor, place: validate.Place, context: Context) -> None:
         self.shape, self.device, self.count = place.rows, place.device, place.rows.numel()
         validate.choice("tail", context.tail, validate.TAILS)
         validate.teacher_floor(context.teacher_floor)
         validate.temperature(context.temperature)
         teacher, token_ids, floor = context.teacher, context.token_ids, context.teacher_floor
         members = [] if teacher is None else validate.teacher(teacher, place)
-        self.valid = valid_rows(context, place.rows, place.device)
         self.has_teacher, self.has_tokens = teacher is not None, token_ids is not None
-        self.token_ids = None if token_ids is None else token_ids.reshape(-1).contiguous()
         self.members = [member for _, member in members]
         shares = [weight for weight, _ in members]
         supports = [member for member in self.members if isinstance(member, TopK)]
-        resolution, self.support, self.token_log_prob = 0.0, None, None
+        support = None
         if supports:
-            resolution = max(member.resolution for member in supports)
-            size = supports[0].ids.shape[-1]
-            self.support = supports[0].ids.reshape(-1, size).contiguous()
-            self.token_log_prob = _mean_token_log_prob(supports, shares, floor)
+            support = supports[0].ids.reshape(-1, supports[0].ids.shape[-1]).contiguous()
         name, parameter = validate.divergence(context.divergence).canonical()
-        self.backend = resolve_backend(context.backend, self.device)
-        if self.support is not None and self.backend == "triton":
-            validate.support_size(self.support.shape[-1])
-        self.config = (
-            shares,
-            name,
-            parameter,
-            float(context.temperature),
-            None if floor is None else float(floor),
-            context.tail,
-            resolution,
-            validate.process_group(context.process_group),
-            self.backend,
+        backend = resolve_backend(context.backend, self.device)
+        if support is not None and backend == "triton":
+            validate.support_size(support.shape[-1])
+        self.rows = Rows(
+            student,
+            shares=tuple(shares),
+            support=support,
+            token_log_prob=_mean_token_log_prob(supports, shares, floor) if supports else None,
+            token_ids=None if token_ids is None else token_ids.reshape(-1).contiguous(),
+            valid=valid_rows(context, place.rows, place.device),
+            divergence=name,
+            parameter=parameter,
+            temperature=float(context.temperature),
+            teacher_floor=None if floor is None else float(floor),
+            tail=context.tail,
+            resolution=max([0.0, *(member.resolution for member in supports)]),
+            group=validate.process_group(context.process_group),
+            backend=backend,
         )
 
     def log_probs(self) -> list[Tensor]:
@@ -118,7 +118,7 @@ class Problem(ABC):
 
     def mass(self, statistics: Tensor, index: int) -> Tensor | None:
         """A mass on a top-K support, in the caller's shape."""
-        return None if self.support is None else statistics[index].view(self.shape).detach()
+        return None if self.rows.support is None else statistics[index].view(self.shape).detach()
 
     def terms(
         self, statistics: Tensor, differentiable: bool = False, own: bool = False
@@ -147,36 +147,27 @@ class LogitProblem(Problem):
         validate.student(student_logits)
         sharded = context.process_group is not None
         rows, size = student_logits.shape[:-1], student_logits.shape[-1]
-        super().__init__(validate.Place(rows, size, student_logits.device, sharded), context)
+        place = validate.Place(rows, size, student_logits.device, sharded)
+        super().__init__(student_logits, place, context)
         self.wants_gradient = torch.is_grad_enabled() and student_logits.requires_grad
         self.inplace = inplace
         logits = [_teacher_logits(m, size) for m in self.members if not isinstance(m, TopK)]
         names = ["student_logits"] + ["teacher"] * len(logits)
-        self.student, *teachers = _as_rows([student_logits, *logits], names)
-        self.teachers = self.log_probs() if self.support is not None else teachers
-        self.others = (self.support, self.token_log_prob, self.token_ids, self.valid)
+        student, *teachers = _as_rows([student_logits, *logits], names)
+        teachers = teachers or self.log_probs()
+        self.rows = self.rows._replace(student=student, teachers=tuple(teachers))
 
     def measure(self, keep: bool = False) -> Tensor:
-        return ops.row_statistics(self.student, self.teachers, *self.others, *self.config)
+        return ops.row_statistics(*self.rows)
 
     def differentiable(self) -> Tensor:
         if self.wants_gradient:
-            for tensor in (*self.teachers, self.support):
-                validate.can_be_saved("teacher", tensor)
-            validate.can_be_saved("token_ids", self.token_ids)
-        return ops.TokenTermsFunction.apply(self.student, *self.others, self.config, *self.teachers)
+            _can_be_saved(self.rows)
+        return ops.TokenTermsFunction.apply(self.rows.student, self.rows)
 
     def differentiate(self, weights, scale, statistics, summed):
         loss, statistics = ops.HybridLossFunction.apply(
-            self.student,
-            *self.others,
-            *weights,
-            scale,
-            statistics,
-            summed,
-            self.inplace,
-            self.config,
-            *self.teachers,
+            self.rows.student, self.rows, weights, scale, statistics, summed, self.inplace
         )
         return loss, statistics, None
 
@@ -185,88 +176,87 @@ class LinearProblem(Problem):
     """A student given by hidden states `[..., D]` and an output layer."""
 
     def __init__(
-        self, student_hidden: Tensor, head: Head, context: Context, options: Options, eps: float
+        self, student_hidden: Tensor, hidden: Hidden, context: Context, eps: float
     ) -> None:
         rows, sharded = student_hidden.shape[:-1], context.process_group is not None
-        place = validate.Place(rows, head.vocabulary, student_hidden.device, sharded)
-        super().__init__(place, context)
+        vocabulary = hidden.weights[0].shape[0]
+        place = validate.Place(rows, vocabulary, student_hidden.device, sharded)
+        super().__init__(hidden.hiddens[0][None], place, context)
         self.eps = eps
         self.kept: list[Tensor] = []
-        wanted = [*head.hiddens, *head.weights, *([] if head.bias is None else [head.bias])]
+        wanted = [t for t in hidden.differentiable() if t is not None]
         self.wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in wanted)
         # With a gradient of the hidden states alone, an upstream one for each row can wait.
-        self.only_hidden = not any(t.requires_grad for t in wanted[len(head.hiddens) :])
+        self.only_hidden = not any(t.requires_grad for t in wanted[len(hidden.hiddens) :])
         logits = [m for m in self.members if isinstance(m, Tensor)]
-        names = ["teacher"] * len(logits)
-        teachers = iter(_as_rows(logits, names) if logits else self.log_probs())
-        tensors: list[Tensor] = []
-        weights: list[Tensor | None] = []
-        biases: list[Tensor | None] = []
-        scales, caps = [head.logit_scale], [head.softcap]
-        for member in self.members:
-            own = None
-            if isinstance(member, LinearTeacher):
-                own = _teacher_head(member, head.vocabulary)
-                scales.append(own.logit_scale)
-                caps.append(own.softcap)
-            else:
-                scales.append(1.0)
-                caps.append(0.0)
-            tensors.append(next(teachers) if own is None else own.hiddens[0])
-            weights.append(None if own is None else own.weights[0])
-            biases.append(None if own is None else own.bias)
-        self.tensors = (
-            *head.hiddens,
-            *head.weights,
-            head.bias,
-            *tensors,
-            *weights,
-            *biases,
-            self.support,
-            self.token_log_prob,
-            self.token_ids,
-            self.valid,
+        others = iter(_as_rows(logits, ["teacher"] * len(logits)) if logits else self.log_probs())
+        heads = [
+            _teacher_head(m, vocabulary) if isinstance(m, LinearTeacher) else None
+            for m in self.members
+        ]
+        self.rows = self.rows._replace(
+            teachers=tuple(next(others) if h is None else h.hiddens[0] for h in heads)
         )
-        members, pairs = len(self.members), len(head.weights)
-        self.names = ["student_hidden"] * pairs + ["student_weight"] * pairs + ["student_bias"]
-        self.names += ["teacher"] * (3 * members + 2) + ["token_ids", "mask"]
-        self.layout = linear_ops.Layout(len(head.weights), len(self.members))
-        self.config = (scales, caps, *options, *self.config)
+        self.hidden = hidden._replace(
+            teacher_weights=[None if h is None else h.weights[0] for h in heads],
+            teacher_biases=[None if h is None else h.bias for h in heads],
+            logit_scales=[
+                *hidden.logit_scales,
+                *(1.0 if h is None else h.logit_scale for h in heads),
+            ],
+            softcaps=[*hidden.softcaps, *(0.0 if h is None else h.softcap for h in heads)],
+        )
 
     def measure(self, keep: bool = False) -> Tensor:
-        problem = (*self.layout.arguments(self.tensors), *self.config)
         if not keep or torch.compiler.is_compiling():
-            return linear_ops.linear_statistics(*problem)
-        statistics, self.kept = linear_ops.keep_logits(*problem)
+            return linear_ops.linear_statistics(*self.hidden, *self.rows[1:])
+        statistics, self.kept = linear_ops.keep_logits(self.hidden, self.rows)
         return statistics
 
     def differentiable(self, known: Tensor | None = None) -> Tensor:
         if self.wants_gradient:
-            for name, tensor in zip(self.names, self.tensors, strict=True):
-                validate.can_be_saved(name, tensor)
+            _can_be_saved(self.hidden, self.rows)
         bound = torch.full((), self.eps, device=self.device) if self.eps else None
         return linear_ops.LinearTermsFunction.apply(
-            self.layout, bound, known, self.config, *self.tensors
+            self.hidden, self.rows, bound, known, *self.hidden.differentiable()
         )
 
     def differentiate(self, weights, scale, statistics, summed):
         if not (summed or self.only_hidden):
             # The weight's gradient is a sum over rows, whose upstream gradients are not known yet.
             statistics = self.differentiable(statistics)
-            return ops.row_losses(statistics, weights, self.valid), statistics, None
+            return ops.row_losses(statistics, weights, self.rows.valid), statistics, None
         bound = scale * self.eps if self.eps else None
         loss, statistics, dropped = linear_ops.LinearLossFunction.apply(
-            self.layout,
-            *weights,
+            self.hidden,
+            self.rows,
+            weights,
             scale,
             bound,
             statistics,
             self.kept,
             summed,
-            self.config,
-            *self.tensors,
+            *self.hidden.differentiable(),
         )
         return loss, statistics, dropped if self.eps else None
+
+
+_ARGUMENTS = {
+    "student": "student_logits",
+    "hiddens": "student_hidden",
+    "weights": "student_weight",
+    "bias": "student_bias",
+    "token_ids": "token_ids",
+    "valid": "mask",
+}
+
+
+def _can_be_saved(*bags: NamedTuple) -> None:
+    """Whether autograd takes all tensors. (What has no argument of its own is the teacher's.)"""
+    for bag in bags:
+        for name, value in bag._asdict().items():
+            for one in value if isinstance(value, list | tuple) else (value,):
+                validate.can_be_saved(_ARGUMENTS.get(name, "teacher"), one)
 
 
 def _teacher_head(teacher: LinearTeacher, vocabulary: int) -> Head:

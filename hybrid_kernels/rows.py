@@ -5,6 +5,7 @@ strides; everything per row is `[N]`; the statistics of all rows are one fp32 te
 `[statistics_size(members), N]`, indexed by `FIELDS` and `MEMBER`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,39 +64,71 @@ def statistics_size(members: int) -> int:
     return STUDENT_FIELDS + max(members, 1) * MEMBER_FIELDS
 
 
-class Support(NamedTuple):
-    """What is known of top-K teachers beside their log-probabilities.
+def per_row(values: Tensor, count: int) -> Tensor:
+    """`[R]` as `[N]`: element i is for N/R consecutive rows, as of `[B, 1]` against `[B, T]`."""
+    return values.reshape(-1, 1).expand(-1, count // max(values.numel(), 1)).reshape(-1)
 
-    Attributes:
-        ids: `[N, K]` integers; -1 is padding, and of equal ids the first counts.
-        token_log_prob: `[N]` fp32, log q(y), a weighted mean over the members; or None.
-        tail: what stands for the vocabulary outside: "bucket", "renormalize" or "mask".
-        resolution: the relative rounding of the log-probabilities as they were given.
-    """
 
-    ids: Tensor
-    token_log_prob: Tensor | None
-    tail: str
-    resolution: float
+# The fields of `Rows` and `Coefficients` as the operators declare them. The student's logits come
+# first: operators on hidden states have no such argument, and the others are the same.
+ROWS_BUT_STUDENT = (
+    "Tensor[] teachers, float[] shares, Tensor? support, Tensor? token_log_prob, "
+    "Tensor? token_ids, Tensor? valid, Tensor? row_temperature, str divergence, float parameter, "
+    "float temperature, float? teacher_floor, str tail, float resolution, str group, str backend"
+)
+ROWS = f"Tensor student, {ROWS_BUT_STUDENT}"
+COEFFICIENTS = (
+    "Tensor? divergence_coefficient, Tensor? log_prob_coefficient, Tensor? entropy_coefficient"
+)
 
 
 class Rows(NamedTuple):
     """One problem: the tensors of N rows and the constants of the divergence.
 
-    `teachers` are the members, each with its weight in `shares`: logits `[O, I, V]` or, where there
-    is a support, log-probabilities `[N, K]` in fp32.
+    Attributes:
+        student: logits `[O, I, V]`.
+        teachers: the members, logits `[O, I, V]` or, where there is a support, log-probabilities
+            `[N, K]` in fp32.
+        shares: their weights.
+        support: `[N, K]` integers, the ids of top-K teachers; -1 is padding, and of equal ids the
+            first counts. None for full teachers.
+        token_log_prob: `[N]` fp32, log q(y) for tokens outside the support, a weighted mean over
+            the members; NaN where unknown. Or None.
+        token_ids: `[N]` integers, the sampled tokens, or None.
+        valid: bool `[N]`, the rows that count, or None for all. The others may hold anything.
+        row_temperature: `[R]` fp32 in place of `temperature`, for N/R consecutive rows each.
+        divergence: its canonical name.
+        parameter: that of the divergence.
+        temperature: of all rows.
+        teacher_floor: under the teacher's log-probabilities, or None.
+        tail: what stands for the vocabulary outside a support: "bucket", "renormalize" or "mask".
+        resolution: the relative rounding of the log-probabilities as they were given.
+        group: name of the process group that shares the vocabulary, empty where there is none.
+        backend: "triton" or "torch".
     """
 
     student: Tensor
-    teachers: tuple[Tensor, ...]
-    shares: tuple[float, ...]
-    support: Support | None
-    token_ids: Tensor | None
-    valid: Tensor | None
-    divergence: str
-    parameter: float
-    temperature: float
-    teacher_floor: float | None
+    teachers: Sequence[Tensor] = ()
+    shares: Sequence[float] = ()
+    support: Tensor | None = None
+    token_log_prob: Tensor | None = None
+    token_ids: Tensor | None = None
+    valid: Tensor | None = None
+    row_temperature: Tensor | None = None
+    divergence: str = "reverse_kl"
+    parameter: float = 0.0
+    temperature: float = 1.0
+    teacher_floor: float | None = None
+    tail: str = "bucket"
+    resolution: float = 0.0
+    group: str = ""
+    backend: str = "torch"
+
+    @classmethod
+    def of(cls, *arguments) -> "Rows":
+        """From an operator's arguments, whose sequences come as lists."""
+        rows = cls(*arguments)
+        return rows._replace(teachers=tuple(rows.teachers), shares=tuple(rows.shares))
 
     @property
     def total(self) -> int:
@@ -115,11 +148,16 @@ class Rows(NamedTuple):
 
     @property
     def corrects_tail(self) -> bool:
-        """Whether tokens sampled outside the support mend the bucket's gradient."""
-        support = self.support
-        if support is None or support.token_log_prob is None or self.token_ids is None:
+        """Whether tokens sampled outside the support correct the bucket's gradient."""
+        if self.support is None or self.token_log_prob is None or self.token_ids is None:
             return False
-        return support.tail == "bucket" and self.divergence == "reverse_kl"
+        return self.tail == "bucket" and self.divergence == "reverse_kl"
+
+    def temperature_of(self, span: slice = slice(None)) -> float | Tensor:
+        """The temperature of some rows: a number, or a column `[r, 1]`."""
+        if self.row_temperature is None:
+            return self.temperature
+        return per_row(self.row_temperature, self.total)[span, None]
 
     def statistics(self) -> Tensor:
         """An empty statistics tensor."""
@@ -128,7 +166,8 @@ class Rows(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """Factors of dD/dz, dlog p(y)/dz and dH/dz: fp32, `[N]` or one element; None is 0."""
+    """Factors of dD/dz, dlog p(y)/dz and dH/dz: fp32 `[R]`, for N/R consecutive rows each; None
+    is 0."""
 
     divergence: Tensor | None
     log_prob: Tensor | None

@@ -134,9 +134,8 @@ class Sharded:
         if rows.token_ids is not None:
             validate.token_ids_in_range(rows.token_ids, rows.valid, int(self.total))
         if rows.support is not None:
-            ids, resolution = rows.support.ids, rows.support.resolution
-            total = int(self.total)
-            validate.support_values(ids, rows.teachers[0], rows.valid, total, resolution)
+            given = rows.support, rows.teachers[0], rows.valid
+            validate.support_values(*given, int(self.total), rows.resolution)
 
     # -- between ranks ----------------------------------------------------------------------------
 
@@ -310,7 +309,7 @@ class Sharded:
         supports.x = _centred(z, supports.kept, statistics)
         if rows.token_ids is not None:
             assert rows.support is not None
-            found = (rows.support.ids == rows.token_ids[:, None]) & supports.kept
+            found = (rows.support == rows.token_ids[:, None]) & supports.kept
             log_p = supports.x / rows.temperature - statistics[FIELDS.student_lse][:, None]
             log_p = torch.where(found, log_p, 0.0).sum(-1)
             statistics[FIELDS.log_prob] = torch.where(
@@ -363,7 +362,7 @@ class Sharded:
         if c_logp is not None and rows.token_ids is not None:
             assert rows.support is not None
             ids = rows.token_ids.long()[:, None]
-            found = (rows.support.ids == ids) & kept
+            found = (rows.support == ids) & kept
             # One more entry, where the token is outside, as all are there but for its own term.
             log_p = statistics[FIELDS.log_prob][:, None]
             inner = -supports.log_prob

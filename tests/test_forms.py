@@ -190,10 +190,9 @@ def test_a_row_too_long_for_the_device_is_swept(monkeypatch):
     monkeypatch.setattr(config, "INTERPRETED", False)
     monkeypatch.setattr(config.Device, "of", lambda tensor: config.Device("small", 4))
     logits = torch.empty(1, 2, 151936, device="meta")
-    constants = ("reverse_kl", 0.0, 1.0, None)
-    rows = Rows(logits, (logits,), (1.0,), None, None, None, *constants)
+    rows = Rows(logits, (logits,), (1.0,))
     assert isinstance(launchers.form(rows, hip=False), config.Sweep)
-    short = Rows(logits[..., :4096], (), (), None, None, None, *constants)
+    short = Rows(logits[..., :4096], (), ())
     assert isinstance(launchers.form(short, hip=False), config.Resident)
     assert isinstance(launchers.form(short, hip=True), config.Sweep)
 

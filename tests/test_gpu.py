@@ -139,9 +139,8 @@ def test_results_are_the_same_from_run_to_run(device):
 @pytest.mark.smoke
 def test_which_form_runs(device):
     student, teacher = hangs.logits(4, device)
-    constants = ("reverse_kl", 0.0, 1.0, None)
     logits_of = (student.detach()[None], (teacher[None],), (1.0,))
-    rows = launchers.Rows(*logits_of, None, None, None, *constants)
+    rows = launchers.Rows(*logits_of)
     launch = launchers.form(rows)
     assert isinstance(launch, config.Resident)
     assert launch.splits > 1

@@ -94,16 +94,7 @@ def part_of_the_vocabulary(divergence):
     def run(given):
         logits = given.student.detach()[None]
         rows = Rows(
-            logits,
-            (given.teacher[None],),
-            (1.0,),
-            None,
-            given.ids,
-            None,
-            divergence,
-            0.0,
-            1.0,
-            None,
+            logits, (given.teacher[None],), (1.0,), token_ids=given.ids, divergence=divergence
         )
         launchers.row_values(rows, rows.statistics(), meta(3, rows.total))
 

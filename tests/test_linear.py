@@ -16,6 +16,7 @@ from hybrid_kernels import (
     reference,
     token_terms,
 )
+from hybrid_kernels.linear import Hidden
 from tolerance import assert_close, assert_linear_matches
 
 pytestmark = pytest.mark.gemms
@@ -398,15 +399,12 @@ class TestChunks:
         assert_linear_matches(case, backend, chunk_rows=9, grad_filter=1e-30)
 
     def test_memory_of_a_single_chunk(self, device):
-        from hybrid_kernels.heads import Head
-        from hybrid_kernels.linear import Gradients, Options, Problem
+        from hybrid_kernels.linear import Gradients, Problem
 
-        hidden, weight = torch.randn(16, 64), torch.randn(500, 64)
-        side = Head([hidden], [weight], None, 1.0, 0.0)
-        problem = Problem(
-            side, [side], None, None, None, ([1.0], "reverse_kl", 0.0, 1.0, None), "", "torch",
-            Options(0, torch.float32, True), gradient=True,
-        )  # fmt: skip
+        states, weight = torch.randn(16, 64), torch.randn(500, 64)
+        heads = ([states], [weight], None, [weight], [None], [1.0, 1.0], [0.0, 0.0])
+        hidden = Hidden(*heads, 0, torch.float32, True)
+        problem = Problem(hidden, hidden.rows([states], [1.0]), gradient=True)
         gradients = Gradients(problem, [True, True, False], None)
         memory = gradients.weights[0].untyped_storage()
         inside = range(memory.data_ptr(), memory.data_ptr() + memory.nbytes())
@@ -475,11 +473,16 @@ class TestOperators:
         own, theirs = case.head, case.teacher_head
         hidden, other = case.hidden.flatten(0, -2), case.teacher_hidden.flatten(0, -2)
         logits = theirs.logits(other, torch.float32)[None]
-        rows = (case.token_ids.flatten(), case.valid.flatten())
-        sides = ([hidden], [own.weight], own.bias, [other, logits], [theirs.weight, None])
-        scales = ([1.0, 1.3, 1.0], [0.0, 2.0, 0.0], chunk_rows, torch.float32, True)
-        constants = ([1.0, 0.5], "reverse_kl", 0.0, 0.7, None, "bucket", 0.0, "", backend)
-        return (*sides, [theirs.bias, None], None, None, *rows, *scales, *constants)
+        heads = ([hidden], [own.weight], own.bias, [theirs.weight, None], [theirs.bias, None])
+        scaling = ([1.0, 1.3, 1.0], [0.0, 2.0, 0.0])
+        sides = Hidden(*heads, *scaling, chunk_rows, torch.float32, True)
+        rows = sides.rows([other, logits], [1.0, 0.5])._replace(
+            token_ids=case.token_ids.flatten(),
+            valid=case.valid.flatten(),
+            temperature=0.7,
+            backend=backend,
+        )
+        return (*sides, *rows[1:])
 
     @pytest.mark.parametrize("chunk_rows", [0, 3])
     def test_opcheck(self, chunk_rows, backend, device):

@@ -8,6 +8,8 @@ import torch
 import cases
 from cases import every_divergence
 from hybrid_kernels import Divergence, Mixture, TopK, hybrid_loss, ops, token_terms
+from hybrid_kernels.linear import HIDDEN, Hidden
+from hybrid_kernels.rows import COEFFICIENTS, ROWS, Coefficients, Rows
 
 needs_cc = pytest.mark.skipif(
     shutil.which("cc") is None, reason="inductor needs a C compiler: no cc"
@@ -30,16 +32,44 @@ def several_threads():
 
 
 def problem(case, divergence, backend, support=False):
-    """The arguments that the operators share: rows `[O, I, V]`, and the constants."""
+    """The arguments that the operators share, of logits `[O, I, V]`."""
     name, parameter = divergence.canonical()
-    rows = (case.token_ids.reshape(-1), case.valid.reshape(-1))
-    constants = (name, parameter, 0.7, None, "bucket", 2.0**-24, "", backend)
-    if support:
-        known = TopK.from_logits(case.teacher_logits, 5, token_ids=case.token_ids.clamp(0, 6))
-        ids, log_probs = known.ids.flatten(0, -2), known.log_probs.flatten(0, -2)
-        topk = ([log_probs, log_probs - 1], ids, known.token_log_prob.flatten())
-        return (case.logits, *topk, *rows, [1.0, 0.5], *constants)
-    return (case.logits, [case.teacher_logits], None, None, *rows, [1.0], *constants)
+    rows = Rows(
+        case.logits,
+        [case.teacher_logits],
+        [1.0],
+        token_ids=case.token_ids.reshape(-1),
+        valid=case.valid.reshape(-1),
+        divergence=name,
+        parameter=parameter,
+        temperature=0.7,
+        resolution=2.0**-24,
+        backend=backend,
+    )
+    if not support:
+        return rows
+    known = TopK.from_logits(case.teacher_logits, 5, token_ids=case.token_ids.clamp(0, 6))
+    log_probs = known.log_probs.flatten(0, -2)
+    return rows._replace(
+        teachers=[log_probs, log_probs - 1],
+        shares=[1.0, 0.5],
+        support=known.ids.flatten(0, -2),
+        token_log_prob=known.token_log_prob.flatten(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("bag", "schema", "suffix"),
+    [
+        (Rows, ROWS, ""),
+        (Coefficients, COEFFICIENTS, "_coefficient"),
+        (Hidden, HIDDEN, ""),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_schemas_declare_the_fields(bag, schema, suffix):
+    declared = tuple(argument.split()[-1] for argument in schema.split(", "))
+    assert declared == tuple(field + suffix for field in bag._fields)
 
 
 @pytest.mark.parametrize("support", [False, True], ids=["full", "top-k"])

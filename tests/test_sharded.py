@@ -10,7 +10,7 @@ import torch.distributed
 import cases
 from cases import DIVERGENCES, Case, divergence_id, every_divergence
 from hybrid_kernels import Divergence, TopK, hybrid_loss, ops, reference, sharded, token_terms
-from hybrid_kernels.rows import Coefficients, Rows, Support
+from hybrid_kernels.rows import Coefficients, Rows
 from hybrid_kernels.validate import TAILS
 from ranks import Ranks, every_size, on_ranks
 from tolerance import assert_gradient, assert_values, relative_error
@@ -381,12 +381,17 @@ def test_a_gradient_of_another_dtype(ranks):
     student = made.student[None, :, first:last].contiguous()
     # All that matters is outside the support.
     known = TopK.from_logits(made.teacher, ids=made.student.topk(2, largest=False).indices)
-    support = Support(known.ids, None, "bucket", known.resolution)
     rows = Rows(
-        student, (known.log_probs,), (1.0,), support, None, None, "reverse_kl", 0.0, 1.0, None
+        student,
+        (known.log_probs,),
+        (1.0,),
+        known.ids,
+        resolution=known.resolution,
+        group=ranks.group.group_name,
+        backend=ranks.backend,
     )
     coefficients = Coefficients(torch.ones(1), None, made.upstream)
-    own = ops.implementation(ranks.backend, ranks.group.group_name, student)
+    own = ops.implementation(rows)
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         gradient = torch.empty_like(student, dtype=dtype)

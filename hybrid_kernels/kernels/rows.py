@@ -99,7 +99,7 @@ def held(rows: Rows) -> float:
     aot`): slices of 9,216 entries with a small support, of 6,144 with a floor.
     """
     if rows.support is not None:
-        several = 16 / 9 if rows.support.ids.shape[-1] <= SMALL_SUPPORT else 2.0
+        several = 16 / 9 if rows.support.shape[-1] <= SMALL_SUPPORT else 2.0
     else:
         least = 1.0 if rows.teacher_floor is None else 8 / 3
         several = max(least, 2.0 * len(rows.teachers))
@@ -204,14 +204,14 @@ def _support(rows: Rows, gradient: Tensor | None) -> Support | None:
 def empty_support(rows: Rows) -> Support:
     """Buffers for what `mark_kernel` finds: an eighth of a byte for each logit, 8 for each id."""
     assert rows.support is not None
-    device, ids = rows.student.device, rows.support.ids
+    device, ids = rows.student.device, rows.support
     size = (rows.total, mark_bytes(rows.student.shape[-1]))
     return Support(
         torch.empty(size, dtype=torch.uint8, device=device),
         torch.empty(ids.shape, dtype=torch.int32, device=device),
         torch.empty(ids.shape, dtype=torch.float32, device=device),
-        rows.support.token_log_prob,
-        rows.support.resolution,
+        rows.token_log_prob,
+        rows.resolution,
     )
 
 
@@ -219,13 +219,13 @@ def mark_arguments(rows: Rows, support: Support) -> tuple:
     """The run-time arguments of `mark_kernel`."""
     assert rows.support is not None
     words = support.marks.view(torch.int32)
-    return _problem(rows, None), rows.support.ids, words, support.ids, support.logits
+    return _problem(rows, None), rows.support, words, support.ids, support.logits
 
 
 def mark_constants(rows: Rows, gradient: Tensor | None) -> dict:
     """The compile-time arguments of `mark_kernel`."""
     assert rows.support is not None
-    size = rows.support.ids.shape[-1]
+    size = rows.support.shape[-1]
     return {
         "V": rows.student.shape[-1],
         "K": size,
@@ -315,7 +315,7 @@ def resident_constants(rows: Rows, gradient: Tensor, launch: config.Resident) ->
 
 def _problem_constants(rows: Rows, gradient: Tensor | None) -> dict:
     support = rows.support
-    size = 1 if support is None else support.ids.shape[-1]
+    size = 1 if support is None else support.shape[-1]
     fp16 = any(t.dtype == torch.float16 for t in rows.logits)
     return {
         "V": rows.student.shape[-1],
@@ -325,7 +325,7 @@ def _problem_constants(rows: Rows, gradient: Tensor | None) -> dict:
         "TOPK": support is not None,
         "K": size,
         "BLOCK_K": triton.next_power_of_2(size),
-        "TAIL": "" if support is None else support.tail,
+        "TAIL": "" if support is None else rows.tail,
         "CORRECTS": rows.corrects_tail,
         "HAS_FLOOR": rows.teacher_floor is not None,
         "ONE_SWEEP": rows.one_sweep,
