@@ -62,6 +62,7 @@ class Problem(ABC):
         validate.temperature(context.temperature)
         teacher, token_ids, floor = context.teacher, context.token_ids, context.teacher_floor
         members = [] if teacher is None else validate.teacher(teacher, place)
+        valid = valid_rows(context, place.rows, place.device)
         self.has_teacher, self.has_tokens = teacher is not None, token_ids is not None
         self.members = [member for _, member in members]
         shares = [weight for weight, _ in members]
@@ -79,7 +80,7 @@ class Problem(ABC):
             support=support,
             token_log_prob=_mean_token_log_prob(supports, shares, floor) if supports else None,
             token_ids=None if token_ids is None else token_ids.reshape(-1).contiguous(),
-            valid=valid_rows(context, place.rows, place.device),
+            valid=valid,
             divergence=name,
             parameter=parameter,
             temperature=float(context.temperature),
