@@ -14,7 +14,6 @@ from hybrid_kernels.divergences import Divergence
 from hybrid_kernels.heads import Head
 from hybrid_kernels.linear import Hidden
 from hybrid_kernels.problem import Context, LinearProblem, LogitProblem, Problem, valid_rows
-from hybrid_kernels.rows import FIELDS
 from hybrid_kernels.types import HybridLoss, Teacher, TokenTerms
 
 
@@ -159,7 +158,8 @@ def token_terms(
 
     Returns:
         `TokenTerms`, fp32 `[...]`. `divergence`, `log_prob` and `entropy` are differentiable;
-        `teacher_log_prob` and `logsumexp` (of z/T) are detached. What was not asked for is None.
+        `teacher_log_prob`, `logsumexp` (of z/T) and the masses on a top-K support are detached.
+        What was not asked for is None.
 
     Raises:
         ValueError: as in `hybrid_loss`.
@@ -422,8 +422,8 @@ def _hybrid_loss(problem: Problem, objective: Objective) -> HybridLoss:
         log_prob=terms.log_prob,
         teacher_log_prob=terms.teacher_log_prob,
         entropy=terms.entropy,
-        student_mass=problem.mass(statistics, FIELDS.student_mass),
-        teacher_mass=problem.mass(statistics, FIELDS.teacher_mass),
+        student_mass=terms.student_mass,
+        teacher_mass=terms.teacher_mass,
         dropped_norm=dropped,
     )
 

@@ -59,7 +59,7 @@ def row_gradient(
     _prefer_huge_pages(gradient)
     if coefficients.divergence is None:
         rows = rows._replace(teachers=(), shares=())
-    coefficients = _columns(rows, coefficients)
+    coefficients = coefficients.columns(rows)
     for block in _blocks(rows, statistics, coefficients, gradient, known=True):
         block.recall()
         block.write_gradient()
@@ -80,7 +80,7 @@ def hybrid_rows(
     rows: Rows, statistics: Tensor, coefficients: Coefficients, gradient: Tensor
 ) -> None:
     _prefer_huge_pages(gradient)
-    coefficients = _columns(rows, coefficients)
+    coefficients = coefficients.columns(rows)
     if rows.total == 0:
         return
     if rows.support is None:
@@ -114,13 +114,6 @@ def scale_rows(gradient: Tensor, factor: Tensor) -> None:
             own = factor if factor.numel() == 1 else factor[o, start : start + step]
             # The product is taken in fp32 and rounded once, whatever the gradient's dtype.
             piece.copy_(piece.float() * own)
-
-
-def _columns(rows: Rows, coefficients: Coefficients) -> Coefficients:
-    """`[N, 1]` (or of one element), with the factor 1/T that every logit gradient has."""
-    return Coefficients(
-        *(None if c is None else (c / rows.temperature)[:, None] for c in coefficients)
-    )
 
 
 def _prefer_huge_pages(gradient: Tensor) -> None:
@@ -242,7 +235,8 @@ class _Block:
         if not keeps_x:
             self.q = self.x  # one buffer less in cache
         self.on_cpu = rows.student.device.type == "cpu"
-        self.inv_t = 1.0 / rows.temperature
+        self.inv_t = 1.0 / rows.temperature_of(self.range)
+        self.at_one = rows.row_temperature is None and rows.temperature == 1.0
         self.dropped: Tensor | None = None
         self.supports = supports
         self.known = known
@@ -447,7 +441,7 @@ class _Block:
             pull.sub_(self.q.mul_(weight))
 
     def _over_t(self, value: Tensor) -> Tensor:
-        return value if self.inv_t == 1.0 else value * self.inv_t
+        return value if self.at_one else value * self.inv_t
 
     def _normalise(self) -> None:
         if self.p_factor is not None:
@@ -500,7 +494,7 @@ class _Block:
             log_ratio.copy_(teacher).sub_(off_teacher)
             torch.sub(student - off_student, log_ratio, out=log_ratio)
             rest = (student_max - off_student) - (teacher_max - off_teacher)
-        if self.inv_t == 1.0:
+        if self.at_one:
             log_ratio.add_(shift - rest)
         else:
             log_ratio.sub_(rest).mul_(self.inv_t).add_(shift)
@@ -576,4 +570,4 @@ class _Block:
             self.gradient.copy_(out)
 
     def _own(self, column: Tensor | None) -> Tensor | None:
-        return column if column is None or column.shape[0] == 1 else column[self.range]
+        return None if column is None else column[self.range]

@@ -113,7 +113,7 @@ class Supports:
         c_div, c_logp, c_ent = coefficients
         lse, entropy = statistics[FIELDS.student_lse][:, None], statistics[FIELDS.entropy][:, None]
         log_prob = torch.zeros_like(lse)
-        log_p = torch.where(self.x > LOWEST, self.x / self.rows.temperature - lse, LOWEST)
+        log_p = torch.where(self.x > LOWEST, self.x / self.rows.temperature_of() - lse, LOWEST)
         if c_div is not None and self.rows.corrects_tail:
             own = weighted(c_div, statistics[FIELDS.tail_correction][:, None])
             c_logp = own if c_logp is None else c_logp + own
@@ -194,7 +194,7 @@ def compare(
         token_log_p: log p of them.
     """
     assert rows.support is not None
-    inv_t, floor, tail = 1.0 / rows.temperature, rows.teacher_floor, rows.tail
+    inv_t, floor, tail = 1.0 / rows.temperature_of(span), rows.teacher_floor, rows.tail
     family = FAMILIES[rows.divergence]
     log_p = torch.where(kept & (x > LOWEST), x * inv_t - lse, -torch.inf)
     log_tail = tail_sum.log() - lse
@@ -299,5 +299,6 @@ def _token(
         elsewhere = elsewhere.clamp(min=rows.teacher_floor)
     correction = None
     if rows.corrects_tail:
-        correction = torch.where(outside, total * (log_p - elsewhere) - rho, 0.0)
+        corrected = outside & ~elsewhere.isnan()
+        correction = torch.where(corrected, total * (log_p - elsewhere) - rho, 0.0)
     return torch.where(outside, elsewhere, log_q / total), correction

@@ -117,10 +117,6 @@ class Problem(ABC):
             summed: whether the loss is the sum over all rows, or one for each.
         """
 
-    def mass(self, statistics: Tensor, index: int) -> Tensor | None:
-        """A mass on a top-K support, in the caller's shape."""
-        return None if self.rows.support is None else statistics[index].view(self.shape).detach()
-
     def terms(
         self, statistics: Tensor, differentiable: bool = False, own: bool = False
     ) -> TokenTerms:
@@ -132,12 +128,15 @@ class Problem(ABC):
             return value.clone() if own else value
 
         teacher, tokens = self.has_teacher, self.has_tokens
+        on_support = self.rows.support is not None
         return TokenTerms(
             divergence=field(FIELDS.divergence, differentiable) if teacher else None,
             log_prob=field(FIELDS.log_prob, differentiable) if tokens else None,
             teacher_log_prob=field(FIELDS.teacher_log_prob, False) if teacher and tokens else None,
             entropy=field(FIELDS.entropy, differentiable),
             logsumexp=field(FIELDS.logsumexp, False),
+            student_mass=field(FIELDS.student_mass, False) if on_support else None,
+            teacher_mass=field(FIELDS.teacher_mass, False) if on_support else None,
         )
 
 

@@ -198,15 +198,6 @@ def _compare(z, teacher, ids, keep, divergence, temperature, floor, tail) -> _Co
     return _Comparison(value, log_q, correction, *masses)
 
 
-class _Terms(NamedTuple):
-    """`TokenTerms`, and what only `HybridLoss` has."""
-
-    terms: TokenTerms
-    correction: Tensor | None
-    student_mass: Tensor | None
-    teacher_mass: Tensor | None
-
-
 def token_terms(
     student_logits: Tensor,
     teacher: Teacher | None = None,
@@ -220,10 +211,11 @@ def token_terms(
 ) -> TokenTerms:
     """`hybrid_kernels.token_terms` as eager torch; every field follows autograd."""
     options = mask, divergence, temperature, tail, teacher_floor
-    return _terms(student_logits, teacher, token_ids, *options).terms
+    return _terms(student_logits, teacher, token_ids, *options)[0]
 
 
 def _terms(student_logits, teacher, token_ids, mask, divergence, temperature, tail, floor):
+    """`TokenTerms`, and the correction of the advantages."""
     if isinstance(divergence, str):
         divergence = Divergence(divergence)
     valid = valid_rows(student_logits.shape[:-1], mask, token_ids, student_logits.device)
@@ -257,9 +249,14 @@ def _terms(student_logits, teacher, token_ids, mask, divergence, temperature, ta
         teacher_log_prob=total("teacher_log_prob", sum(weights)),
         entropy=torch.where(valid, entropy, 0.0),
         logsumexp=torch.where(valid, z.logsumexp(-1), 0.0),
+        student_mass=total("student_mass", sum(weights)),
+        teacher_mass=total("teacher_mass", sum(weights)),
     )
-    masses = total("student_mass", sum(weights)), total("teacher_mass", sum(weights))
-    return _Terms(terms, total("correction"), *masses)
+    correction = total("correction")
+    if correction is not None and terms.teacher_log_prob is not None:
+        # None where log q(y) is unknown, if only to one of the members.
+        correction = torch.where(terms.teacher_log_prob.isnan(), 0.0, correction)
+    return terms, correction
 
 
 def hybrid_loss(
@@ -284,15 +281,9 @@ def hybrid_loss(
     sampled-tail correction of a top-K teacher is part of the advantages.
     """
     options = mask, divergence, temperature, tail, teacher_floor
-    found = _terms(student_logits, teacher, token_ids, *options)
-    terms = found.terms
-    detached = TokenTerms(
-        divergence=None if terms.divergence is None else terms.divergence.detach(),
-        log_prob=None if terms.log_prob is None else terms.log_prob.detach(),
-        teacher_log_prob=terms.teacher_log_prob,
-        entropy=terms.entropy.detach(),
-        logsumexp=terms.logsumexp.detach(),
-    )
+    terms, correction = _terms(student_logits, teacher, token_ids, *options)
+    fields = terms._asdict().items()
+    detached = terms._replace(**{name: t.detach() for name, t in fields if t is not None})
     valid = valid_rows(student_logits.shape[:-1], mask, token_ids, student_logits.device)
     loss = torch.zeros_like(terms.entropy)
     if terms.divergence is not None and not _is_zero(dense_weight):
@@ -304,8 +295,8 @@ def hybrid_loss(
         if callable(advantages):
             advantages = advantages(detached)
         loss = loss - torch.where(valid, advantages, 0.0) * terms.log_prob
-    if found.correction is not None and terms.log_prob is not None:
-        loss = loss + dense_weight * found.correction * terms.log_prob
+    if correction is not None and terms.log_prob is not None:
+        loss = loss + dense_weight * correction * terms.log_prob
     if not _is_zero(entropy_weight):
         loss = loss - entropy_weight * terms.entropy
     loss = torch.where(valid, loss, 0.0)
@@ -320,8 +311,8 @@ def hybrid_loss(
         detached.log_prob,
         detached.teacher_log_prob,
         detached.entropy,
-        found.student_mass,
-        found.teacher_mass,
+        detached.student_mass,
+        detached.teacher_mass,
     )
 
 

@@ -172,3 +172,10 @@ class Coefficients(NamedTuple):
     divergence: Tensor | None
     log_prob: Tensor | None
     entropy: Tensor | None
+
+    def columns(self, rows: Rows) -> "Coefficients":
+        """`[N, 1]`, with the factor 1/T that every logit gradient has."""
+        temperature = rows.temperature_of()
+        return Coefficients(
+            *(None if c is None else per_row(c, rows.total)[:, None] / temperature for c in self)
+        )

@@ -42,6 +42,7 @@ from hybrid_kernels.rows import (
     STUDENT_FIELDS,
     Coefficients,
     Rows,
+    per_row,
     statistics_size,
 )
 
@@ -207,7 +208,7 @@ class Sharded:
         statistics[FIELDS.entropy] = student.mean(entropies)
         statistics[FIELDS.student_max] = student.top
         statistics[FIELDS.student_lse] = student.lse
-        statistics[FIELDS.logsumexp] = student.top / rows.temperature + student.lse
+        statistics[FIELDS.logsumexp] = _over_t(student.top, rows) + student.lse
         if rows.token_ids is not None:
             # (Of a shard without mass the student forbids every token.)
             log_prob = torch.where(student.empty, 0.0, parts[:, FIELDS.log_prob])
@@ -310,7 +311,7 @@ class Sharded:
         if rows.token_ids is not None:
             assert rows.support is not None
             found = (rows.support == rows.token_ids[:, None]) & supports.kept
-            log_p = supports.x / rows.temperature - statistics[FIELDS.student_lse][:, None]
+            log_p = supports.x / rows.temperature_of() - statistics[FIELDS.student_lse][:, None]
             log_p = torch.where(found, log_p, 0.0).sum(-1)
             statistics[FIELDS.log_prob] = torch.where(
                 found.any(-1), log_p, statistics[FIELDS.log_prob]
@@ -351,10 +352,9 @@ class Sharded:
         gradient: Tensor,
     ) -> None:
         """The gradient, from logits without the support."""
-        temperature = rows.temperature
-        columns = (None if c is None else (c / temperature)[:, None] for c in coefficients)
-        _, c_logp, c_ent = supports.finish(statistics, Coefficients(*columns))
-        outside = Coefficients(None, supports.log_prob[:, 0] * temperature, coefficients.entropy)
+        _, c_logp, c_ent = supports.finish(statistics, coefficients.columns(rows))
+        log_prob = (supports.log_prob * rows.temperature_of())[:, 0]
+        outside = Coefficients(None, log_prob, coefficients.entropy)
         problem = self._outside(rows, source)._replace(token_ids=None)
         own = statistics[: statistics_size(0)]
         self.module.row_gradient(problem, own, outside, gradient)
@@ -397,7 +397,7 @@ class _Side:
         self.empty = top <= LOWEST
         top = torch.where(self.empty, -torch.inf, top.double())
         self.top = top.amax(0)
-        self.above = torch.where(self.empty, 0.0, (top - self.top) / rows.temperature)
+        self.above = torch.where(self.empty, 0.0, _over_t(top - self.top, rows))
         lse = torch.where(self.empty, -torch.inf, self.above + lse)
         total = lse.logsumexp(0)
         self.lse = torch.where(total == -torch.inf, torch.nan, total)
@@ -409,6 +409,11 @@ class _Side:
         products = torch.where(infinite, values, self.log_mass.exp() * values)
         # (NaN where the side is unsound, also if no shard is left to say so.)
         return torch.where(self.empty, 0.0, products).sum(0) + 0.0 * self.lse
+
+
+def _over_t(values: Tensor, rows: Rows) -> Tensor:
+    """`[..., N]` over the temperatures."""
+    return (values[..., None] / rows.temperature_of())[..., 0]
 
 
 def _is_chained(rows: Rows) -> bool:
@@ -434,14 +439,15 @@ def _pieces(rows: Rows) -> Iterator[tuple[Rows, slice]]:
         for start in range(0, inner, step):
             stop = min(start + step, inner)
             span = slice(o * inner + start, o * inner + stop)
-            yield (
-                rows._replace(
-                    student=rows.student[o : o + 1, start:stop],
-                    token_ids=None if rows.token_ids is None else rows.token_ids[span],
-                    valid=None if rows.valid is None else rows.valid[span],
-                ),
-                span,
+            ids, valid, temperature = (
+                None if values is None else per_row(values, rows.total)[span]
+                for values in (rows.token_ids, rows.valid, rows.row_temperature)
             )
+            student = rows.student[o : o + 1, start:stop]
+            piece = rows._replace(
+                student=student, token_ids=ids, valid=valid, row_temperature=temperature
+            )
+            yield piece, span
 
 
 def _centred(z: Tensor, kept: Tensor, statistics: Tensor) -> Tensor:
@@ -453,7 +459,7 @@ def _as_shard(z: Tensor, kept: Tensor, rows: Rows, fields: int) -> Tensor:
     """The student's statistics of a support, as if it were a shard: float64 `[1, F, N]`."""
     z = torch.where(kept, z.double(), -torch.inf)
     top = z.amax(-1, keepdim=True)
-    x = (z - top) / rows.temperature
+    x = (z - top) / rows.temperature_of()
     e = x.exp()
     total = e.sum(-1, keepdim=True)
     own = z.new_zeros((1, fields, len(z)))

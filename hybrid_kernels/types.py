@@ -55,6 +55,8 @@ class TokenTerms(NamedTuple):
         teacher_log_prob: log q(y).
         entropy: H(p) in nats.
         logsumexp: log sum_v exp(z_v / T) of the student.
+        student_mass: the student's mass on a top-K support; None for a full teacher.
+        teacher_mass: the teacher's mass on a top-K support; None for a full teacher.
     """
 
     divergence: Tensor | None
@@ -62,6 +64,8 @@ class TokenTerms(NamedTuple):
     teacher_log_prob: Tensor | None
     entropy: Tensor
     logsumexp: Tensor
+    student_mass: Tensor | None = None
+    teacher_mass: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ class TopK:
             [-0.0105, -4.6] one of 0.0005, of [-0.01, -4.6] none. bf16 and fp16 are allowed for.)
         token_log_prob: `[...]`, log q(y) of the sampled tokens, where known. For tokens outside the
             support it is what `teacher_log_prob` then holds (else NaN), and it makes the gradient
-            of the reverse KL unbiased (see `tail` in `hybrid_loss`).
+            of the reverse KL unbiased (see `tail` in `hybrid_loss`). NaN means unknown, and leaves
+            the row's gradient without that correction.
     """
 
     ids: Tensor
@@ -202,7 +207,8 @@ class Mixture:
     For the reverse KL that is, up to a constant, W = sum_i weight_i times the divergence from the
     normalised geometric mean of the teachers (arXiv 2512.23097 for one teacher). The
     `teacher_log_prob` of the results is `sum_i (weight_i / W) log q_i(y)`, so that a token's cost
-    is `W (log_prob - teacher_log_prob)`; masses on a support are weighted means alike.
+    is `W (log_prob - teacher_log_prob)`; masses on a support are weighted means alike. Where one
+    member's `token_log_prob` is unknown, so is the mean.
 
     Attributes:
         members: pairs of (weight > 0, teacher), all full (logits, `LinearTeacher`) or all `TopK`

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import hybrid_kernels
 from hybrid_kernels import Divergence, LinearTeacher, Mixture, TopK, reference
+from hybrid_kernels.problem import Context, LogitProblem
+from hybrid_kernels.rows import Rows
 from hybrid_kernels.types import Teacher
 
 VOCABULARIES = (1, 7, 127, 128, 1000, 50257, 151936)
@@ -250,6 +252,26 @@ def with_teachers(case: Case, members: int, support: str | None, temperature: fl
     weights = [0.8 + 0.5 * i for i in range(members)]
     mixture = Mixture(list(zip(weights, teachers, strict=True)))
     return replace(case, given=teachers[0] if members == 1 else mixture)
+
+
+def rows_of(
+    case: Case,
+    backend: str,
+    *,
+    divergence: str | Divergence = "reverse_kl",
+    temperature: float = 1.0,
+    tail: str = "bucket",
+    process_group: object | None = None,
+) -> Rows:
+    """The case as the operators take it."""
+    options = (divergence, temperature, tail, None, process_group, backend)
+    context = Context(case.any_teacher, case.token_ids, case.mask, *options)
+    return LogitProblem(case.logits, context).rows
+
+
+def in_runs(values: Tensor, count: int) -> Tensor:
+    """`[N]`: element i of `[R]` for N/R consecutive rows."""
+    return values[torch.arange(count, device=values.device) * len(values) // count]
 
 
 def _padded(logits: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from cases import DTYPES, LINEAR_TEACHERS, every_divergence, make_linear
+from cases import DTYPES, LINEAR_TEACHERS, every_divergence, in_runs, make_linear
 from hybrid_kernels import (
     LinearTeacher,
     hybrid_loss,
     linear_hybrid_loss,
+    linear_ops,
     linear_token_terms,
     reference,
     token_terms,
@@ -465,39 +466,84 @@ def test_advantages_may_work_in_place(function, backend, device):
         assert torch.equal(got, expected)
 
 
+def bags_of(case, backend, chunk_rows, drop_masked=True):
+    """A case as the operators take it, with a teacher by hidden states and one by logits."""
+    own, theirs = case.head, case.teacher_head
+    states, other = case.hidden.flatten(0, -2), case.teacher_hidden.flatten(0, -2)
+    logits = theirs.logits(other, torch.float32)[None]
+    heads = ([states], [own.weight], own.bias, [theirs.weight, None], [theirs.bias, None])
+    scaling = ([1.0, 1.3, 1.0], [0.0, 2.0, 0.0])
+    hidden = Hidden(*heads, *scaling, chunk_rows, torch.float32, drop_masked)
+    rows = hidden.rows([other, logits], [1.0, 0.5])._replace(
+        token_ids=case.token_ids.flatten(),
+        valid=case.valid.flatten(),
+        temperature=0.7,
+        backend=backend,
+    )
+    return hidden, rows
+
+
+def gradients_of(hidden, rows, *coefficients):
+    """Statistics, nothing, and gradients of all tensors."""
+    wanted = [tensor is not None for tensor in hidden.differentiable()]
+    return linear_ops.linear_gradient(None, *coefficients, None, wanted, *hidden, *rows[1:])
+
+
+# Of ten rows `[2, 5]`: one value, one for each leading index, one for every two rows, one for each.
+every_sharing = pytest.mark.parametrize("elements", [1, 2, 5, 10])
+every_cut = pytest.mark.parametrize(
+    ("chunk_rows", "drop_masked"), [(0, True), (3, True), (3, False)]
+)
+
+
+@pytest.mark.usefixtures("until_triton_follows")
+@every_sharing
+@every_cut
+def test_a_temperature_for_each_row(chunk_rows, drop_masked, elements, backend, device):
+    case = make_linear(masked=True, device=device)
+    hidden, rows = bags_of(case, backend, chunk_rows, drop_masked)
+    coefficients = (torch.ones(1, device=device), case.upstream.nan_to_num().flatten(), None)
+    values = 0.5 + 0.25 * torch.arange(elements, device=device)
+    given = values.where(rows.valid, torch.nan) if elements == 10 else values
+    got = gradients_of(hidden, rows._replace(row_temperature=given), *coefficients)
+    for value in values:
+        alike = in_runs(values, 10) == value
+        alone = rows._replace(temperature=float(value))
+        statistics, _, gradient, *_ = gradients_of(hidden, alone, *coefficients)
+        close = {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(got[0][:, alike], statistics[:, alike], **close)
+        torch.testing.assert_close(got[2][alike], gradient[alike], **close)
+
+
+@every_sharing
+@every_cut
+def test_a_coefficient_for_several_rows(chunk_rows, drop_masked, elements, backend, device):
+    case = make_linear(bias=True, masked=True, device=device)
+    hidden, rows = bags_of(case, backend, chunk_rows, drop_masked)
+    values = torch.linspace(-1.0, 1.5, elements, device=device)
+    got = gradients_of(hidden, rows, values, -values, values.square())
+    each = in_runs(values, 10)
+    expected = gradients_of(hidden, rows, each, -each, each.square())
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 @pytest.mark.native
 class TestOperators:
     """As PyTorch sees them."""
 
-    def arguments(self, case, backend, chunk_rows):
-        own, theirs = case.head, case.teacher_head
-        hidden, other = case.hidden.flatten(0, -2), case.teacher_hidden.flatten(0, -2)
-        logits = theirs.logits(other, torch.float32)[None]
-        heads = ([hidden], [own.weight], own.bias, [theirs.weight, None], [theirs.bias, None])
-        scaling = ([1.0, 1.3, 1.0], [0.0, 2.0, 0.0])
-        sides = Hidden(*heads, *scaling, chunk_rows, torch.float32, True)
-        rows = sides.rows([other, logits], [1.0, 0.5])._replace(
-            token_ids=case.token_ids.flatten(),
-            valid=case.valid.flatten(),
-            temperature=0.7,
-            backend=backend,
-        )
-        return (*sides, *rows[1:])
-
     @pytest.mark.parametrize("chunk_rows", [0, 3])
     def test_opcheck(self, chunk_rows, backend, device):
-        from hybrid_kernels import linear_ops
-
         case = make_linear(bias=True, masked=True, device=device)
         if chunk_rows:  # a weight that is stored the other way round
             weight = case.head.weight.T.contiguous().T
             case = replace(case, head=replace(case.head, weight=weight))
-        arguments = self.arguments(case, backend, chunk_rows)
+        hidden, rows = bags_of(case, backend, chunk_rows)
+        arguments = (*hidden, *rows[1:])
         torch.library.opcheck(linear_ops.linear_statistics, arguments)
-        one, rows = torch.ones(1, device=device), torch.ones(10, device=device)
+        one, each = torch.ones(1, device=device), torch.ones(10, device=device)
         for statistics in (None, linear_ops.linear_statistics(*arguments)):
             for wanted in ([True] * 3, [True, False, False], [False, True, False]):
-                leading = (statistics, rows, one, None, None, wanted)
+                leading = (statistics, each, one, None, None, wanted)
                 torch.library.opcheck(linear_ops.linear_gradient, (*leading, *arguments))
 
     @pytest.mark.parametrize("kind", ["mean", "none", "function", "terms", "filter"])

@@ -9,7 +9,8 @@ import cases
 from cases import every_divergence
 from hybrid_kernels import Divergence, Mixture, TopK, hybrid_loss, ops, token_terms
 from hybrid_kernels.linear import HIDDEN, Hidden
-from hybrid_kernels.rows import COEFFICIENTS, ROWS, Coefficients, Rows
+from hybrid_kernels.rows import COEFFICIENTS, FIELDS, ROWS, Coefficients, Rows
+from hybrid_kernels.validate import TAILS
 
 needs_cc = pytest.mark.skipif(
     shutil.which("cc") is None, reason="inductor needs a C compiler: no cc"
@@ -86,6 +87,131 @@ def test_opcheck(layout, divergence, support, backend, device):
     torch.library.opcheck(ops.row_gradient, (gradient, statistics, *coefficients, *arguments))
     torch.library.opcheck(ops.scale_rows, (gradient, torch.full((1,), 3.0, device=device), backend))
     torch.library.opcheck(ops.scale_rows, (gradient, torch.rand(6, device=device), backend))
+
+
+# -- values for several rows ----------------------------------------------------------------------
+
+# How many values 12 rows `[4, 3]` share: one in all, one for each leading index, one for every two
+# rows (some of which have different leading indices), one for each.
+every_sharing = pytest.mark.parametrize("elements", [1, 4, 6, 12])
+
+
+def shared_case(kind, device):
+    """Twelve rows with two strides, some of them masked."""
+    case = cases.make(127, (4, 3), layout="sliced", masked=True, device=device)
+    return cases.with_teachers(case, 2, None if kind == "full" else "union")
+
+
+def all_operators(rows, coefficients):
+    """What the operators write: statistics twice and the gradient twice."""
+    fused, later = (torch.full_like(rows.student, torch.nan) for _ in range(2))
+    statistics = ops.hybrid_rows(fused, *coefficients, *rows)
+    ops.row_gradient(later, statistics, *coefficients, *rows)
+    gradients = [gradient.flatten(0, 1).T for gradient in (fused, later)]
+    return [statistics, ops.row_statistics(*rows), *gradients]
+
+
+def random_coefficients(*sizes, device):
+    generator = torch.Generator().manual_seed(0)
+    return Coefficients(*(torch.randn(size, generator=generator).to(device) for size in sizes))
+
+
+@pytest.mark.usefixtures("until_triton_follows")
+@every_divergence
+@every_sharing
+@pytest.mark.parametrize("kind", ["full", *TAILS])
+def test_a_temperature_for_each_row(kind, elements, divergence, backend, device):
+    case = shared_case(kind, device)
+    rows = cases.rows_of(
+        case,
+        backend,
+        divergence=divergence,
+        tail="bucket" if kind == "full" else kind,
+        temperature=100.0,  # which does not count
+    )
+    coefficients = random_coefficients(12, 1, 4, device=device)
+    values = 0.5 + 0.25 * torch.arange(elements, device=device)
+    given = values.clone()
+    if elements == 12:
+        given[~rows.valid] = torch.nan
+        given[1] = 0.0  # masked as well
+    got = all_operators(rows._replace(row_temperature=given), coefficients)
+    for value in values:
+        alike = cases.in_runs(values, 12) == value
+        alone = rows._replace(temperature=float(value))
+        for own, expected in zip(got, all_operators(alone, coefficients), strict=True):
+            torch.testing.assert_close(
+                own[:, alike], expected[:, alike], rtol=1e-5, atol=1e-6, equal_nan=True
+            )
+
+
+@every_sharing
+@pytest.mark.parametrize("kind", ["full", "bucket"])
+def test_a_coefficient_for_several_rows(kind, elements, backend, device):
+    rows = cases.rows_of(shared_case(kind, device), backend)
+    coefficients = random_coefficients(elements, elements, elements, device=device)
+    expanded = [cases.in_runs(c, 12) for c in coefficients]
+    got, expected = all_operators(rows, coefficients), all_operators(rows, expanded)
+    for own, each in zip(got, expected, strict=True):
+        torch.testing.assert_close(own, each, rtol=0, atol=0, equal_nan=True)
+
+
+@every_sharing
+@pytest.mark.parametrize("summed", [True, False])
+@pytest.mark.parametrize("late", [True, False])
+def test_a_weight_for_several_rows(late, summed, elements, backend, device, monkeypatch):
+    """Of a loss: values, and the gradient with or without a wait for the upstream one."""
+    monkeypatch.setattr(ops, "scales_late", lambda *tensors: late)
+    rows = cases.rows_of(shared_case("bucket", device), backend)
+    weights = random_coefficients(elements, elements, elements, device=device)
+    scale, outcomes = torch.tensor(0.1, device=device), []
+    for given in (weights, [cases.in_runs(w, 12) for w in weights]):
+        leaf = rows.student.detach().requires_grad_()
+        own = rows._replace(student=leaf)
+        loss, _ = ops.HybridLossFunction.apply(
+            leaf, own, ops.Weights(*given), scale, None, summed, False
+        )
+        loss.sum().backward()
+        outcomes.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(*outcomes, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("until_triton_follows")
+def test_opcheck_of_values_for_several_rows(backend, device):
+    rows = cases.rows_of(cases.with_teachers(cases.make(7, (4, 3)), 1, None), backend)
+    rows = rows._replace(row_temperature=torch.full((4,), 0.7))
+    coefficients = random_coefficients(12, 4, 1, device=device)
+    gradient = torch.zeros_like(rows.student)
+    torch.library.opcheck(ops.row_statistics, tuple(rows))
+    torch.library.opcheck(ops.hybrid_rows, (gradient, *coefficients, *rows))
+
+
+# -- what the sampled token's log q(y) does -------------------------------------------------------
+
+
+@pytest.mark.usefixtures("until_triton_follows")
+@pytest.mark.parametrize("members", [1, 2])
+def test_an_unknown_token_log_prob(members, backend, device):
+    """NaN in some rows: they are as without it, and the others as with it."""
+    case = cases.with_teachers(cases.make(127, (12,), device=device), members, "teacher")
+    rows = cases.rows_of(case, backend)
+    coefficients = random_coefficients(12, 12, 1, device=device)
+    unknown = torch.arange(12, device=device) % 2 == 0
+    inside = (rows.support == rows.token_ids[:, None]).any(-1)
+    assert (unknown & ~inside).any()
+    mixed = rows._replace(token_log_prob=rows.token_log_prob.masked_fill(unknown, torch.nan))
+    got = all_operators(mixed, coefficients)
+    known = all_operators(rows, coefficients)
+    without = all_operators(rows._replace(token_log_prob=None), coefficients)
+    for own, given, none in zip(got, known, without, strict=True):
+        expected = torch.where(unknown, none, given)
+        torch.testing.assert_close(own, expected, rtol=0, atol=0, equal_nan=True)
+    statistics = got[0]
+    assert torch.equal(statistics[FIELDS.teacher_log_prob].isnan(), unknown & ~inside)
+    assert (statistics[FIELDS.tail_correction][unknown] == 0).all()
+    assert all(gradient.isfinite().all() for gradient in got[2:])
+    loss = ops.row_losses(statistics, ops.Weights(1.0, None, None), None)
+    assert loss.isfinite().all()
 
 
 def loss_of(case, backend, **options):

@@ -10,7 +10,7 @@ import torch.distributed
 import cases
 from cases import DIVERGENCES, Case, divergence_id, every_divergence
 from hybrid_kernels import Divergence, TopK, hybrid_loss, ops, reference, sharded, token_terms
-from hybrid_kernels.rows import Coefficients, Rows
+from hybrid_kernels.rows import FIELDS, Coefficients, Rows
 from hybrid_kernels.validate import TAILS
 from ranks import Ranks, every_size, on_ranks
 from tolerance import assert_gradient, assert_values, relative_error
@@ -370,6 +370,52 @@ def test_supports_measured_in_pieces(ranks, layout):
         ranks.assert_equals_whole(
             teachers("bucket", 2, layout=layout), "token_terms", divergence="jsd"
         )
+
+
+def written(rows, coefficients):
+    """The statistics of the fields that users see, measured twice, and the gradient."""
+    gradient = torch.full_like(rows.student, torch.nan)
+    statistics = [ops.hybrid_rows(gradient, *coefficients, *rows), ops.row_statistics(*rows)]
+    return torch.stack(statistics, 1)[: FIELDS.student_max], gradient
+
+
+def assert_rows_equal_whole(ranks, made, change, **options):
+    """As `Ranks.assert_equals_whole`, of rows that `change` was applied to."""
+    coefficients = Coefficients(torch.tensor([0.7, -1.3]), made.upstream.nan_to_num()[:, 0], None)
+    whole = change(cases.rows_of(made, ranks.backend, **options))
+    part = ranks.shard(made)
+    own = change(cases.rows_of(part, ranks.backend, process_group=ranks.group, **options))
+    expected, gradient = ranks.on_one(lambda: written(whole, coefficients))
+    got, own_gradient = written(own, coefficients)
+    for field, value, truth in zip(FIELDS._fields, got, expected, strict=False):
+        assert_values(value, truth, field)
+    assert_gradient(own_gradient, gradient, ranks.bounds(127), ranks.backend)
+
+
+@pytest.mark.usefixtures("until_triton_follows")
+@each_divergence("reverse_kl", "jsd-0.3")
+@pytest.mark.parametrize("elements", [2, 5, 10])
+@each_kind
+@on_ranks
+def test_a_temperature_for_each_row(ranks, kind, elements, divergence):
+    def change(rows):
+        values = 0.5 + 0.25 * torch.arange(elements)
+        given = values.where(rows.valid, torch.nan) if elements == 10 else values
+        return rows._replace(row_temperature=given)
+
+    made = teachers(kind, 2, layout="sliced")
+    assert_rows_equal_whole(ranks, made, change, divergence=divergence, tail=tail_of(kind))
+
+
+@pytest.mark.usefixtures("until_triton_follows")
+@pytest.mark.parametrize("members", [1, 2])
+@on_ranks
+def test_log_probs_of_tokens_unknown_in_some_rows(ranks, members):
+    def change(rows):
+        unknown = torch.arange(10) % 3 == 0
+        return rows._replace(token_log_prob=rows.token_log_prob.masked_fill(unknown, torch.nan))
+
+    assert_rows_equal_whole(ranks, teachers("bucket", members), change)
 
 
 @native

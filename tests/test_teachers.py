@@ -328,6 +328,48 @@ def test_what_is_unknown_is_nan(backend, device):
     torch.testing.assert_close(log_q, expected)
 
 
+@pytest.mark.usefixtures("until_triton_follows")
+@every_tail
+@pytest.mark.parametrize("teacher_floor", [None, -4.0])
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("method", ["hybrid_loss", "token_terms"])
+def test_what_is_unknown_in_some_rows(method, members, teacher_floor, tail, backend, device):
+    """To one of the members; the mean over them is then unknown, too."""
+    case = cases.make(127, (12,), device=device)
+    case = cases.with_teachers(case, members, "teacher")
+    pairs = case.given.members if members > 1 else [(1.0, case.given)]
+    weight, last = pairs[-1]
+    unknown = torch.arange(12, device=device) % 2 == 0
+    log_q = last.token_log_prob.masked_fill(unknown, torch.nan)
+    case.given = Mixture([*pairs[:-1], (weight, replace(last, token_log_prob=log_q))])
+    options = {"tail": tail, "teacher_floor": teacher_floor}
+    outcome = assert_matches_reference(case, backend, method, **options)
+    assert outcome.result.teacher_log_prob[unknown].isnan().any()
+    assert outcome.result.teacher_log_prob[~unknown].isfinite().all()
+    assert outcome.gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_the_terms_have_the_masses_of_a_support(members, backend, device):
+    case = case_of("bucket", members, device=device)
+    seen = []
+
+    def advantages(terms):
+        seen.append(terms)
+        return torch.zeros_like(terms.entropy)
+
+    result = case.hybrid_loss(backend=backend, advantages=advantages).result
+    logits = case.student.nan_to_num(0, 0, 0).requires_grad_()
+    terms = token_terms(logits, case.given, case.token_ids, mask=case.mask, backend=backend)
+    for name in ("student_mass", "teacher_mass"):
+        mass = getattr(terms, name)
+        assert not mass.requires_grad
+        for other in (getattr(result, name), getattr(seen[0], name)):
+            torch.testing.assert_close(mass, other)
+    full = token_terms(logits, case.teacher_logits, backend=backend)
+    assert full.student_mass is full.teacher_mass is None
+
+
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("members", [1, 2])
 def test_the_corrected_bucket_is_unbiased(members, k, backend, device):

@@ -14,7 +14,7 @@ from hybrid_kernels.kernels.access import GROUP, Problem, Side, Target, mark_byt
 from hybrid_kernels.kernels.resident import PUBLISHED, SLOTS, resident_kernel
 from hybrid_kernels.kernels.sweep import scale_kernel, sweep_kernel, values_kernel
 from hybrid_kernels.kernels.topk import Support, mark_kernel
-from hybrid_kernels.rows import LOWEST, Coefficients, Rows
+from hybrid_kernels.rows import LOWEST, Coefficients, Rows, per_row
 
 # Triton compiles for alignments of 16, in bytes of a pointer and in entries of a stride.
 ALIGNMENT = 16
@@ -244,13 +244,16 @@ def row_arguments(
     """The run-time arguments that both forms begin with."""
     target = None
     if gradient is not None and coefficients is not None:
-        strides = (0 if c is None or c.numel() == 1 else 1 for c in coefficients)
-        pairs = zip(coefficients, strides, strict=True)
+        own = [c if c is None or c.numel() == 1 else per_row(c, rows.total) for c in coefficients]
+        strides = (0 if c is None or c.numel() == 1 else 1 for c in own)
+        pairs = zip(own, strides, strict=True)
         target = Target(_side(gradient), *(part for pair in pairs for part in pair))
     return _problem(rows, support), target, statistics
 
 
 def _problem(rows: Rows, support: Support | None) -> Problem:
+    if rows.row_temperature is not None:
+        raise NotImplementedError("row_temperature")
     teachers = rows.teachers or None
     if teachers is not None and rows.support is None:
         teachers = tuple(_side(t) for t in teachers)
