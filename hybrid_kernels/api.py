@@ -361,10 +361,9 @@ def _linear_problem(
     validate.linear_options(chunk_rows, logits_dtype, grad_filter, drop_masked)
     valid = valid_rows(context, hidden.shape[:-1], hidden.device)
     head = Head.of("student_", hidden, weight, bias, softcap, logit_scale, valid)
-    student = Hidden(
-        head.hiddens, head.weights, head.bias, [], [], [head.logit_scale], [head.softcap],
-        chunk_rows or 0, logits_dtype, drop_masked,
-    )  # fmt: skip
+    scaling, options = ([head.logit_scale], [head.softcap]), (logits_dtype, drop_masked)
+    tensors = head.hiddens, head.weights, head.bias
+    student = Hidden(*tensors, [], [], *scaling, chunk_rows or 0, *options)
     return LinearProblem(hidden, student, context, float(grad_filter))
 
 

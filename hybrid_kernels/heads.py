@@ -33,10 +33,6 @@ class Head(NamedTuple):
     logit_scale: float
     softcap: float
 
-    @property
-    def vocabulary(self) -> int:
-        return self.weights[0].shape[0]
-
     @classmethod
     def of(
         cls,
