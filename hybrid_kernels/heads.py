@@ -97,7 +97,7 @@ class Head(NamedTuple):
 
 def _is_autocast(device: str) -> bool:
     """Whether autocast is on; some devices ("meta") have none."""
-    # (The compiler of torch 2.10 can't ask whether there is one.)
+    # The compiler of torch 2.10 can't trace the question whether there is one.
     exists = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     return exists and torch.is_autocast_enabled(device)
 

@@ -81,7 +81,7 @@ class Hidden(NamedTuple):
         """The rows, of all their fields but the student."""
         return Rows.of(self.hiddens[0][None], *fields)
 
-    # (Not a property, which the compiler of torch 2.10 does not find in a NamedTuple.)
+    # Not a property: the compiler of torch 2.10 finds none in a NamedTuple.
     def differentiable(self) -> tuple[Tensor | None, ...]:
         return (*self.hiddens, *self.weights, self.bias)
 
@@ -193,7 +193,7 @@ class Problem:
         """
         Args (those that say nothing by their names):
             gradient: whether buffers are for gradients, too.
-            room: bytes of memory, beside the budget, that all buffers of a single chunk may take.
+            room: bytes of memory, besides the budget, that all buffers of a single chunk may take.
             kept: buffers with the logits of all rows, where these are known.
         """
         self.student, self.teachers = hidden.student, hidden.members(rows.teachers)

@@ -46,8 +46,8 @@ def implementation(rows: Rows) -> ModuleType | Sharded:
 
 
 def check_values(rows: Rows) -> None:
-    """The checks that read tensors: on the CPU, and in debug mode. (Whether ids are in range, only
-    the ranks that share the vocabulary know together: `sharded.py`.)"""
+    """The checks that read tensors: on the CPU, and in debug mode. Whether ids are in range is for
+    `sharded.py` to say where several ranks share the vocabulary."""
     if rows.student.device.type != "cpu" and not validate.debug():
         return
     support, vocabulary = rows.support, rows.student.shape[-1]
@@ -248,8 +248,9 @@ class HybridLossFunction(torch.autograd.Function):
     """The loss and its gradient in one forward; backward scales the gradient by the upstream one.
     In fp16 the gradient of a scalar loss is made in the backward, see `scales_late`.
 
-    `scale` is the normaliser, a scalar tensor. `summed` tells a scalar loss from one per row.
-    `statistics`, where given, are those of the same rows (a callable `advantages` needed them).
+    `scale` is the normaliser, a scalar tensor; `summed` says whether the loss is a scalar or one
+    per row; `statistics`, where given, are those of the same rows, measured for a callable
+    `advantages`.
     """
 
     @staticmethod

@@ -252,7 +252,7 @@ _ARGUMENTS = {
 
 
 def _can_be_saved(*bags: NamedTuple) -> None:
-    """Whether autograd takes all tensors. (What has no argument of its own is the teacher's.)"""
+    """Checks that autograd can keep all tensors; those without an entry are the teacher's."""
     for bag in bags:
         for name, value in bag._asdict().items():
             for one in value if isinstance(value, list | tuple) else (value,):
