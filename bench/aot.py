@@ -29,9 +29,9 @@ from bench import lean, machine_code, standin
 from bench.machine_code import Compiled
 from hybrid_kernels import Divergence
 from hybrid_kernels.divergences import FAMILIES
-from hybrid_kernels.kernels import config, resident, sweep, topk
-from hybrid_kernels.kernels import rows as launchers
 from hybrid_kernels.rows import Coefficients, Rows
+from hybrid_kernels.triton_backend import launch, plan
+from hybrid_kernels.triton_backend.launch import Launch
 
 # The form, and of the sweeping one whether it measures and whether it writes.
 MODES = {
@@ -61,7 +61,7 @@ def compile_rows(
     distil: bool = True,
     small: bool = True,
     count: int = 8192,
-    tuning: config.Tuning | None = None,
+    tuning: plan.Tuning | None = None,
     teachers: int = 1,
     support: int = 0,
     tail: str = "bucket",
@@ -105,36 +105,28 @@ def compile_rows(
         tail=tail,
         resolution=2.0**-24,
     )
-    seen = launchers.empty_support(rows) if support else None
     own = meta(count) if policy_gradient else None
     coefficients = Coefficients(meta(1) if distil else None, own, own)
-    statistics = rows.statistics()
+    seen = launch.empty_support(rows) if support else None
     flags = MODES[mode]
     if flags is None:
-        device = standin.GPUS[target].device
-        sides = launchers.held(rows)
-        launch = config.resident(vocabulary, dtype.itemsize, count, device, tuning, sides)
-        assert launch is not None
-        arguments = (
-            *launchers.row_arguments(rows, seen, statistics, coefficients, target_logits),
-            meta(1),
-            meta(1, dtype=torch.int32),
-            launch.groups,
-        )
-        constants = launchers.resident_constants(rows, target_logits, launch)
-        kernel = resident.resident_kernel
+        device, sides = standin.GPUS[target].device, launch.held(rows)
+        form = plan.resident(vocabulary, dtype.itemsize, count, device, tuning, sides)
+        assert form is not None
+        known = (rows, seen, rows.statistics(), coefficients, target_logits)
+        chosen = launch.resident_launch(*known, form)
     else:
         measure, write = flags
-        launch = launchers.sweep_form(rows)
-        gradient = target_logits if write else None
-        arguments = launchers.row_arguments(
-            rows, seen, statistics, coefficients if write else None, gradient
+        chosen = launch.sweep_launch(
+            rows,
+            seen,
+            rows.statistics(),
+            coefficients if write else None,
+            target_logits if write else None,
+            measure=measure,
         )
-        constants = launchers.sweep_constants(rows, gradient, launch, measure=measure)
-        kernel = sweep.sweep_kernel
-    constants["HAS_SMALL"] &= small
-    written = gradient_dtype or dtype
-    return _compile(kernel, arguments, constants, target, launch, written)
+    own_plan = chosen.plan._replace(small=chosen.plan.small and small)
+    return _compile(chosen._replace(plan=own_plan), target, gradient_dtype or dtype)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -146,10 +138,7 @@ def compile_marks(target: str, vocabulary: int, dtype: torch.dtype, support: int
     logits = meta(1, 8192, vocabulary, dtype=dtype)
     ids = meta(8192, support, dtype=torch.int64)
     rows = Rows(logits, (meta(8192, support),), (1.0,), ids, resolution=2.0**-24)
-    arguments = launchers.mark_arguments(rows, launchers.empty_support(rows))
-    constants = launchers.mark_constants(rows, logits)
-    launch = launchers.MARKS
-    return _compile(topk.mark_kernel, arguments, constants, target, launch, dtype)
+    return _compile(launch.mark_launch(rows, launch.empty_support(rows), logits), target, dtype)
 
 
 def compile_values(
@@ -176,24 +165,13 @@ def compile_values(
         teacher_floor=teacher_floor,
     )
     values = meta(1 + 2 * teachers, count)
-    arguments = launchers.values_arguments(rows, rows.statistics(), values)
-    launch = launchers.values_form(rows)
-    constants = launchers.values_constants(rows, launch)
-    return _compile(sweep.values_kernel, arguments, constants, target, launch, dtype)
+    return _compile(launch.values_launch(rows, rows.statistics(), values), target, dtype)
 
 
 def compile_scale(target: str, vocabulary: int, dtype: torch.dtype) -> Compiled:
     """The kernel that multiplies a finished gradient by the upstream one."""
-    launch = config.sweep(vocabulary)
-    gradient = torch.empty((1, 8192, vocabulary), dtype=dtype, device="meta")
-    factor = torch.empty(1, device="meta")
-    constants = {
-        "V": vocabulary,
-        "BLOCK_V": launch.block_v,
-        "EDGES": launchers.has_edges([gradient]),
-    }
-    arguments = launchers.scale_arguments(gradient, factor)
-    return _compile(sweep.scale_kernel, arguments, constants, target, launch, dtype)
+    gradient = meta(1, 8192, vocabulary, dtype=dtype)
+    return _compile(launch.scale_launch(gradient, meta(1)), target, dtype)
 
 
 def compile_lean(shape: lean.Shape, rows: int = 8192) -> Compiled:
@@ -216,18 +194,11 @@ class _Kept:
         return lambda *given, **options: self.launched.append(self.kernel[grid](*given, **options))
 
 
-def _compile(
-    kernel: JITFunction,
-    arguments: tuple,
-    constants: dict,
-    target: str,
-    launch: config.Sweep | config.Resident,
-    dtype: torch.dtype,
-) -> Compiled:
-    options = launch.options(hip=standin.GPUS[target].target.backend == "hip")
+def _compile(own: Launch, target: str, dtype: torch.dtype) -> Compiled:
+    options = own.form.options(hip=standin.GPUS[target].target.backend == "hip")
     with standin.driver_for(target):
-        compiled = kernel.warmup(*arguments, grid=(1,), **constants, **options)
-    return Compiled(compiled, launch, dtype.itemsize)
+        compiled = own.kernel.warmup(*own.given, grid=(1,), **options)
+    return Compiled(compiled, own.form, dtype.itemsize)
 
 
 # -- the report ------------------------------------------------------------------------------------
@@ -241,7 +212,7 @@ one by one. Per row: `bar`, barriers where nobody has to be waited for; `early`,
 touch what a prefetch loads before the meeting is over (- without one); `late`, loads between the
 meeting and the gradient; `fenced`, whether barriers and fences are there where programs meet
 (- without counters; where a small divergence is summed anew, nothing is looked at). Problems with
-`ahead` are those of `config.CANDIDATES` that prefetch."""
+`ahead` are those of `plan.CANDIDATES` that prefetch."""
 COLUMNS = (
     "     V type problem                    | Triton | splits slice warps | reg spill shared |   in"
     "  out floor | exp2 mufu f2f instr | bar early late fenced"
@@ -301,7 +272,7 @@ def configurations() -> Iterator[Configuration]:
     for count in (2, 3):
         name = f"reverse_kl, {count} teachers"
         yield main(name, count + 2, 2 + count, "reverse_kl", teachers=count)
-    for tuning in config.CANDIDATES:
+    for tuning in plan.CANDIDATES:
         if tuning.prefetch:
             name = f"reverse_kl, {tuning.slice_v}x{tuning.num_warps}x{tuning.programs} ahead"
             yield main(name, FAMILIES["reverse_kl"].exponentials, 3, "reverse_kl", tuning=tuning)
@@ -323,14 +294,14 @@ def described(configuration: Configuration) -> dict:
         while root.__cause__ is not None:
             root = root.__cause__
         return {**line, "error": repr(root)}
-    launch = compiled.launch
-    assert not isinstance(launch, config.Sweep)
+    form = compiled.launch
+    assert not isinstance(form, plan.Sweep)
     return {
         **line,
         "floor": configuration.moved * configuration.dtype.itemsize,
-        "splits": launch.splits,
-        "slice_v": launch.slice_v,
-        "num_warps": launch.num_warps,
+        "splits": form.splits,
+        "slice_v": form.slice_v,
+        "num_warps": form.num_warps,
         "spilled": used.spilled,
         **used._asdict(),
         **cost._asdict(),

@@ -2,8 +2,8 @@
 
 The problem is reverse KL with a policy gradient and an entropy bonus: bf16, rows that begin at 16
 bytes, every row wanted, every logit finite and far from the ends of its range. What the shipped
-kernel (`hybrid_kernels/kernels/resident.py`) does besides is left out, to see what the rest can be
-worth. Nothing but the benchmarks calls it.
+kernel (`triton_backend/resident.py`) does besides is left out, to see what the rest can be worth.
+Nothing but the benchmarks calls it.
 
 A row is cut into SPLITS slices, one for each program of a *group*, as in the shipped kernel: a
 program keeps its slice in registers, publishes its sums, waits for its siblings, merges all sums
@@ -58,8 +58,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_kernels.kernels import config
-from hybrid_kernels.kernels.meeting import MAX_POLLS, wait
+from hybrid_kernels.triton_backend import plan
+from hybrid_kernels.triton_backend.meeting import MAX_POLLS, wait
 
 SLOTS = 4
 # That a program publishes, for each of its warps or once in words: the fields of `Sums`.
@@ -67,7 +67,7 @@ PUBLISHED = 6
 _PUBLISHED = tl.constexpr(PUBLISHED)
 # Numbers of 32 bits that a warp holds of a tile: four in a thread, which are loaded at once. Triton
 # cuts every tile [W, TILE] alike, a row to a warp; others it moves through shared memory.
-TILE = 4 * config.WARP
+TILE = 4 * plan.WARP
 _TILE = tl.constexpr(TILE)
 # 128 bytes, so that groups count in different lines of the cache.
 COUNTERS = 32
@@ -793,7 +793,7 @@ def shape(
     """
     if vocabulary <= 0 or vocabulary % 16:
         raise ValueError(f"vocabulary: must be a positive multiple of 16, not {vocabulary}")
-    multiple = config.SLICE_MULTIPLE
+    multiple = plan.SLICE_MULTIPLE
     splits = -(-vocabulary // slice_max)
     slice_v = -(-vocabulary // (splits * multiple)) * multiple
     splits = -(-vocabulary // slice_v)
@@ -810,7 +810,7 @@ def shape(
         splits,
         triton.next_power_of_2(splits) if words else -(-splits * num_warps // TILE) * TILE,
         num_warps,
-        min(255, 65536 // (programs * num_warps * config.WARP) // 8 * 8),
+        min(255, 65536 // (programs * num_warps * plan.WARP) // 8 * 8),
         groups,
         lag,
         two,
@@ -883,7 +883,7 @@ def lean(
         LAG=shape.lag,
         TWO=shape.two,
         WORDS=shape.words,
-        PLAIN=config.INTERPRETED,
+        PLAIN=plan.INTERPRETED,
         num_warps=shape.num_warps,
         maxnreg=shape.registers,
         enable_fp_fusion=True,

@@ -22,7 +22,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 
 from bench import lean
-from hybrid_kernels.kernels import config
+from hybrid_kernels.triton_backend import plan
 
 # What a program tells its siblings with that it has arrived. (ATOMS are of shared memory.)
 ATOMICS = ("ATOM", "ATOMG", "RED", "REDG")
@@ -49,15 +49,15 @@ class Compiled(NamedTuple):
     """A kernel, the launch that it was compiled for and the size of a gradient's entry."""
 
     kernel: CompiledKernel
-    launch: config.Sweep | config.Resident | lean.Shape
+    launch: plan.Sweep | plan.Resident | lean.Shape
     itemsize: int
 
     @property
     def entries(self) -> float:
         """Entries of the vocabulary that a thread holds."""
         launch = self.launch
-        held = launch.block_v if isinstance(launch, config.Sweep) else launch.slice_v
-        return max(1.0, held / (launch.num_warps * config.WARP))
+        held = launch.block_v if isinstance(launch, plan.Sweep) else launch.slice_v
+        return max(1.0, held / (launch.num_warps * plan.WARP))
 
 
 class Instruction(NamedTuple):

@@ -15,7 +15,7 @@ from bench.providers import PROVIDERS, Problem, Provider, Run, oracle
 from bench.suites import INPUTS, Case
 from bench.summary import Row, percentiles
 from hybrid_kernels import timing
-from hybrid_kernels.kernels import config
+from hybrid_kernels.triton_backend import plan
 
 # From hidden states a sample takes 50 to 150 ms, in launches that the host queues in 10 to 20 ms.
 LINEAR_TIMING = {"samples": 10, "warmups": 2, "cycles": 60_000_000}
@@ -97,8 +97,8 @@ def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float | None:
 def groups_of(logits: torch.Tensor) -> int:
     """How many rows of one full teacher's problem the row-resident form has in flight."""
     rows, vocabulary = logits.shape
-    device = config.Device.of(logits)
-    launch = config.resident(vocabulary, logits.element_size(), rows, device)
+    device = plan.Device.of(logits)
+    launch = plan.resident(vocabulary, logits.element_size(), rows, device)
     return launch.groups if launch else 1
 
 

@@ -17,21 +17,21 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from hybrid_kernels import linear_ops, ops, problem, timing
-from hybrid_kernels.kernels import config
+from hybrid_kernels.triton_backend import plan
 
 
 class GPU(NamedTuple):
     """What Triton compiles for, and what launches have to know of the device."""
 
     target: GPUTarget
-    device: config.Device
+    device: plan.Device
 
 
 GPUS = {
-    "sm_80": GPU(GPUTarget("cuda", 80, 32), config.Device("A100", 108)),
-    "sm_90": GPU(GPUTarget("cuda", 90, 32), config.Device("H200", 132)),
-    "sm_100": GPU(GPUTarget("cuda", 100, 32), config.Device("B200", 148)),
-    "gfx942": GPU(GPUTarget("hip", "gfx942", 64), config.Device("MI300X", 304)),
+    "sm_80": GPU(GPUTarget("cuda", 80, 32), plan.Device("A100", 108)),
+    "sm_90": GPU(GPUTarget("cuda", 90, 32), plan.Device("H200", 132)),
+    "sm_100": GPU(GPUTarget("cuda", 100, 32), plan.Device("B200", 148)),
+    "gfx942": GPU(GPUTarget("hip", "gfx942", 64), plan.Device("MI300X", 304)),
 }
 _OPERATORS: tuple[Any, ...] = (
     ops.row_statistics,
@@ -113,7 +113,7 @@ def gpu(name: str = "sm_90", compiles: bool = True) -> Iterator[Driver]:
         def patch(owner: Any, attribute: str, value: Any) -> None:
             stack.enter_context(mock.patch.object(owner, attribute, value))
 
-        patch(config.Device, "of", lambda tensor: GPUS[name].device)
+        patch(plan.Device, "of", lambda tensor: GPUS[name].device)
         patch(problem, "resolve_backend", lambda backend, device: "triton")
         patch(timing, "device_times", _no_times)
         patch(fx_config, "meta_nonzero_assume_all_nonzero", True)  # no row is masked

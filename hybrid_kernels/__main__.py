@@ -85,13 +85,13 @@ def _describe(device: torch.device) -> list[str]:
 
 def _describe_forms(device: torch.device) -> None:
     """Prints how `hybrid_loss` would launch on bf16 logits of common vocabularies."""
-    from hybrid_kernels.kernels import config
-    from hybrid_kernels.kernels import rows as launchers
     from hybrid_kernels.rows import Rows
+    from hybrid_kernels.triton_backend import launch as launchers
+    from hybrid_kernels.triton_backend import plan
 
-    if config.INTERPRETED:
+    if plan.INTERPRETED:
         print("triton kernels  interpreted on the CPU, for tests")
-    source = config.tuning_file() if config.tuning_file().is_file() else "the package's defaults"
+    source = plan.tuning_file() if plan.tuning_file().is_file() else "the package's defaults"
     print(f"tuning          {source}")
     print("form            hybrid_loss, bf16, N=8192 (callable advantages, token_terms: sweeping)")
     for vocabulary in VOCABULARIES:

@@ -1,6 +1,6 @@
 """The divergences of the torch backend: values and slopes on buffers of probabilities.
 
-`kernels/divergences.py` has the same formulas for Triton.
+`triton_backend/divergences.py` has the same formulas for Triton.
 """
 
 import math

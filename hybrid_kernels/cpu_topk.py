@@ -1,8 +1,9 @@
 """Top-K teachers on the torch backend: the K + 1 categories of a block of rows.
 
-A divergence is that of two coarse distributions, on the support and on the tail; `kernels/topk.py`
-says why, and has the same formulas for Triton. Everything here is `[r, K]`; what needs a sweep over
-the vocabulary, the normaliser and the mass outside the support, comes from the caller.
+A divergence is that of two coarse distributions, on the support and on the tail;
+`triton_backend/topk.py` says why, and has the same formulas for Triton. Everything here is `[r, K]`;
+what needs a sweep over the vocabulary, the normaliser and the mass outside the support, comes from
+the caller.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """The table of divergences: what the package knows of each besides its formulas.
 
 These stand in `reference.py` (values) and, for the backends, in `cpu_forms.py` and
-`kernels/divergences.py` (values and slopes).
+`triton_backend/divergences.py` (values and slopes).
 """
 
 import math

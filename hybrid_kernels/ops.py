@@ -32,7 +32,7 @@ from hybrid_kernels.sharded import Sharded
 
 def launchers(backend: str) -> ModuleType:
     if backend == "triton":
-        from hybrid_kernels.kernels import rows as module
+        from hybrid_kernels.triton_backend import launch as module
     else:
         from hybrid_kernels import cpu as module
     return module

@@ -304,9 +304,9 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     if backend == "triton":
         if not HAS_TRITON:
             raise ValueError('backend: "triton" is not installed here; use backend="torch"')
-        from hybrid_kernels.kernels import config
+        from hybrid_kernels.triton_backend import plan
 
-        if not (device.type == "cuda" or config.INTERPRETED):
+        if not (device.type == "cuda" or plan.INTERPRETED):
             raise ValueError(
                 f'backend: "triton" can\'t run on {device}; move the tensors to a GPU, set '
                 "TRITON_INTERPRET=1 before the first import to run the kernels on the CPU, or use "

@@ -16,7 +16,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from hybrid_kernels import hybrid_loss, timing
-from hybrid_kernels.kernels import config
+from hybrid_kernels.triton_backend import plan
 
 VOCABULARIES = (32_000, 151_936)
 DIVERGENCES = ("reverse_kl", "jsd")
@@ -34,8 +34,8 @@ def main(arguments: list[str]) -> int:
         return 1
     name = torch.cuda.get_device_name()
     for itemsize in DTYPES:
-        times: dict[config.Tuning, list[float]] = {}
-        for candidate in config.CANDIDATES:
+        times: dict[plan.Tuning, list[float]] = {}
+        for candidate in plan.CANDIDATES:
             times[candidate] = [
                 milliseconds(candidate, itemsize, vocabulary, divergence)
                 for vocabulary, divergence in itertools.product(VOCABULARIES, DIVERGENCES)
@@ -44,11 +44,11 @@ def main(arguments: list[str]) -> int:
         best = fastest(times)
         print(f"{name}, {itemsize}-byte logits: {best}", flush=True)
         if not options.no_write:
-            print(f"written to {config.write_tuning(name, itemsize, best)}")
+            print(f"written to {plan.write_tuning(name, itemsize, best)}")
     return 0
 
 
-def fastest(times: dict[config.Tuning, list[float]]) -> config.Tuning:
+def fastest(times: dict[plan.Tuning, list[float]]) -> plan.Tuning:
     """The candidate with the least geometric mean of its times, of those that ran everywhere."""
     ran = {c: own for c, own in times.items() if all(map(math.isfinite, own))}
     if not ran:
@@ -56,13 +56,13 @@ def fastest(times: dict[config.Tuning, list[float]]) -> config.Tuning:
     return min(ran, key=lambda c: math.prod(ran[c]))
 
 
-def milliseconds(tuning: config.Tuning, itemsize: int, vocabulary: int, divergence: str) -> float:
+def milliseconds(tuning: plan.Tuning, itemsize: int, vocabulary: int, divergence: str) -> float:
     """Median time of the loss and its gradient; infinite for a candidate that can't run."""
     rows = BYTES // itemsize // vocabulary
     student = torch.randn(rows, vocabulary, device="cuda").to(DTYPES[itemsize])
     teacher = torch.randn_like(student)
     student.requires_grad_()
-    with mock.patch.object(config, "tuned", return_value=tuning), warnings.catch_warnings():
+    with mock.patch.object(plan, "tuned", return_value=tuning), warnings.catch_warnings():
         # A refused candidate is not to be measured as rows that are swept.
         warnings.filterwarnings("error", message="hybrid_kernels: .* refused")
         try:

@@ -254,10 +254,10 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def small_tiles(target: Target, side_by_side: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cuts a short row as a vocabulary is cut: into several tiles, slices and chunks."""
+    """Cuts a short row as a vocabulary is cut: into several tiles and slices."""
     if target.backend == "triton":
-        from hybrid_kernels.kernels import config
+        from hybrid_kernels.triton_backend import plan
 
         for name in ("MAX_BLOCK_V", "MAX_BLOCK_V_TWO_SWEEPS", "INTERPRETED_BLOCK_V"):
-            monkeypatch.setattr(config, name, 32)
-        monkeypatch.setattr(config, "INTERPRETED_SLICE", 72)
+            monkeypatch.setattr(plan, name, 32)
+        monkeypatch.setattr(plan, "INTERPRETED_SLICE", 72)

@@ -10,10 +10,10 @@ from hybrid_kernels.divergences import FAMILIES
 pytest.importorskip("triton", reason="needs Triton's compiler")
 
 from bench import aot, machine_code, standin
-from hybrid_kernels.kernels import config
+from hybrid_kernels.triton_backend import plan
 
 pytestmark = pytest.mark.skipif(
-    config.INTERPRETED, reason="compiles ahead of time, which TRITON_INTERPRET=1 turns off"
+    plan.INTERPRETED, reason="compiles ahead of time, which TRITON_INTERPRET=1 turns off"
 )
 
 OTHERS = [name for name in FAMILIES if name not in aot.KINDS]
@@ -184,10 +184,10 @@ def test_a_prefetch_is_waited_for_where_it_begins():
     """A fault, which this is to find: the next row's entries are converted as soon as they are
     loaded, before the meeting. A kernel that keeps them as they are stored has 0 here."""
     case = ("sm_90", 151936, torch.bfloat16, "reverse_kl", "resident")
-    options = {"mask": False, "small": False, "tuning": config.Tuning(6144, 4, 2, True)}
+    options = {"mask": False, "small": False, "tuning": plan.Tuning(6144, 4, 2, True)}
     main = aot.compile_rows(*case, **options)
     order = machine_code.order(main, FAMILIES["reverse_kl"].exponentials)
-    assert isinstance(main.launch, config.Resident)
+    assert isinstance(main.launch, plan.Resident)
     assert order.ahead == 2 * main.launch.chunks
     assert order.early > 0
     assert order.faults == ()

@@ -428,8 +428,10 @@ def test_a_partitioned_weight_says_where_it_is_whole():
 
 
 def test_triton_is_refused_on_the_cpu(monkeypatch):
-    config = pytest.importorskip("hybrid_kernels.kernels.config", reason="Triton is not installed")
-    monkeypatch.setattr(config, "INTERPRETED", False)
+    plan = pytest.importorskip(
+        "hybrid_kernels.triton_backend.plan", reason="Triton is not installed"
+    )
+    monkeypatch.setattr(plan, "INTERPRETED", False)
     parts = ('backend: "triton" can\'t run on cpu', "TRITON_INTERPRET=1", "torch")
     assert_refuses(parts, hybrid_loss, LOGITS, TEACHER, backend="triton")
 

@@ -11,7 +11,6 @@ from hybrid_kernels import Divergence
 from hybrid_kernels.cpu_forms import FORMS, settle, tilt
 from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.reference import divergence_value
-from hybrid_kernels.rows import Rows
 
 CASE = cases.make(30, (4,))
 STUDENT, TEACHER = CASE.student.double(), CASE.teacher.double()
@@ -93,17 +92,3 @@ def test_every_divergence_has_a_form_and_a_parameter_to_test_it_with():
     assert list(FORMS) == list(FAMILIES)
     tested = {divergence.name for divergence in DIVERGENCES if divergence.params}
     assert tested == {name for name, family in FAMILIES.items() if family.parameter}
-
-
-@each_family
-def test_the_kernels_say_what_the_table_says(name):
-    pytest.importorskip("triton", reason="needs Triton")
-    from hybrid_kernels.kernels import divergences as kernels
-    from hybrid_kernels.kernels.rows import held
-
-    family = FAMILIES[name]
-    assert kernels.needs_student_d(name) == family.student_d
-    assert kernels.needs_teacher_d(name) == family.teacher_d
-    assert kernels.has_v(name) == family.has_v
-    rows = Rows(STUDENT, (TEACHER,), (1.0,), None, None, None, name, 0.0, 1.0, None)
-    assert held(rows) == family.room * held(rows._replace(divergence="reverse_kl"))

@@ -10,11 +10,11 @@ from tolerance import assert_matches_reference
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from hybrid_kernels.kernels import config
-from hybrid_kernels.kernels import rows as launchers
 from hybrid_kernels.rows import Rows
+from hybrid_kernels.triton_backend import launch as launchers
+from hybrid_kernels.triton_backend import plan
 
-# Of `kernels/config.py`, without "INTERPRETED_" before it.
+# Of `triton_backend/plan.py`, without "INTERPRETED_" before it.
 FORMS = {
     "one program": {},
     "chunks": {"BLOCK_V": 64, "PREFETCH": True},
@@ -28,7 +28,7 @@ FORMS = {
 @pytest.fixture(params=["one program", "chunks", "two programs", "three programs", "sweeping"])
 def form(request, side_by_side, monkeypatch):
     """Forces a form, and proves that it ran: where a row is cut, that its programs had to meet."""
-    launched, resident = [], config.resident
+    launched, resident = [], plan.resident
 
     def cut(*args, **options):
         shape = resident(*args, **options)
@@ -36,14 +36,14 @@ def form(request, side_by_side, monkeypatch):
         return shape
 
     if request.param == "sweeping":
-        monkeypatch.setattr(config, "resident", lambda *args, **options: None)
-        monkeypatch.setattr(config, "INTERPRETED_BLOCK_V", 64)
+        monkeypatch.setattr(plan, "resident", lambda *args, **options: None)
+        monkeypatch.setattr(plan, "INTERPRETED_BLOCK_V", 64)
         spy(monkeypatch, "_sweep", launched)
     else:
         for name, value in FORMS[request.param].items():
-            monkeypatch.setattr(config, f"INTERPRETED_{name}", value)
+            monkeypatch.setattr(plan, f"INTERPRETED_{name}", value)
         if "SLICE" in FORMS[request.param]:
-            monkeypatch.setattr(config, "resident", cut)
+            monkeypatch.setattr(plan, "resident", cut)
         spy(monkeypatch, "_resident", launched)
     yield request.param
     assert launched, f"the {request.param} form did not run"
@@ -166,9 +166,9 @@ def test_nothing_is_left_unwritten(form, backend, poisoned_memory):
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("vocabulary", [1, 8, 1000, 32000, 50257, 151936, 262144, 10**6])
 def test_slices_cover_a_row_and_the_grid_fits(vocabulary, itemsize, rows, monkeypatch):
-    monkeypatch.setattr(config, "INTERPRETED", False)
-    for tuning in config.CANDIDATES:
-        launch = config.resident(vocabulary, itemsize, rows, config.Device("H200", 132), tuning)
+    monkeypatch.setattr(plan, "INTERPRETED", False)
+    for tuning in plan.CANDIDATES:
+        launch = plan.resident(vocabulary, itemsize, rows, plan.Device("H200", 132), tuning)
         if launch is None:
             assert vocabulary > 132 * 4096
             continue
@@ -187,14 +187,14 @@ def test_slices_cover_a_row_and_the_grid_fits(vocabulary, itemsize, rows, monkey
 
 
 def test_a_row_too_long_for_the_device_is_swept(monkeypatch):
-    monkeypatch.setattr(config, "INTERPRETED", False)
-    monkeypatch.setattr(config.Device, "of", lambda tensor: config.Device("small", 4))
+    monkeypatch.setattr(plan, "INTERPRETED", False)
+    monkeypatch.setattr(plan.Device, "of", lambda tensor: plan.Device("small", 4))
     logits = torch.empty(1, 2, 151936, device="meta")
     rows = Rows(logits, (logits,), (1.0,))
-    assert isinstance(launchers.form(rows, hip=False), config.Sweep)
+    assert isinstance(launchers.form(rows, hip=False), plan.Sweep)
     short = Rows(logits[..., :4096], (), ())
-    assert isinstance(launchers.form(short, hip=False), config.Resident)
-    assert isinstance(launchers.form(short, hip=True), config.Sweep)
+    assert isinstance(launchers.form(short, hip=False), plan.Resident)
+    assert isinstance(launchers.form(short, hip=True), plan.Sweep)
 
 
 @pytest.mark.parametrize(
@@ -213,19 +213,19 @@ def test_rows_are_split_only_where_they_must(shape, split):
 
 def test_the_tuning_file(tmp_path, monkeypatch):
     monkeypatch.setenv("HYBRID_KERNELS_TUNING", str(tmp_path / "tuning.json"))
-    config.tuned.cache_clear()
-    assert config.tuned("H200", 2) is None
-    best = config.CANDIDATES[3]
-    path = config.write_tuning("H200", 2, best)
-    config.write_tuning("B200", 4, config.CANDIDATES[0])
-    assert config.tuned("H200", 2) == best
-    assert config.tuned("H200", 4) is None
-    monkeypatch.setattr(config, "INTERPRETED", False)
-    launch = config.resident(151936, 2, 8192, config.Device("H200", 132))
-    assert launch == config.resident(151936, 2, 8192, config.Device("H200", 132), best)
+    plan.tuned.cache_clear()
+    assert plan.tuned("H200", 2) is None
+    best = plan.CANDIDATES[3]
+    path = plan.write_tuning("H200", 2, best)
+    plan.write_tuning("B200", 4, plan.CANDIDATES[0])
+    assert plan.tuned("H200", 2) == best
+    assert plan.tuned("H200", 4) is None
+    monkeypatch.setattr(plan, "INTERPRETED", False)
+    launch = plan.resident(151936, 2, 8192, plan.Device("H200", 132))
+    assert launch == plan.resident(151936, 2, 8192, plan.Device("H200", 132), best)
     for content in ("{", '{"H200": {"2": {"num_warps": 4}}}', "[]"):
         path.write_text(content)
-        config.tuned.cache_clear()
+        plan.tuned.cache_clear()
         with pytest.raises(ValueError, match=r"tuning file .*tuning.json.*tune"):
-            config.tuned("H200", 2)
-    config.tuned.cache_clear()
+            plan.tuned("H200", 2)
+    plan.tuned.cache_clear()

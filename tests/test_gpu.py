@@ -23,8 +23,8 @@ from hybrid_kernels import (
     token_terms,
 )
 from hybrid_kernels.divergences import FAMILIES
-from hybrid_kernels.kernels import config
-from hybrid_kernels.kernels import rows as launchers
+from hybrid_kernels.triton_backend import launch as launchers
+from hybrid_kernels.triton_backend import plan
 from tolerance import assert_matches_reference, assert_near
 
 pytestmark = pytest.mark.gpu
@@ -104,7 +104,7 @@ def test_both_forms_agree(vocabulary, divergence, device, monkeypatch):
     options = {"divergence": divergence, "reduction": "none"}
     resident = gradient(student, teacher, **options)
     values = hybrid_loss(student, teacher, **options).loss
-    monkeypatch.setattr(config, "resident", lambda *args, **others: None)
+    monkeypatch.setattr(plan, "resident", lambda *args, **others: None)
     swept = gradient(student, teacher, **options)
     torch.testing.assert_close(resident, swept, rtol=1e-2, atol=1e-6)
     # (Of the statistics alone, which are always swept.)
@@ -115,9 +115,9 @@ def test_both_forms_agree(vocabulary, divergence, device, monkeypatch):
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("tuning", config.CANDIDATES, ids=str)
+@pytest.mark.parametrize("tuning", plan.CANDIDATES, ids=str)
 def test_every_candidate_is_right(tuning, dtype, divergence, device, monkeypatch):
-    monkeypatch.setattr(config, "tuned", lambda *_: tuning)
+    monkeypatch.setattr(plan, "tuned", lambda *_: tuning)
     case = cases.make(50_257, (2, 40), masked=True, dtype=dtype, device=device)
     assert_matches_reference(case, "triton", divergence=divergence)
 
@@ -142,7 +142,7 @@ def test_which_form_runs(device):
     logits_of = (student.detach()[None], (teacher[None],), (1.0,))
     rows = launchers.Rows(*logits_of)
     launch = launchers.form(rows)
-    assert isinstance(launch, config.Resident)
+    assert isinstance(launch, plan.Resident)
     assert launch.splits > 1
 
 
@@ -167,7 +167,7 @@ def test_other_teachers_at_full_size(kind, vocabulary, device, monkeypatch):
     torch.testing.assert_close(
         resident, gradient(student, given, backend="torch", **options), rtol=1e-2, atol=1e-6
     )
-    monkeypatch.setattr(config, "resident", lambda *args, **others: None)
+    monkeypatch.setattr(plan, "resident", lambda *args, **others: None)
     torch.testing.assert_close(resident, gradient(student, given, **options), rtol=1e-2, atol=1e-6)
 
 

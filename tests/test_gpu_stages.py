@@ -21,9 +21,9 @@ from bench import standin
 from bench.gpu import checks, conductor, meeting, prebuild, profiler, report, stages
 from bench.gpu.conductor import Run, Stage
 from hybrid_kernels import hybrid_loss, timing
-from hybrid_kernels.kernels import config
+from hybrid_kernels.triton_backend import plan
 
-pytestmark = pytest.mark.skipif(config.INTERPRETED, reason="compiles, or walks through launches")
+pytestmark = pytest.mark.skipif(plan.INTERPRETED, reason="compiles, or walks through launches")
 
 
 def rows_of(folder):

@@ -25,12 +25,11 @@ from hybrid_kernels import (
     linear_token_terms,
     token_terms,
 )
-from hybrid_kernels.kernels import config
-from hybrid_kernels.kernels import rows as launchers
 from hybrid_kernels.rows import Rows
+from hybrid_kernels.triton_backend import launch, plan
 
 pytestmark = pytest.mark.skipif(
-    config.INTERPRETED, reason="compiles ahead of time, which TRITON_INTERPRET=1 turns off"
+    plan.INTERPRETED, reason="compiles ahead of time, which TRITON_INTERPRET=1 turns off"
 )
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -96,7 +95,7 @@ def part_of_the_vocabulary(divergence):
         rows = Rows(
             logits, (given.teacher[None],), (1.0,), token_ids=given.ids, divergence=divergence
         )
-        launchers.row_values(rows, rows.statistics(), meta(3, rows.total))
+        launch.row_values(rows, rows.statistics(), meta(3, rows.total))
 
     return run
 
@@ -185,8 +184,8 @@ def test_compiles_what_is_launched(name, monkeypatch):
     given, run = LAUNCHES[name]
     if given is None or given.student.shape[-1] < 100_000:
         # Slices of two pieces, not of eight as they ship, compile in half the time.
-        for itemsize, tuning in config.DEFAULT_TUNING.items():
-            monkeypatch.setitem(config.DEFAULT_TUNING, itemsize, tuning._replace(slice_v=2048))
+        for itemsize, tuning in plan.DEFAULT_TUNING.items():
+            monkeypatch.setitem(plan.DEFAULT_TUNING, itemsize, tuning._replace(slice_v=2048))
     with standin.gpu("sm_90") as gpu:
         run(given)
     assert gpu.launches
@@ -206,7 +205,7 @@ def test_the_stand_in_leaves_everything_as_it_was():
 
 @pytest.fixture
 def reason():
-    return launchers.REFUSALS[0]
+    return launch.REFUSALS[0]
 
 
 @pytest.fixture
@@ -220,7 +219,7 @@ def launched(reason, monkeypatch):
         if "launch_cooperative_grid" in options:
             raise RuntimeError(f"Triton Error [CUDA]: {reason}")
 
-    monkeypatch.setattr(launchers, "_refusing", set())
+    monkeypatch.setattr(launch, "_refusing", set())
     # (Undone in this order: the stand-in has put its own there, too.)
     with standin.gpu(compiles=False), mock.patch.object(triton.JITFunction, "run", run):
         yield names
@@ -254,11 +253,6 @@ def test_another_error_is_no_refusal(reason, launched):
 
 def test_a_kernel_that_does_not_compile_is_an_error(monkeypatch):
     """So that the tests above can fail."""
-    constants = launchers.sweep_constants
-
-    def broken(*given, **options):
-        return {**constants(*given, **options), "BLOCK_V": 3}
-
-    monkeypatch.setattr(launchers, "sweep_constants", broken)
+    monkeypatch.setattr(plan, "sweep", lambda *_, **__: plan.Sweep(block_v=3, num_warps=1))
     with standin.gpu("sm_90"), pytest.raises(triton.CompilationError):
         scoring(Given(2, vocabulary=1000))

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybrid_kernels"
 
 # What each module may import from the package: those of the lines above it, if named here.
-ENTRIES = {"kernels.reduce", "kernels.divergences", "kernels.math"}
+BELOW = {"triton_backend.reduce", "triton_backend.divergences", "triton_backend.sums"}
+SHARED = {"triton_backend.memory", "triton_backend.gradient", "triton_backend.row"}
 ALLOWED = {
     "types": set(),
     "divergences": set(),
@@ -21,30 +22,34 @@ ALLOWED = {
     "reference": {"types", "divergences"},
     "validate": {"types", "divergences"},
     "returns": {"validate"},
-    "kernels": set(),
-    "kernels.config": set(),
-    "kernels.reduce": {"kernels.config"},
-    "kernels.divergences": {"divergences", "rows", "kernels.reduce"},
-    "kernels.math": {"rows", "kernels.reduce", "kernels.divergences"},
-    "kernels.access": {"rows", "kernels.math"},
-    "kernels.topk": {"rows", *ENTRIES, "kernels.access"},
-    "kernels.sweep": {"rows", *ENTRIES, "kernels.access", "kernels.topk"},
-    "kernels.meeting": {"kernels.config", "kernels.reduce"},
-    "kernels.resident": {"rows", *ENTRIES, "kernels.access", "kernels.topk", "kernels.meeting"},
-    "kernels.rows": {
+    "triton_backend": set(),
+    "triton_backend.plan": set(),
+    "triton_backend.reduce": {"triton_backend.plan"},
+    "triton_backend.divergences": {"rows", "triton_backend.reduce"},
+    "triton_backend.sums": {"rows", "triton_backend.reduce", "triton_backend.divergences"},
+    "triton_backend.memory": {"rows", "triton_backend.divergences", "triton_backend.sums"},
+    "triton_backend.meeting": {"triton_backend.plan", *BELOW},
+    "triton_backend.gradient": {"triton_backend.memory", "triton_backend.sums"},
+    "triton_backend.topk": {"rows", *BELOW, "triton_backend.memory"},
+    "triton_backend.row": {*SHARED, "triton_backend.sums", "triton_backend.topk"},
+    "triton_backend.sweep": {*BELOW, *SHARED, "triton_backend.topk"},
+    "triton_backend.resident": {*BELOW, *SHARED, "triton_backend.meeting"},
+    "triton_backend.launch": {
         "divergences",
         "rows",
-        "kernels.access",
-        "kernels.config",
-        "kernels.resident",
-        "kernels.sweep",
-        "kernels.topk",
+        "triton_backend.divergences",
+        "triton_backend.meeting",
+        "triton_backend.memory",
+        "triton_backend.plan",
+        "triton_backend.resident",
+        "triton_backend.sweep",
+        "triton_backend.topk",
     },
     "cpu_forms": {"divergences", "rows"},
     "cpu_topk": {"divergences", "rows", "cpu_forms"},
     "cpu": {"divergences", "rows", "cpu_forms", "cpu_topk"},
     "sharded": {"divergences", "rows", "validate", "cpu_forms", "cpu_topk"},
-    "ops": {"types", "rows", "validate", "cpu", "sharded", "kernels.rows"},
+    "ops": {"types", "rows", "validate", "cpu", "sharded", "triton_backend.launch"},
     "heads": {"validate"},
     "linear": {"rows", "ops", "heads"},
     "linear_ops": {"rows", "ops", "heads", "linear"},
@@ -57,12 +62,12 @@ ALLOWED = {
         "heads",
         "linear",
         "linear_ops",
-        "kernels.config",
+        "triton_backend.plan",
     },
     "api": {"types", "divergences", "rows", "validate", "ops", "heads", "linear", "problem"},
     "": {"types", "divergences", "returns", "api"},
     "timing": set(),
-    "tune": {"", "timing", "kernels.config"},
+    "tune": {"", "timing", "triton_backend.plan"},
     "__main__": {
         "",
         "types",
@@ -71,8 +76,8 @@ ALLOWED = {
         "problem",
         "timing",
         "tune",
-        "kernels.config",
-        "kernels.rows",
+        "triton_backend.plan",
+        "triton_backend.launch",
     },
 }
 
@@ -84,7 +89,7 @@ def sources(folder):
 
 
 def name_of(path):
-    """`kernels.rows` for hybrid_kernels/kernels/rows.py, and the empty name for the package."""
+    """`returns` for hybrid_kernels/returns.py, and the empty name for the package."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
 
@@ -178,7 +183,7 @@ except ValueError as error:
     assert "not installed" in str(error), error
 else:
     raise AssertionError("a silent fallback")
-loaded = [name for name in sys.modules if name.startswith("hybrid_kernels.kernels")]
+loaded = [name for name in sys.modules if name.startswith("hybrid_kernels.triton_backend")]
 assert not loaded, loaded
 """
 

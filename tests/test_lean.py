@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="needs Triton's compiler or interpreter")
 import faults
 from bench import aot, lean, machine_code
 from faults import replaced
-from hybrid_kernels.kernels import config
+from hybrid_kernels.triton_backend import plan
 from tolerance import assert_close
 
 # -- in the interpreter ----------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_shapes():
 
 
 @pytest.mark.full
-@pytest.mark.skipif(config.INTERPRETED, reason="compiles ahead of time")
+@pytest.mark.skipif(plan.INTERPRETED, reason="compiles ahead of time")
 @pytest.mark.parametrize(
     ("options", "instructions"),
     [

@@ -20,11 +20,11 @@ from triton.runtime.errors import InterpreterError
 from bench.gpu import meeting
 from hybrid_kernels import Divergence
 from hybrid_kernels.divergences import FAMILIES
-from hybrid_kernels.kernels import config, resident
-from hybrid_kernels.kernels import rows as launchers
+from hybrid_kernels.triton_backend import launch as launchers
+from hybrid_kernels.triton_backend import plan, resident
 
 ROWS = 12
-# V, and settings of `kernels/config.py`: three programs a row. Rows of 101 have edges.
+# V, and settings of `triton_backend/plan.py`: three programs a row. Rows of 101 have edges.
 LAYOUTS = {
     "one group": (96, {"GROUPS": 1, "PREFETCH": False}),
     "prefetch": (96, {"GROUPS": 1, "PREFETCH": True}),
@@ -40,8 +40,8 @@ def layout(request, monkeypatch):
     """Cuts rows so; V."""
     vocabulary, settings = LAYOUTS[request.param]
     for name, value in {"SLICE": 40, "BLOCK_V": 64, **settings}.items():
-        monkeypatch.setattr(config, f"INTERPRETED_{name}", value)
-    launch = config.resident(vocabulary, 4, ROWS, config.Device("interpreter", 1))
+        monkeypatch.setattr(plan, f"INTERPRETED_{name}", value)
+    launch = plan.resident(vocabulary, 4, ROWS, plan.Device("interpreter", 1))
     assert launch.splits == 3
     assert launch.groups == settings["GROUPS"]
     return vocabulary

@@ -12,7 +12,7 @@ from bench.report import TOLERANCE
 from bench.suites import OURS, Case
 from bench.summary import Row, percentiles
 from hybrid_kernels import reference, timing
-from hybrid_kernels.kernels import config
+from hybrid_kernels.triton_backend import plan
 
 # Rows that all problems have so many entries of, and the main vocabulary.
 ENTRIES, VOCABULARY = 8192 * 151_936, 151_936
@@ -61,7 +61,7 @@ def prepare(options: dict[str, Any], rows: int, device: str) -> tuple[Callable[[
     # Of the sum over rows of D - A log p(y) - 0.1 H.
     coefficients = (ones, -advantages, -ENTROPY_WEIGHT * ones)
     gradient = torch.full_like(student, torch.nan)
-    multiprocessors = config.Device.of(student).multiprocessors
+    multiprocessors = plan.Device.of(student).multiprocessors
     shape = lean.shape(rows=rows, multiprocessors=multiprocessors, **options)
 
     def run() -> object:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bench.summary import Row
 from hybrid_kernels import timing
-from hybrid_kernels.kernels import config
-from hybrid_kernels.kernels.meeting import arrive
+from hybrid_kernels.triton_backend import plan
+from hybrid_kernels.triton_backend.meeting import arrive
 
 ROUNDS = 20_000
 # About a second of polls.
@@ -90,7 +90,7 @@ def meet(splits: int, groups: int, rounds: int, device: str) -> Tensor:
 def measurements(device: str) -> dict[str, Callable[[], Row]]:
     """By its name each measurement: microseconds a meeting, alone; and whether all is right in a
     graph and on two streams."""
-    places = config.Device.of(torch.empty(0, device=device)).multiprocessors * PROGRAMS
+    places = plan.Device.of(torch.empty(0, device=device)).multiprocessors * PROGRAMS
     found: dict[str, Callable[[], Row]] = {
         f"{splits} programs, {places // splits} groups": lambda splits=splits: _alone(
             splits, places // splits, device

@@ -42,7 +42,7 @@ from bench.suites import (
 )
 from bench.summary import Row
 from hybrid_kernels import available_divergences, tune
-from hybrid_kernels.kernels import config
+from hybrid_kernels.triton_backend import plan
 
 ROOT = Path(__file__).parents[2]
 ROWS, MAIN = 8192, 151_936
@@ -223,15 +223,15 @@ def lean(stage: Stage) -> None:
 
 def tuning(stage: Stage) -> None:
     """Every candidate on a few problems; the best ones of both sizes of logits go into a file."""
-    times: dict[Case, dict[config.Tuning, float]] = {case: {} for case in TUNED}
+    times: dict[Case, dict[plan.Tuning, float]] = {case: {} for case in TUNED}
 
-    def timed(case: Case, candidate: config.Tuning) -> Row:
-        with mock.patch.object(config, "tuned", return_value=candidate):
+    def timed(case: Case, candidate: plan.Tuning) -> Row:
+        with mock.patch.object(plan, "tuned", return_value=candidate):
             found = measure.measure(case, stage.device)
         times[case][candidate] = found["median_ms"]
         return found
 
-    for candidate, case in itertools.product(config.CANDIDATES, TUNED):
+    for candidate, case in itertools.product(plan.CANDIDATES, TUNED):
         row = {"tuning": str(candidate), "of": str(case)}
         stage.attempt(row, lambda case=case, candidate=candidate: timed(case, candidate))
     if stage.dry:
@@ -239,9 +239,9 @@ def tuning(stage: Stage) -> None:
     os.environ["HYBRID_KERNELS_TUNING"] = os.environ["BENCH_TUNING"]
     for itemsize in (2, 4):
         alike = [own for case, own in times.items() if case.dtype.itemsize == itemsize]
-        tried = {c: [own.get(c, math.inf) for own in alike] for c in config.CANDIDATES}
+        tried = {c: [own.get(c, math.inf) for own in alike] for c in plan.CANDIDATES}
         best = tune.fastest(tried)
-        config.write_tuning(torch.cuda.get_device_name(), itemsize, best)
+        plan.write_tuning(torch.cuda.get_device_name(), itemsize, best)
         stage.write({"best_tuning": str(best), "itemsize": itemsize})
 
 
@@ -404,7 +404,7 @@ def main() -> None:
         if options.compile:
             stack.enter_context(prebuild.recorded_keys())
         if options.sweeping:
-            stack.enter_context(mock.patch.object(config, "resident", return_value=None))
+            stack.enter_context(mock.patch.object(plan, "resident", return_value=None))
         stack.enter_context(counted_compilations(stage))
         FUNCTIONS[options.name](stage)
 

@@ -1,6 +1,7 @@
-"""Launch configurations: the only place where tuning lives.
+"""What is decided before a kernel runs: its static parameters, and how its work is cut.
 
-A *form* is a way to run the row kernels:
+A kernel takes everything that is static in one `Plan`. This is also the only place where tuning
+lives. A *form* is a way to run the row kernels:
 
 - "row-resident" (`resident.py`): statistics and gradient in one launch, 3 N V entries moved;
 - "sweeping" (`sweep.py`): tile by tile, for statistics alone, for a gradient from statistics that
@@ -44,11 +45,79 @@ INTERPRETED_PREFETCH = False
 
 # Slices are cut at multiples of this many entries, so that they move in 128-bit pieces.
 SLICE_MULTIPLE = 8
-# Entries of a chunk that a thread holds. A program works chunk by chunk, which bounds the registers
-# for intermediate results.
-CHUNK_PER_THREAD = 8
+# Entries of a tile that a thread of the row-resident form holds. A program works tile by tile,
+# which bounds the registers for intermediate results.
+PER_THREAD_RESIDENT = 8
 # That a multiprocessor holds at once, whatever their size.
 MAX_PROGRAMS = 16
+
+
+class Plan(NamedTuple):
+    """Everything static of a kernel, but for the function of its divergence (`divergences.py`).
+
+    It is one constexpr parameter. What follows from other fields is a field, too: neither methods
+    nor properties of a NamedTuple can be used in a kernel.
+
+    Attributes:
+        vocabulary: V.
+        edges: whether rows are split at 16-byte boundaries (`memory.py`).
+        pad: what lanes outside a row hold.
+        members: how many teachers there are.
+        full: how many of them are known by their logits; all or none.
+        sums: how many `Sums` a sweep has.
+        k: ids of a top-K support; 0 where there is none.
+        block_k: the next power of 2.
+        tail: what stands for the vocabulary outside a support: "bucket", "renormalize" or "mask".
+        corrects: whether tokens sampled outside a support correct its gradient.
+        floor: whether there is a teacher floor.
+        row_temperature: whether each row has a temperature of its own.
+        one_sweep: whether one sweep finds all statistics.
+        small: whether a small divergence is summed a second time.
+        kl_family, student_d, teacher_d, diverges, has_v, tilted: of the divergence, see
+            `hybrid_kernels/divergences.py`.
+        pulls: how many full teachers the gradient has a coefficient for; all or none.
+        log_prob, entropy: whether the gradient has a coefficient for them.
+        measure: whether statistics are measured; otherwise they are read.
+        write: whether a gradient is written.
+        block: entries of a tile.
+        tiles: how many tiles a program of the row-resident form holds.
+        slice: entries of its part of a row, at most.
+        splits: how many programs share a row.
+        lanes: the next power of 2.
+        prefetch: whether the next row's loads start before the meeting.
+    """
+
+    vocabulary: int
+    edges: bool = False
+    pad: float = 0.0
+    members: int = 0
+    full: int = 0
+    sums: int = 1
+    k: int = 0
+    block_k: int = 1
+    tail: str = ""
+    corrects: bool = False
+    floor: bool = False
+    row_temperature: bool = False
+    one_sweep: bool = True
+    small: bool = False
+    kl_family: bool = False
+    student_d: bool = False
+    teacher_d: bool = False
+    diverges: bool = False
+    has_v: bool = False
+    tilted: bool = False
+    pulls: int = 0
+    log_prob: bool = False
+    entropy: bool = False
+    measure: bool = False
+    write: bool = False
+    block: int = 1
+    tiles: int = 1
+    slice: int = 1
+    splits: int = 1
+    lanes: int = 1
+    prefetch: bool = False
 
 
 class Device(NamedTuple):
@@ -122,12 +191,12 @@ class Sweep(NamedTuple):
 class Resident(NamedTuple):
     """Compile-time constants and grid of the row-resident form.
 
-    `splits` programs share a row in slices of `slice_v` entries, which a program holds as `chunks`
-    tiles of `chunk_v`; `groups` rows are in flight at once.
+    `splits` programs share a row in slices of `slice_v` entries, which a program holds as `tiles`
+    tiles of `block_v`; `groups` rows are in flight at once.
     """
 
-    chunk_v: int
-    chunks: int
+    block_v: int
+    tiles: int
     slice_v: int
     splits: int
     groups: int
@@ -185,26 +254,26 @@ def resident(
     """
     if INTERPRETED:
         slice_v = _slice(vocabulary, INTERPRETED_SLICE)
-        chunk_v = min(triton.next_power_of_2(slice_v), INTERPRETED_BLOCK_V)
-        chunks, splits = -(-slice_v // chunk_v), -(-vocabulary // slice_v)
+        block_v = min(triton.next_power_of_2(slice_v), INTERPRETED_BLOCK_V)
+        tiles, splits = -(-slice_v // block_v), -(-vocabulary // slice_v)
         groups = min(rows, INTERPRETED_GROUPS)
-        return Resident(chunk_v, chunks, slice_v, splits, groups, 1, 0, INTERPRETED_PREFETCH)
+        return Resident(block_v, tiles, slice_v, splits, groups, 1, 0, INTERPRETED_PREFETCH)
     tuning = tuning or tuned(device.name, itemsize) or DEFAULT_TUNING[itemsize]
     slice_v = _slice(vocabulary, int(2 * tuning.slice_v / sides))
     splits = -(-vocabulary // slice_v)
     num_warps = tuning.num_warps
     # A short row takes a smaller program, and more of them.
-    while num_warps > 1 and slice_v <= num_warps * WARP * CHUNK_PER_THREAD // 2:
+    while num_warps > 1 and slice_v <= num_warps * WARP * PER_THREAD_RESIDENT // 2:
         num_warps //= 2
-    chunk_v = num_warps * WARP * CHUNK_PER_THREAD
+    block_v = num_warps * WARP * PER_THREAD_RESIDENT
     programs = min(MAX_PROGRAMS, tuning.programs * tuning.num_warps // num_warps)
     registers = min(255, device.registers // (programs * num_warps * WARP) // 8 * 8)
     groups = min(rows, device.multiprocessors * programs // splits)
     if groups == 0:
         return None
     return Resident(
-        chunk_v,
-        -(-slice_v // chunk_v),
+        block_v,
+        -(-slice_v // block_v),
         slice_v,
         splits,
         groups,

@@ -8,9 +8,9 @@ they do run one after another.
 import triton
 import triton.language as tl
 
-from hybrid_kernels.kernels import config
+from hybrid_kernels.triton_backend import plan
 
-INTERPRETED = tl.constexpr(config.INTERPRETED)
+INTERPRETED = tl.constexpr(plan.INTERPRETED)
 
 
 @triton.jit
@@ -32,24 +32,8 @@ def _add_2(a, b, a2, b2):
 
 
 @triton.jit
-def sum_2(a, b):
-    if INTERPRETED:
-        return tl.sum(a, 0), tl.sum(b, 0)
-    else:
-        return tl.reduce((a, b), 0, _add_2)
-
-
-@triton.jit
 def _add_3(a, b, c, a2, b2, c2):
     return a + a2, b + b2, c + c2
-
-
-@triton.jit
-def sum_3(a, b, c):
-    if INTERPRETED:
-        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0)
-    else:
-        return tl.reduce((a, b, c), 0, _add_3)
 
 
 @triton.jit
@@ -58,24 +42,8 @@ def _add_4(a, b, c, d, a2, b2, c2, d2):
 
 
 @triton.jit
-def sum_4(a, b, c, d):
-    if INTERPRETED:
-        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0)
-    else:
-        return tl.reduce((a, b, c, d), 0, _add_4)
-
-
-@triton.jit
 def _add_5(a, b, c, d, e, a2, b2, c2, d2, e2):
     return a + a2, b + b2, c + c2, d + d2, e + e2
-
-
-@triton.jit
-def sum_5(a, b, c, d, e):
-    if INTERPRETED:
-        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0), tl.sum(e, 0)
-    else:
-        return tl.reduce((a, b, c, d, e), 0, _add_5)
 
 
 @triton.jit
@@ -84,11 +52,23 @@ def _add_6(a, b, c, d, e, f, a2, b2, c2, d2, e2, f2):
 
 
 @triton.jit
-def sum_6(a, b, c, d, e, f):
+def sum_each(tensors):
+    """The sum of each of two to six tensors."""
     if INTERPRETED:
-        return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0), tl.sum(e, 0), tl.sum(f, 0)
+        found = ()
+        for i in tl.static_range(len(tensors)):
+            found = found + (tl.sum(tensors[i], 0),)
+        return found
+    elif len(tensors) == 2:
+        return tl.reduce(tensors, 0, _add_2)
+    elif len(tensors) == 3:
+        return tl.reduce(tensors, 0, _add_3)
+    elif len(tensors) == 4:
+        return tl.reduce(tensors, 0, _add_4)
+    elif len(tensors) == 5:
+        return tl.reduce(tensors, 0, _add_5)
     else:
-        return tl.reduce((a, b, c, d, e, f), 0, _add_6)
+        return tl.reduce(tensors, 0, _add_6)
 
 
 @triton.jit

@@ -1,0 +1,295 @@
+"""The divergences, entry by entry, and the functions that they are made of.
+
+A divergence is a sum of terms t over the entries of a row; its logit gradient follows from their
+slopes s = dt/dlog p as s_v - p_v sum s. Each divergence is one function, which a kernel takes as a
+constexpr parameter: (entry, parameter, log_s, SMALL) -> (t, u, v) with s = p u + v.
+
+- u is defined up to a constant, which no logit gradient depends on. It is chosen such that u is 0
+  where p = q: a difference of numbers around 1 would have lost its digits there.
+- `log_s` is for Renyi's divergence: log sum p^a q^(1-a) of the whole row.
+- SMALL asks the KL family for terms whose sum is right where p is close to q, too.
+
+A kernel uses some of the three results; the compiler removes what the others would cost.
+`reference.py` has the values that these must give, `sums.py` the conventions for entries that are
+left out.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from triton.language import target_info
+
+from hybrid_kernels import rows
+from hybrid_kernels.triton_backend.reduce import INTERPRETED
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(rows.LOWEST)
+# Where a running maximum starts: finite, so that differences with it are never inf - inf.
+START = tl.constexpr(-3.4028234663852886e38)
+
+
+class Entry(NamedTuple):
+    """Entries of both distributions.
+
+    p, q: probabilities; q is raised to the teacher's floor, and 0 where z = -inf.
+    raw_q: the teacher's own probability.
+    log_p: log p.
+    log_ratio: l = log p - log q; `LOWEST` in place of -inf.
+    """
+
+    p: tl.tensor
+    q: tl.tensor
+    raw_q: tl.tensor
+    log_p: tl.tensor
+    log_ratio: tl.tensor
+
+
+@triton.jit
+def reverse_kl(entry, parameter, log_s, SMALL: tl.constexpr):
+    p, log_ratio = entry.p, entry.log_ratio
+    t = p * log_ratio
+    if SMALL:
+        near, bounded, far = _split(log_ratio)
+        t = tl.where(near, p * excess(bounded), entry.q - p + p * far) + (entry.raw_q - entry.q)
+    return t, log_ratio, tl.zeros_like(log_ratio)
+
+
+@triton.jit
+def forward_kl(entry, parameter, log_s, SMALL: tl.constexpr):
+    p, q = entry.p, entry.q
+    t = -q * tl.minimum(entry.log_ratio, -LOWEST)
+    if SMALL:
+        near, bounded, far = _split(entry.log_ratio)
+        t = tl.where(near, q * excess(-bounded), p - q - q * tl.minimum(far, -LOWEST))
+        t -= entry.raw_q - q
+    return t, tl.zeros_like(entry.log_ratio), -q
+
+
+@triton.jit
+def jeffreys(entry, parameter, log_s, SMALL: tl.constexpr):
+    p, q, log_ratio = entry.p, entry.q, entry.log_ratio
+    t = (p - q) * log_ratio
+    if SMALL:
+        near, bounded, far = _split(log_ratio)
+        t = tl.where(near, p * (bounded - excess(bounded)) * bounded, (p - q) * far)
+    return t, log_ratio, -q
+
+
+@triton.jit
+def _split(log_ratio):
+    """Which log-ratios are near 0, those (else 0), and the others (else 0).
+
+    The terms of a small KL are positive, by the identities sum p = sum q = 1. So an entry with
+    z = -inf gives back the teacher's mass there, and a raised one the mass that it was raised by.
+    """
+    near = tl.abs(log_ratio) < 0.5
+    return near, tl.where(near, log_ratio, 0.0), tl.where(near, 0.0, log_ratio)
+
+
+@triton.jit
+def jsd(entry, beta, log_s, SMALL: tl.constexpr):
+    log_m_over_p = mixture_log_ratio(entry.log_ratio, beta)
+    below = tl.minimum(entry.log_ratio, -LOWEST)
+    t = (beta - 1.0) * entry.p * log_m_over_p - beta * entry.q * (below + log_m_over_p)
+    return t, (beta - 1.0) * log_m_over_p, tl.zeros_like(entry.p)
+
+
+@triton.jit
+def skew_reverse_kl(entry, alpha, log_s, SMALL: tl.constexpr):
+    log_m_over_p = mixture_log_ratio(entry.log_ratio, 1.0 - alpha)
+    u = -log_m_over_p - alpha * expm1(-log_m_over_p)
+    return -entry.p * log_m_over_p, u, tl.zeros_like(entry.p)
+
+
+@triton.jit
+def skew_forward_kl(entry, alpha, log_s, SMALL: tl.constexpr):
+    log_m_over_p = mixture_log_ratio(entry.log_ratio, alpha)
+    t = -entry.q * (tl.minimum(entry.log_ratio, -LOWEST) + log_m_over_p)
+    u = (alpha - 1.0) * expm1(-(entry.log_ratio + log_m_over_p))
+    return t, u, tl.zeros_like(entry.p)
+
+
+@triton.jit
+def alpha(entry, a, log_s, SMALL: tl.constexpr):
+    # a p + (1-a) q - p^a q^(1-a) over a (1-a): positive, with the sum (1 - S)/(a (1-a)). With
+    # x = -|l| that is c (e^x - 1) - (e^(cx) - 1) times the larger of p and q, where c is a or 1-a;
+    # near x = 0 less the parts of first order, which cancel.
+    p, q, log_ratio = entry.p, entry.q, entry.log_ratio
+    below = log_ratio < 0.0
+    base = tl.where(below, q, p)
+    c = tl.where(below, a, 1.0 - a)
+    x = -tl.abs(log_ratio)
+    near = tl.maximum(tl.abs(x), tl.abs(c * x)) < 0.5
+    bounded = tl.where(near, x, 0.0)
+    t = c * expm1(x) - expm1(c * x)
+    t = tl.where(near, c * excess(-bounded) - excess(-c * bounded), t)
+    t = tl.where(base > 0.0, base * t, 0.0)
+    # Where the teacher forbids an entry, however small p, there is no limit for a > 1.
+    endless = tl.where(a > 1.0, -float("inf"), t)
+    t = tl.where(log_ratio > -LOWEST * 0.5, endless, t) / (a * (1.0 - a))
+    t += (entry.raw_q - q) / a
+    # (p^a q^(1-a) - p) over a-1.
+    exponent = (a - 1.0) * log_ratio - log_s
+    whole = geometric(p, q, log_ratio, a)
+    u, v = _tilted_slope(exponent, whole, 1.0 / (a - 1.0))
+    return t, u, v
+
+
+@triton.jit
+def renyi(entry, a, log_s, SMALL: tl.constexpr):
+    # p^a q^(1-a) - p, with the sum S - 1.
+    exponent = (a - 1.0) * entry.log_ratio
+    plain = tl.abs(exponent) < 30.0
+    t = entry.p * expm1(tl.where(plain, exponent, 0.0))
+    t = tl.where(plain, t, geometric(entry.p, entry.q, entry.log_ratio, a) - entry.p)
+    # (p^a q^(1-a) / S - p) a/(a-1).
+    exponent = exponent - log_s
+    whole = tl.exp2((entry.log_p + exponent) * LOG2E)
+    u, v = _tilted_slope(exponent, whole, a * (1.0 / (a - 1.0)))
+    return t, u, v
+
+
+@triton.jit
+def _tilted_slope(exponent, whole, factor):
+    """u and v of (whole - p) factor, where whole = p e^exponent: from p as long as the ratio of the
+    two is no large number."""
+    plain = tl.abs(exponent) < 30.0
+    u = factor * tl.where(plain, expm1(tl.where(plain, exponent, 0.0)), -1.0)
+    return u, factor * tl.where(plain, 0.0, whole)
+
+
+@triton.jit
+def tv(entry, parameter, log_s, SMALL: tl.constexpr):
+    p, q, log_ratio = entry.p, entry.q, entry.log_ratio
+    near, bounded, _ = _split(log_ratio)
+    t = 0.5 * tl.where(near, p * tl.abs(excess(bounded) - bounded), tl.abs(p - q))
+    u = tl.where(log_ratio > 0.0, 0.5, tl.where(log_ratio < 0.0, -0.5, 0.0))
+    return t, u, tl.zeros_like(p)
+
+
+# -- sums of slopes ------------------------------------------------------------------------------
+# Of Renyi's divergence, whose slopes sum to 0, log S takes the place of their sum: a log-sum-exp.
+
+
+@triton.jit
+def together(a, b, P: tl.constexpr):
+    """The sum of slopes of two parts of a row."""
+    if P.tilted:
+        top = tl.maximum(a, b)
+        low = tl.minimum(a, b)
+        added = top + log1p(tl.exp2(tl.where(low > -float("inf"), low - top, low) * LOG2E))
+        return tl.where(low > -float("inf"), added, top)
+    else:
+        return a + b
+
+
+@triton.jit
+def all_together(x, P: tl.constexpr):
+    """The sum of slopes of all parts."""
+    if P.tilted:
+        return log_sum_exp(x)
+    else:
+        return tl.sum(x, 0)
+
+
+@triton.jit
+def no_slopes(P: tl.constexpr):
+    """The sum of slopes of no entries."""
+    if P.tilted:
+        return tl.full((), -float("inf"), tl.float32)
+    else:
+        return tl.full((), 0.0, tl.float32)
+
+
+# -- functions of one number ---------------------------------------------------------------------
+
+
+@triton.jit
+def geometric(p, q, log_ratio, a):
+    """p^a q^(1-a), from the side on which the exponential of 0 < a < 1 is at most 1."""
+    below = log_ratio < 0.0
+    base = tl.where(below, q, p)
+    power = tl.exp2(tl.where(below, a, a - 1.0) * log_ratio * LOG2E)
+    product = tl.where(base > 0.0, base * power, 0.0)
+    # Where the teacher forbids an entry, however small p, a limit that no product has.
+    forbidden = tl.where(a > 1.0, float("inf"), 0.0)
+    return tl.where(log_ratio > -LOWEST * 0.5, forbidden, product)
+
+
+@triton.jit
+def mixture_log_ratio(log_ratio, beta):
+    """log(m/p) = log(beta e^-l + 1 - beta), with m = beta q + (1-beta) p.
+
+    Near p = q it is a series in l, whose first term carries the relative precision: the cumulants
+    of a coin that falls to 1 with probability beta. Elsewhere it is taken from the side where the
+    exponential is at most 1.
+    """
+    v = beta * (1.0 - beta)
+    skew = 1.0 - 2.0 * beta
+    t = -log_ratio
+    series = v * (1.0 - v * (126.0 - v * (1680.0 - 5040.0 * v))) / 40320.0
+    series = v * skew * (1.0 - v * (60.0 - 360.0 * v)) / 5040.0 + t * series
+    series = v * (1.0 - v * (30.0 - 120.0 * v)) / 720.0 + t * series
+    series = v * skew * (1.0 - 12.0 * v) / 120.0 + t * series
+    series = v * (1.0 - 6.0 * v) / 24.0 + t * series
+    series = v * skew / 6.0 + t * series
+    series = v * 0.5 + t * series
+    series = t * (beta + t * series)
+    near = tl.where(log_ratio > 0.0, 1.0 - beta, beta)
+    ratio = near + (1.0 - near) * tl.exp2(-tl.abs(log_ratio) * LOG2E)
+    far = _fast_log2(ratio) * LN2 - tl.minimum(log_ratio, 0.0)
+    return tl.where(tl.abs(log_ratio) < 0.5, series, far)
+
+
+@triton.jit
+def _fast_log2(x):
+    """log2 of positive normal numbers with an absolute error of 2^-22, where the GPU has one."""
+    if INTERPRETED:
+        return tl.log2(x)
+    elif target_info.is_cuda():
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def excess(log_ratio):
+    """exp(-l) - 1 + l for |l| < 0.5, by its series: the difference itself would cancel."""
+    series = 1.0 / 40320 - log_ratio * (1.0 / 362880)
+    series = 1.0 / 5040 - log_ratio * series
+    series = 1.0 / 720 - log_ratio * series
+    series = 1.0 / 120 - log_ratio * series
+    series = 1.0 / 24 - log_ratio * series
+    series = 1.0 / 6 - log_ratio * series
+    series = 0.5 - log_ratio * series
+    return series * log_ratio * log_ratio
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1."""
+    near = tl.abs(x) < 0.5
+    bounded = tl.where(near, x, 0.0)
+    return tl.where(near, bounded + excess(-bounded), tl.exp2(x * LOG2E) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), with the relative precision of a small x."""
+    s = x / (2.0 + x)
+    s2 = s * s
+    near = 2.0 * s * (1.0 + s2 * (1.0 / 3.0 + s2 * (1.0 / 5.0 + s2 * (1.0 / 7.0))))
+    return tl.where(tl.abs(x) < 0.2, near, tl.log(1.0 + x))
+
+
+@triton.jit
+def log_sum_exp(x):
+    """log sum e^x; -inf of nothing."""
+    top = tl.max(x, 0)
+    bounded = tl.minimum(tl.maximum(top, START), -START)
+    total = tl.sum(tl.exp2((x - bounded) * LOG2E), 0)
+    return tl.where(top == float("inf"), top, bounded + tl.log(total))

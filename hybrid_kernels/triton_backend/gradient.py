@@ -1,0 +1,140 @@
+"""The gradient of a row's entries, once its statistics are known."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from hybrid_kernels.triton_backend.memory import number_of
+from hybrid_kernels.triton_backend.sums import (
+    Statistics,
+    at_least_lowest,
+    difference,
+    entry_of,
+    student_probability,
+)
+
+
+class Weights(NamedTuple):
+    """A row's coefficients of dD/dz, dlog p(y)/dz and dH/dz, with the 1/T of a logit gradient;
+    `rest` stands for the second in all but the sampled token's own term. (Outside a support the
+    divergence's gradient is a multiple of p, as that of log p(y) is.)"""
+
+    divergence: tl.tensor
+    log_prob: tl.tensor
+    entropy: tl.tensor
+    rest: tl.tensor
+
+
+@triton.jit
+def _coefficient(per_row, row, inv_t):
+    """0 where there is none."""
+    value = tl.full((), 0.0, tl.float32)
+    if per_row.ptr is not None:
+        value = number_of(per_row, row) * inv_t
+    return value
+
+
+@triton.jit
+def weights_of(args, where, token, stats, constants, P: tl.constexpr):
+    divergence = _coefficient(args.divergence, where.row, constants.inv_t)
+    log_prob = _coefficient(args.log_prob, where.row, constants.inv_t)
+    entropy = _coefficient(args.entropy, where.row, constants.inv_t)
+    rest = log_prob
+    if P.k > 0:
+        # A = advantage - dense weight * correction, in terms of coefficients.
+        log_prob += tl.where(divergence == 0.0, 0.0, divergence * token.correction)
+        rest = log_prob
+        if P.tail == "bucket":
+            for i in tl.static_range(len(args.teachers)):
+                own = Statistics(*stats[i])
+                pull = divergence * constants.shares[i] * (own.tail_slope - own.slope_sum)
+                rest -= tl.where(divergence == 0.0, 0.0, pull)
+    return Weights(divergence, log_prob, entropy, rest)
+
+
+@triton.jit
+def tile_gradient(
+    tile, stats, weights, constants, P: tl.constexpr, D: tl.constexpr, GUARDED: tl.constexpr = True
+):
+    """The gradient of each entry, all but the sampled token's own term c_logp 1[v = y]:
+
+    c_div (s - p sum s) - c_logp p - c_ent p (log p + H), with s = p u + v,
+
+    the first of which is a weighted sum over the members. Not GUARDED, it is for finite entries and
+    a c_div other than 0.
+    """
+    gradient = _member_gradient(tile, 0, stats, weights, constants, P, D, GUARDED)
+    PULLS: tl.constexpr = P.pulls
+    for i in tl.static_range(1, PULLS):
+        gradient += _member_gradient(tile, i, stats, weights, constants, P, D, GUARDED)
+    return gradient
+
+
+@triton.jit
+def _member_gradient(
+    tile,
+    i: tl.constexpr,
+    stats,
+    weights,
+    constants,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    GUARDED: tl.constexpr,
+):
+    """The part of one member, of which the first has the student's own terms."""
+    z = tile[0]
+    own = Statistics(*stats[i])
+    inner = tl.full((), -0.0, tl.float32)  # which the compiler leaves out of a sum
+    if i == 0:
+        inner = -weights.rest
+        if P.entropy:
+            inner += weights.entropy * (own.student_lse - own.entropy)
+    if P.pulls > 0:
+        weight = weights.divergence * constants.shares[i]
+        # A weight of 0 makes 0 of an infinite divergence.
+        silent = weight == 0.0
+        w = tile[1][i]
+        entry = entry_of(z, w, own, constants, P, GUARDED)
+        p = entry.p
+        v = -entry.q
+        if P.student_d and not P.floor:
+            # u = l: what is the same for all entries is added once.
+            constant = weight * (own.shift - own.slope_sum)
+            inner += tl.where(silent, 0.0, constant)
+            d = difference(z, w, own.student_max, own.teacher_max, GUARDED)
+            pull = (weight * constants.inv_t) * d
+        else:
+            _, u, v = D(entry, constants.parameter, own.log_s, False)
+            pull = weight * (u - own.slope_sum)
+        if GUARDED:
+            pull = tl.where(silent, 0.0, pull)
+        inner = pull + inner
+    else:
+        p = student_probability(z, own, constants)
+    if i == 0 and P.entropy:
+        log_p = at_least_lowest(z.to(tl.float32) - own.student_max, GUARDED)
+        inner -= (weights.entropy * constants.inv_t) * log_p
+    gradient = p * inner
+    if P.pulls > 0 and P.has_v:
+        pull = weight * v
+        if GUARDED:
+            pull = tl.where(silent, 0.0, pull)
+        gradient += pull
+    return gradient
+
+
+@triton.jit
+def store_sampled(where, token, stats, weights, constants, P: tl.constexpr, D: tl.constexpr):
+    """Writes the sampled token's gradient over what its tile has stored: that, and its own term.
+
+    One entry written afterwards costs less than a comparison in every lane. A support has its own
+    way with tokens in it.
+    """
+    gradient = tile_gradient((token.z, token.ws), stats, weights, constants, P, D)
+    gradient = (gradient + weights.log_prob).to(where.gradient.dtype.element_ty)
+    written = token.id
+    if P.k > 0:
+        written = tl.where(token.in_support, -1, written)
+    tl.debug_barrier()
+    tl.store(where.gradient + written, gradient, mask=written >= 0)

@@ -1,0 +1,385 @@
+"""The launchers of the row kernels, and the choice between their forms."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import JITFunction
+
+from hybrid_kernels.divergences import FAMILIES
+from hybrid_kernels.rows import LOWEST, Coefficients, Rows
+from hybrid_kernels.triton_backend import divergences, plan
+from hybrid_kernels.triton_backend.meeting import PUBLISHED, SLOTS
+from hybrid_kernels.triton_backend.memory import (
+    GROUP,
+    Arguments,
+    PerRow,
+    Side,
+    Support,
+    mark_bytes,
+)
+from hybrid_kernels.triton_backend.plan import Plan
+from hybrid_kernels.triton_backend.resident import resident_kernel
+from hybrid_kernels.triton_backend.sweep import scale_kernel, sweep_kernel, values_kernel
+from hybrid_kernels.triton_backend.topk import mark_kernel
+
+# Triton compiles for alignments of 16, in bytes of a pointer and in entries of a stride.
+ALIGNMENT = 16
+# Entries of a top-K support that leave room for longer slices.
+SMALL_SUPPORT = 128
+# What the driver says of a cooperative launch that it does not take; nothing has run then.
+REFUSALS = ("too many blocks in cooperative launch", "operation not supported")
+_refusing: set[torch.device] = set()
+# How supports are marked, whatever their size.
+MARKS = plan.Sweep(block_v=GROUP, num_warps=4)
+
+
+class Launch(NamedTuple):
+    """A kernel and all that it is launched with.
+
+    Attributes:
+        kernel: of (arguments, plan), or (arguments, plan, divergence).
+        programs: how many there are.
+        form: its compiler options.
+        arguments: everything dynamic.
+        plan: everything static.
+        divergence: its function, where the kernel takes one.
+    """
+
+    kernel: JITFunction
+    programs: int
+    form: plan.Sweep | plan.Resident
+    arguments: Arguments
+    plan: Plan
+    divergence: JITFunction | None = None
+
+    @property
+    def given(self) -> tuple:
+        """What the kernel is called with."""
+        static = (self.plan,) if self.divergence is None else (self.plan, self.divergence)
+        return (self.arguments, *static)
+
+    def run(self) -> None:
+        if self.programs == 0:
+            return
+        with _on_device(self.arguments.student.ptr):
+            self.kernel[(self.programs,)](*self.given, **self.form.options())
+
+
+def row_statistics(rows: Rows, statistics: Tensor) -> None:
+    sweep_launch(rows, _marked(rows, None), statistics, None, None, measure=True).run()
+
+
+def row_gradient(
+    rows: Rows, statistics: Tensor, coefficients: Coefficients, gradient: Tensor
+) -> None:
+    support = _marked(rows, gradient)
+    sweep_launch(rows, support, statistics, coefficients, gradient, measure=False).run()
+
+
+def hybrid_rows(
+    rows: Rows, statistics: Tensor, coefficients: Coefficients, gradient: Tensor
+) -> None:
+    support, chosen = _marked(rows, gradient), form(rows)
+    inputs = (rows, support, statistics, coefficients, gradient)
+    if isinstance(chosen, plan.Resident) and rows.total > 0:
+        try:
+            resident_launch(*inputs, chosen).run()
+            return
+        except RuntimeError as error:
+            reason = str(error).removeprefix("Triton Error [CUDA]: ")
+            if chosen.splits == 1 or reason not in REFUSALS:
+                raise
+            _refused(rows.student.device, chosen, reason)
+    sweep_launch(*inputs, measure=True).run()
+
+
+def row_values(rows: Rows, statistics: Tensor, values: Tensor) -> None:
+    """What these entries add to the divergences of rows whose normalisers `statistics` has.
+
+    Fills `[1 + 2 M, N]`: log q(y), the weighted mean over the M members; and for each of them its
+    part of the divergence and of the sum of slopes (of Renyi's: of S - 1, and of log S as a
+    log-sum-exp), as they are before `sums.settle`. Masked rows may hold anything.
+    """
+    values_launch(rows, statistics, values).run()
+
+
+def scale_rows(gradient: Tensor, factor: Tensor) -> None:
+    scale_launch(gradient, factor).run()
+
+
+def form(rows: Rows, hip: bool = torch.version.hip is not None) -> plan.Sweep | plan.Resident:
+    """How `hybrid_rows` runs a problem: the only place where that is chosen."""
+    vocabulary, itemsize = rows.student.shape[-1], max(t.element_size() for t in rows.logits)
+    sweep = sweep_form(rows)
+    if hip:
+        # Whether programs fit together is known from a register limit, which HIP doesn't take.
+        return sweep
+    device = plan.Device.of(rows.student)
+    count = max(rows.total, 1)
+    resident = plan.resident(vocabulary, itemsize, count, device, sides=held(rows))
+    refused = resident is not None and resident.splits > 1 and rows.student.device in _refusing
+    return sweep if resident is None or refused else resident
+
+
+def sweep_form(rows: Rows) -> plan.Sweep:
+    """How the sweeping form runs a problem."""
+    light = rows.one_sweep and len(rows.teachers) < 2
+    return plan.sweep(rows.student.shape[-1], light)
+
+
+def values_form(rows: Rows) -> plan.Sweep:
+    """How `row_values` runs a problem."""
+    return plan.sweep(rows.student.shape[-1], one_sweep=False)
+
+
+def held(rows: Rows) -> float:
+    """For how many logits of an entry a program of the row-resident form has to have room.
+
+    Those that it holds, and more where registers go elsewhere: to supports, to a floor, to the
+    scalars of several teachers, to the intermediate results of the alpha divergences. What more is
+    the least with which the compiler keeps all but a few scalars in registers (`python -m bench
+    aot`): slices of 9,216 entries with a small support, of 6,144 with a floor.
+    """
+    if rows.support is not None:
+        several = 16 / 9 if rows.support.shape[-1] <= SMALL_SUPPORT else 2.0
+    else:
+        least = 1.0 if rows.teacher_floor is None else 8 / 3
+        several = max(least, 2.0 * len(rows.teachers))
+    return several * FAMILIES[rows.divergence].room
+
+
+def sweep_launch(
+    rows: Rows,
+    support: Support | None,
+    statistics: Tensor,
+    coefficients: Coefficients | None,
+    gradient: Tensor | None,
+    *,
+    measure: bool,
+) -> Launch:
+    """Measures statistics or reads them, and writes a gradient where there is one to write."""
+    arguments = _arguments(rows, support, statistics, coefficients, gradient)
+    own, chosen = _plan(rows, coefficients, gradient), sweep_form(rows)
+    own = own._replace(
+        measure=measure,
+        # Marks are read by the byte.
+        block=max(chosen.block_v, GROUP) if own.k else chosen.block_v,
+        slice=own.vocabulary,
+    )
+    return Launch(sweep_kernel, rows.total, chosen, arguments, own, _function(rows))
+
+
+def resident_launch(
+    rows: Rows,
+    support: Support | None,
+    statistics: Tensor,
+    coefficients: Coefficients,
+    gradient: Tensor,
+    chosen: plan.Resident,
+) -> Launch:
+    """Measures statistics and writes the gradient. A device may refuse programs that have to run
+    side by side."""
+    own = _plan(rows, coefficients, gradient)._replace(
+        measure=True,
+        block=chosen.block_v,
+        tiles=chosen.tiles,
+        slice=chosen.slice_v,
+        splits=chosen.splits,
+        lanes=triton.next_power_of_2(chosen.splits),
+        prefetch=chosen.prefetch,
+    )
+    shared = own.splits > 1
+    size = chosen.groups * SLOTS * PUBLISHED * own.lanes * own.sums if shared else 1
+    # A counter for each group's meetings, and for each row that may be small.
+    counters = chosen.groups + rows.total if shared else 1
+    arguments = _arguments(rows, support, statistics, coefficients, gradient)._replace(
+        published=statistics.new_empty(size),
+        counters=statistics.new_zeros(counters, dtype=torch.int32),
+        groups=chosen.groups,
+    )
+    programs = chosen.groups * chosen.splits
+    return Launch(resident_kernel, programs, chosen, arguments, own, _function(rows))
+
+
+def values_launch(rows: Rows, statistics: Tensor, values: Tensor) -> Launch:
+    chosen = values_form(rows)
+    own = _plan(rows, None, None)._replace(block=chosen.block_v)
+    arguments = _arguments(rows, None, statistics, None, None)._replace(values=values)
+    return Launch(values_kernel, rows.total, chosen, arguments, own, _function(rows))
+
+
+def mark_launch(rows: Rows, support: Support, gradient: Tensor | None) -> Launch:
+    """Fills a support's buffers; the rows are split as those of the launch that reads it."""
+    own = _plan(rows, None, gradient)._replace(write=False)
+    arguments = _arguments(rows, support, None, None, None)
+    return Launch(mark_kernel, rows.total, MARKS, arguments, own)
+
+
+def scale_launch(gradient: Tensor, factor: Tensor) -> Launch:
+    count, vocabulary = gradient.shape[0] * gradient.shape[1], gradient.shape[-1]
+    chosen, side = plan.sweep(vocabulary), _side(gradient)
+    own = Plan(vocabulary, has_edges([gradient]), write=True, block=chosen.block_v)
+    arguments = Arguments(side, gradient=side, inner=gradient.shape[1])
+    arguments = arguments._replace(factor=_per_row(factor, count))
+    return Launch(scale_kernel, count, chosen, arguments, own)
+
+
+def _marked(rows: Rows, gradient: Tensor | None) -> Support | None:
+    """What has to be known of a top-K support before the rows are read."""
+    if rows.support is None:
+        return None
+    support = empty_support(rows)
+    mark_launch(rows, support, gradient).run()
+    return support
+
+
+def empty_support(rows: Rows) -> Support:
+    """Buffers for what `mark_kernel` finds: an eighth of a byte for each logit, 8 for each id."""
+    ids, device = rows.support, rows.student.device
+    assert ids is not None
+    size = (rows.total, mark_bytes(rows.student.shape[-1]))
+    marks = torch.empty(size, dtype=torch.uint8, device=device)
+    return Support(
+        ids,
+        torch.empty(ids.shape, dtype=torch.int32, device=device),
+        torch.empty(ids.shape, dtype=torch.float32, device=device),
+        marks,
+        marks.view(torch.int32),
+        rows.token_log_prob,
+        rows.resolution,
+    )
+
+
+def _function(rows: Rows) -> JITFunction:
+    """That of the divergence."""
+    return getattr(divergences, rows.divergence)
+
+
+def _arguments(
+    rows: Rows,
+    support: Support | None,
+    statistics: Tensor | None,
+    coefficients: Coefficients | None,
+    gradient: Tensor | None,
+) -> Arguments:
+    """What a problem and its gradient are at run time."""
+    teachers = rows.teachers or None
+    if teachers is not None and rows.support is None:
+        teachers = tuple(_side(t) for t in teachers)
+    temperature = rows.row_temperature
+    own: Sequence[PerRow | None] = (None, None, None)
+    if coefficients is not None:
+        own = [_per_row(c, rows.total) for c in coefficients]
+    return Arguments(
+        student=_side(rows.student),
+        teachers=teachers,
+        shares=rows.shares or (1.0,),
+        support=support,
+        token_ids=rows.token_ids,
+        valid=rows.valid,
+        count=rows.total,
+        inner=rows.student.shape[1],
+        inv_t=1.0 / rows.temperature,
+        temperature=None if temperature is None else _per_row(temperature, rows.total),
+        floor=rows.teacher_floor or 0.0,
+        parameter=rows.parameter,
+        statistics=statistics,
+        gradient=None if gradient is None else _side(gradient),
+        divergence=own[0],
+        log_prob=own[1],
+        entropy=own[2],
+    )
+
+
+def _plan(rows: Rows, coefficients: Coefficients | None, gradient: Tensor | None) -> Plan:
+    """What of a problem and its gradient is static; how they are cut is left open."""
+    family, members = FAMILIES[rows.divergence], len(rows.teachers)
+    k = 0 if rows.support is None else rows.support.shape[-1]
+    full = 0 if k else members
+    fp16 = any(t.dtype == torch.float16 for t in rows.logits)
+    c_div, c_logp, c_ent = coefficients or (None, None, None)
+    return Plan(
+        vocabulary=rows.student.shape[-1],
+        edges=has_edges(rows.logits if gradient is None else [*rows.logits, gradient]),
+        pad=-math.inf if fp16 else LOWEST,
+        members=members,
+        full=full,
+        sums=max(full, 1),
+        k=k,
+        block_k=triton.next_power_of_2(k) if k else 1,
+        tail=rows.tail if k else "",
+        corrects=rows.corrects_tail,
+        floor=rows.teacher_floor is not None,
+        row_temperature=rows.row_temperature is not None,
+        one_sweep=rows.one_sweep,
+        small=family.one_sweep and full > 0,
+        kl_family=family.one_sweep,
+        student_d=family.student_d and full > 0,
+        teacher_d=family.teacher_d and full > 0,
+        diverges=family.diverges,
+        has_v=family.has_v,
+        tilted=family.tilted,
+        pulls=0 if c_div is None else full,
+        log_prob=c_logp is not None,
+        entropy=c_ent is not None,
+        write=gradient is not None,
+    )
+
+
+def _per_row(values: Tensor | None, count: int) -> PerRow:
+    """Of `[R]`, where each element is for N/R consecutive rows."""
+    if values is None or values.numel() == 1:
+        return PerRow(values, 1, 0)
+    return PerRow(values, count // values.numel(), 1)
+
+
+def _refused(device: torch.device, launch: plan.Resident, reason: str) -> None:
+    """Warns once. (Where warnings are errors every launch is refused anew, and nothing swept.)"""
+    warnings.warn(
+        f"hybrid_kernels: {device} refused to run {launch.groups} groups of {launch.splits} "
+        f"programs side by side ({reason}). From here on one program sweeps each long row there: "
+        "the results are the same and take longer. A process that has a part of a GPU (MPS, green "
+        "contexts) has to expect this.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    _refusing.add(device)
+
+
+def has_edges(tensors: list[Tensor]) -> bool:
+    """Whether rows have to be split to move in 128-bit pieces, and can be (see `memory.py`)."""
+    if all(_is_aligned(t) for t in tensors):
+        return False
+    first, *others = [_phases(t) for t in tensors]
+    return all(phases == first for phases in others)
+
+
+def _is_aligned(logits: Tensor) -> bool:
+    strides = all(stride % ALIGNMENT == 0 for stride in _row_strides(logits))
+    return strides and logits.data_ptr() % ALIGNMENT == 0 and logits.shape[-1] % GROUP == 0
+
+
+def _phases(logits: Tensor) -> tuple[int, ...]:
+    """Where rows begin relative to a boundary, as far as it can differ from row to row."""
+    entries = [logits.data_ptr() // logits.element_size(), *_row_strides(logits)]
+    return tuple(entry % GROUP for entry in entries)
+
+
+def _row_strides(logits: Tensor) -> tuple[int, int]:
+    """Strides of both row dimensions, 0 where one is of no consequence."""
+    outer, inner, _ = logits.shape
+    return (logits.stride(0) if outer > 1 else 0), (logits.stride(1) if inner > 1 else 0)
+
+
+def _side(logits: Tensor) -> Side:
+    return Side(logits, *_row_strides(logits))
+
+
+def _on_device(tensor: Tensor) -> AbstractContextManager:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

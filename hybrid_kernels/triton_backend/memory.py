@@ -1,0 +1,412 @@
+"""How the row kernels reach memory: their arguments, and the tiles, edges and scalars of a row.
+
+A row that does not begin at a 16-byte boundary, or whose length is no multiple of 8, can't be moved
+in 128-bit pieces as a whole. `Plan.edges` splits it: the *body* begins at the first boundary and
+holds whole groups of 8 entries; the up to 7 entries before it and the up to 7 after it, the
+*edges*, are one narrow tile of their own. Rows for which nothing has to be split are all body.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from hybrid_kernels.rows import FIELDS, MEMBER, MEMBER_FIELDS, STUDENT_FIELDS
+from hybrid_kernels.triton_backend.divergences import LOG2E
+from hybrid_kernels.triton_backend.sums import Constants, Statistics
+
+_DIVERGENCE = tl.constexpr(FIELDS.divergence)
+_LOG_PROB = tl.constexpr(FIELDS.log_prob)
+_TEACHER_LOG_PROB = tl.constexpr(FIELDS.teacher_log_prob)
+_ENTROPY = tl.constexpr(FIELDS.entropy)
+_LOGSUMEXP = tl.constexpr(FIELDS.logsumexp)
+_STUDENT_MASS = tl.constexpr(FIELDS.student_mass)
+_TAIL_CORRECTION = tl.constexpr(FIELDS.tail_correction)
+_STUDENT_MAX = tl.constexpr(FIELDS.student_max)
+_STUDENT_LSE = tl.constexpr(FIELDS.student_lse)
+_STUDENT_FIELDS = tl.constexpr(STUDENT_FIELDS)
+# Those of a member follow the student's, member by member.
+_TEACHER_MAX = tl.constexpr(MEMBER.teacher_max)
+_TEACHER_LSE = tl.constexpr(MEMBER.teacher_lse)
+_SLOPE_SUM = tl.constexpr(MEMBER.slope_sum)
+_LOG_S = tl.constexpr(MEMBER.log_s)
+_TAIL_SLOPE = tl.constexpr(MEMBER.tail_slope)
+_MEMBER_FIELDS = tl.constexpr(MEMBER_FIELDS)
+
+# Entries in a group that begins at a boundary; 16 bytes of a 16-bit format.
+GROUP = 8
+_GROUP = tl.constexpr(GROUP)
+_EDGES = tl.constexpr(2 * GROUP)
+
+
+class Side(NamedTuple):
+    """`[O, I, V]` entries, of logits or of a gradient, with two row strides."""
+
+    ptr: tl.tensor
+    stride_o: tl.tensor
+    stride_i: tl.tensor
+
+
+class PerRow(NamedTuple):
+    """A number for each row, the element `row // repeat * stride`; or nothing but None."""
+
+    ptr: tl.tensor
+    repeat: tl.tensor
+    stride: tl.tensor
+
+
+class Support(NamedTuple):
+    """What there is of top-K supports, all contiguous.
+
+    given: `[N, K]`, the ids as they came; ids: int32 `[N, K]`, those that count; logits: fp32
+    `[N, K]`, the student's; marks: uint8 `[N, mark_bytes(V)]`, and words, the same as int32;
+    token_log_prob: fp32 `[N]`, or None; resolution: of the log-probabilities.
+    """
+
+    given: tl.tensor
+    ids: tl.tensor
+    logits: tl.tensor
+    marks: tl.tensor
+    words: tl.tensor
+    token_log_prob: tl.tensor
+    resolution: tl.tensor
+
+
+class Arguments(NamedTuple):
+    """Everything that a kernel takes at run time. What a kernel has no use for is None.
+
+    Attributes:
+        student: a `Side`.
+        teachers: one for each member; under a support their log-probabilities `[N, K]`.
+        shares: a weight for each member; (1,) where there is none.
+        support: a `Support`.
+        token_ids, valid: `[N]`.
+        count: N.
+        inner: I.
+        inv_t: 1/T.
+        temperature: T in its place, `PerRow`.
+        floor, parameter: of the divergence.
+        statistics: fp32 `[fields, N]`, see `rows.FIELDS`.
+        gradient: a `Side`.
+        divergence, log_prob, entropy: the coefficients of the gradient's terms, `PerRow`.
+        published, counters: of groups that share rows, see `meeting.py`.
+        groups: how many there are.
+        values: where `values_kernel` writes.
+        factor: of `scale_kernel`, `PerRow`.
+    """
+
+    student: tl.tensor = None
+    teachers: tl.tensor = None
+    shares: tl.tensor = None
+    support: tl.tensor = None
+    token_ids: tl.tensor = None
+    valid: tl.tensor = None
+    count: tl.tensor = None
+    inner: tl.tensor = None
+    inv_t: tl.tensor = None
+    temperature: tl.tensor = None
+    floor: tl.tensor = None
+    parameter: tl.tensor = None
+    statistics: tl.tensor = None
+    gradient: tl.tensor = None
+    divergence: tl.tensor = None
+    log_prob: tl.tensor = None
+    entropy: tl.tensor = None
+    published: tl.tensor = None
+    counters: tl.tensor = None
+    groups: tl.tensor = None
+    values: tl.tensor = None
+    factor: tl.tensor = None
+
+
+class Place(NamedTuple):
+    """Where a row is, or a program's part of it.
+
+    student, teachers, gradient, marks: its first entry on each side; head: where the body begins;
+    body: how many entries it has; row, part: the numbers of both.
+    """
+
+    student: tl.tensor
+    teachers: tl.tensor
+    gradient: tl.tensor
+    marks: tl.tensor
+    head: tl.tensor
+    body: tl.tensor
+    row: tl.tensor
+    part: tl.tensor
+
+
+class Token(NamedTuple):
+    """The sampled token of a row: its id (-1 for none), its logit on the student's side and on each
+    full teacher's; of a support, whether it is in it and how its advantage is corrected."""
+
+    id: tl.tensor
+    z: tl.tensor
+    ws: tl.tensor
+    in_support: tl.tensor
+    correction: tl.tensor
+
+
+@triton.jit
+def _row_start(side, row, inner):
+    """A row's first entry. Offsets are 64-bit: N * V may pass 2^31 (N itself may not)."""
+    outer = row // inner
+    within = row - outer * inner
+    start = side.ptr + tl.cast(outer, tl.int64) * side.stride_o
+    return start + tl.cast(within, tl.int64) * side.stride_i
+
+
+@triton.jit
+def locate(args, row, part, P: tl.constexpr):
+    """A row on all sides and, where one is written, in its gradient."""
+    student = _row_start(args.student, row, args.inner)
+    teachers = ()
+    if P.full > 0:
+        for i in tl.static_range(len(args.teachers)):
+            teachers = teachers + (_row_start(args.teachers[i], row, args.inner),)
+    gradient = student
+    if P.write:
+        gradient = _row_start(args.gradient, row, args.inner)
+    marks = student
+    if P.k > 0:
+        marks = args.support.marks + tl.cast(row, tl.int64) * mark_bytes(P.vocabulary)
+    head = tl.full((), 0, tl.int32)
+    body = tl.full((), P.vocabulary, tl.int32)
+    if P.edges:
+        # The launcher has made sure that this splits all sides at boundaries.
+        size: tl.constexpr = student.dtype.element_ty.primitive_bitwidth // 8
+        past = ((student.to(tl.int64) // size) % _GROUP).to(tl.int32)
+        head = tl.minimum((_GROUP - past) % _GROUP, P.vocabulary)
+        body = (P.vocabulary - head) // _GROUP * _GROUP
+    return Place(student, teachers, gradient, marks, head, body, row, part)
+
+
+@triton.constexpr_function
+def mark_bytes(vocabulary):
+    """Bytes of a row's marks, one bit for each entry: those of the body, those of the edges behind
+    them, and what fills up 16 bytes."""
+    return (edge_byte(vocabulary) + 2 + 15) // 16 * 16
+
+
+@triton.constexpr_function
+def edge_byte(vocabulary):
+    """Where the marks of the edges begin."""
+    return (vocabulary + 7) // 8
+
+
+# -- tiles ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _body_ptr(row_ptr, head, P: tl.constexpr):
+    """The first entry of a row's body."""
+    if P.edges:
+        row_ptr = tl.multiple_of(row_ptr + head, 16)
+    return row_ptr
+
+
+@triton.jit
+def load_tile(where, start, limit, P: tl.constexpr):
+    """A tile of a row's body, up to a limit, on all sides as stored; padded alike on all sides, so
+    that they differ by nothing there. Of a support the marks."""
+    offsets = start + tl.arange(0, P.block)
+    inside = offsets < limit
+    z = tl.load(_body_ptr(where.student, where.head, P) + offsets, mask=inside, other=P.pad)
+    ws = ()
+    if P.k > 0:
+        byte = start // 8 + tl.arange(0, P.block // 8)
+        marks = tl.load(where.marks + byte, mask=byte * 8 < limit, other=0).to(tl.int32)
+        ws = ((marks[:, None] >> tl.arange(0, 8)[None, :] & 1).reshape((P.block,)),)
+    for i in tl.static_range(len(where.teachers)):
+        ptr = _body_ptr(where.teachers[i], where.head, P)
+        ws = ws + (tl.load(ptr + offsets, mask=inside, other=P.pad),)
+    return z, ws
+
+
+@triton.jit
+def store_tile(where, start, limit, gradient, P: tl.constexpr):
+    """A tile of the body of a row's gradient."""
+    offsets = start + tl.arange(0, P.block)
+    ptr = _body_ptr(where.gradient, where.head, P)
+    tl.store(ptr + offsets, gradient.to(ptr.dtype.element_ty), mask=offsets < limit)
+
+
+@triton.jit
+def _edge_lanes(where, P: tl.constexpr):
+    """Offsets of the entries outside the body, and which lanes have one."""
+    lane = tl.arange(0, _EDGES)
+    offsets = tl.where(lane < _GROUP, lane, where.head + where.body + lane - _GROUP)
+    return offsets, tl.where(lane < _GROUP, lane < where.head, offsets < P.vocabulary)
+
+
+@triton.jit
+def load_edges(where, wanted, P: tl.constexpr):
+    """The edges of a row, as a tile; nothing is read unless `wanted`."""
+    offsets, inside = _edge_lanes(where, P)
+    inside = inside & (offsets < tl.where(wanted, P.vocabulary, 0))
+    z = tl.load(where.student + offsets, mask=inside, other=P.pad)
+    ws = ()
+    if P.k > 0:
+        lane = tl.arange(0, _EDGES)
+        ptr = where.marks + edge_byte(P.vocabulary) + lane // 8
+        ws = (tl.load(ptr, mask=inside, other=0).to(tl.int32) >> lane % 8 & 1,)
+    for i in tl.static_range(len(where.teachers)):
+        ws = ws + (tl.load(where.teachers[i] + offsets, mask=inside, other=P.pad),)
+    return z, ws
+
+
+@triton.jit
+def store_edges(where, gradient, P: tl.constexpr):
+    offsets, inside = _edge_lanes(where, P)
+    tl.store(where.gradient + offsets, gradient.to(where.gradient.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def clear_edges(where, P: tl.constexpr):
+    """The edges of a masked row's gradient."""
+    store_edges(where, tl.zeros((_EDGES,), tl.float32), P)
+
+
+@triton.jit
+def mark_of(where, token, P: tl.constexpr):
+    """The bit among a row's marks that stands for a token."""
+    in_body = (token >= where.head) & (token < where.head + where.body)
+    edge = tl.where(token < where.head, token, token - where.head - where.body + _GROUP)
+    return tl.where(in_body, token - where.head, edge_byte(P.vocabulary) * 8 + edge)
+
+
+# -- scalars -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def number_of(per_row, row):
+    return tl.load(per_row.ptr + row // per_row.repeat * per_row.stride).to(tl.float32)
+
+
+@triton.jit
+def constants_of(args, row, P: tl.constexpr):
+    inv_t = args.inv_t
+    if P.row_temperature:
+        inv_t = tl.div_rn(1.0, number_of(args.temperature, row))
+    return Constants(inv_t, inv_t * LOG2E, args.floor, args.parameter, args.shares)
+
+
+@triton.jit
+def is_valid(args, row):
+    """Whether a row is not masked."""
+    valid = True
+    if args.valid is not None:
+        valid = tl.load(args.valid + row) != 0
+    return valid
+
+
+@triton.jit
+def no_token(P: tl.constexpr):
+    zero = tl.full((), 0.0, tl.float32)
+    ws = ()
+    FULL: tl.constexpr = P.full
+    for _ in tl.static_range(FULL):
+        ws = ws + (zero,)
+    return Token(tl.full((), -1, tl.int32), zero, ws, tl.full((), 0, tl.int1), zero)
+
+
+@triton.jit
+def sampled_token(args, where, P: tl.constexpr):
+    """A row's sampled token; NaN logits for an id outside the vocabulary. To be read before the
+    gradient, which may overwrite them."""
+    token = no_token(P)
+    if args.token_ids is not None:
+        found = tl.load(args.token_ids + where.row)
+        found = tl.where((found >= 0) & (found < P.vocabulary), found, -1).to(tl.int32)
+        z = _logit(where.student, found)
+        ws = ()
+        for i in tl.static_range(len(where.teachers)):
+            ws = ws + (_logit(where.teachers[i], found),)
+        token = Token(found, z, ws, token.in_support, token.correction)
+    return token
+
+
+@triton.jit
+def _logit(row_ptr, token):
+    return tl.load(row_ptr + token, mask=token >= 0, other=float("nan")).to(tl.float32)
+
+
+# -- statistics ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _fields(args, row):
+    """Where a row's first statistic is, and how far it is to the next."""
+    # (Of one row N is a constant, which has no `.to`.)
+    return args.statistics + row, tl.cast(args.count, tl.int64)
+
+
+@triton.jit
+def write_statistics(args, row, stats, log_prob, teacher_log_prob, inv_t, P: tl.constexpr):
+    """Every field but the divergence; those of a support are written where it is compared."""
+    student = Statistics(*stats[0])
+    ptr, count = _fields(args, row)
+    tl.store(ptr + _LOG_PROB * count, log_prob)
+    tl.store(ptr + _TEACHER_LOG_PROB * count, teacher_log_prob)
+    tl.store(ptr + _ENTROPY * count, student.entropy)
+    tl.store(ptr + _LOGSUMEXP * count, student.student_max * inv_t + student.student_lse)
+    tl.store(ptr + _STUDENT_MAX * count, student.student_max)
+    tl.store(ptr + _STUDENT_LSE * count, student.student_lse)
+    if P.k == 0:
+        for field in tl.static_range(_STUDENT_MASS, _TAIL_CORRECTION + 1):
+            tl.store(ptr + field * count, 0.0)
+    for i in tl.static_range(len(stats)):
+        own = ptr + (_STUDENT_FIELDS + i * _MEMBER_FIELDS) * count
+        member = Statistics(*stats[i])
+        tl.store(own + _TEACHER_MAX * count, member.teacher_max)
+        tl.store(own + _TEACHER_LSE * count, member.teacher_lse)
+        tl.store(own + _SLOPE_SUM * count, member.slope_sum)
+        tl.store(own + _LOG_S * count, member.log_s)
+        tl.store(own + _TAIL_SLOPE * count, member.tail_slope)
+
+
+@triton.jit
+def write_divergence(args, row, value):
+    ptr, count = _fields(args, row)
+    tl.store(ptr + _DIVERGENCE * count, value)
+
+
+@triton.jit
+def read_statistics(args, row, P: tl.constexpr):
+    """What the gradient needs."""
+    ptr, count = _fields(args, row)
+    student_max = tl.load(ptr + _STUDENT_MAX * count)
+    student_lse = tl.load(ptr + _STUDENT_LSE * count)
+    entropy = tl.load(ptr + _ENTROPY * count)
+    stats = ()
+    MEMBERS: tl.constexpr = max(P.members, 1)
+    for i in tl.static_range(MEMBERS):
+        own = ptr + (_STUDENT_FIELDS + i * _MEMBER_FIELDS) * count
+        teacher_max = tl.load(own + _TEACHER_MAX * count)
+        teacher_lse = tl.load(own + _TEACHER_LSE * count)
+        slope_sum = tl.load(own + _SLOPE_SUM * count)
+        log_s = tl.load(own + _LOG_S * count)
+        tail_slope = tl.load(own + _TAIL_SLOPE * count)
+        shift = teacher_lse - student_lse
+        member = Statistics(
+            student_max,
+            teacher_max,
+            student_lse,
+            teacher_lse,
+            shift,
+            entropy,
+            slope_sum,
+            log_s,
+            tail_slope,
+        )
+        stats = stats + (member,)
+    return stats
+
+
+@triton.jit
+def clear_statistics(args, row, P: tl.constexpr):
+    """The statistics of a masked row."""
+    ptr, count = _fields(args, row)
+    FIELDS: tl.constexpr = _STUDENT_FIELDS + max(P.members, 1) * _MEMBER_FIELDS
+    for field in tl.static_range(FIELDS):
+        tl.store(ptr + field * count, 0.0)

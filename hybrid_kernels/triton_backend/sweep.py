@@ -1,0 +1,185 @@
+"""The sweeping kernel: one program per row, the vocabulary in tiles, in up to three sweeps.
+
+One kernel in three modes: it measures a row's statistics, writes its gradient, or both. Per row it
+reads the logits once for the statistics (twice where the divergence needs both normalisers first,
+or is so small that its value is summed a second time) and once for the gradient. This is the form
+for statistics alone, for a gradient whose coefficients depend on the statistics, and for GPUs whose
+programs can't meet (`resident.py` is the other one).
+"""
+
+import triton
+import triton.language as tl
+
+from hybrid_kernels.triton_backend import topk
+from hybrid_kernels.triton_backend.divergences import no_slopes
+from hybrid_kernels.triton_backend.gradient import tile_gradient, weights_of
+from hybrid_kernels.triton_backend.memory import (
+    clear_edges,
+    clear_statistics,
+    constants_of,
+    is_valid,
+    load_edges,
+    load_tile,
+    locate,
+    number_of,
+    read_statistics,
+    sampled_token,
+    store_edges,
+    store_tile,
+    write_divergence,
+)
+from hybrid_kernels.triton_backend.reduce import agreed
+from hybrid_kernels.triton_backend.row import conclude, finish_gradient
+from hybrid_kernels.triton_backend.sums import (
+    add_values_and_slopes,
+    is_small,
+    merge,
+    no_sums,
+    normalisers,
+    small_value,
+    sums_of,
+    swept_divergences,
+    teacher_log_prob,
+    values_and_slopes,
+)
+
+
+@triton.jit
+def _load(where, start, P: tl.constexpr):
+    """A tile, as the only one of its part of the row."""
+    return (load_tile(where, start, where.body, P),)
+
+
+@triton.jit
+def _load_edges(where, P: tl.constexpr):
+    return (load_edges(where, where.body >= 0, P),)
+
+
+@triton.jit
+def _first_sweep(where, constants, P: tl.constexpr):
+    sums = no_sums(P)
+    if P.edges:
+        sums = sums_of(_load_edges(where, P), constants, P)
+    for start in range(0, P.vocabulary, P.block):
+        sums = merge(sums, sums_of(_load(where, start, P), constants, P), constants.scale)
+    return sums
+
+
+@triton.jit
+def _second_sweep(
+    where, stats, constants, P: tl.constexpr, D: tl.constexpr, SMALL: tl.constexpr = False
+):
+    """Divergence and sum of slopes of each member, all normalisers known."""
+    values = ()
+    slopes = ()
+    for _ in tl.static_range(len(stats)):
+        values = values + (tl.full((), 0.0, tl.float32),)
+        slopes = slopes + (no_slopes(P),)
+    if P.edges:
+        values, slopes = values_and_slopes(_load_edges(where, P), stats, constants, P, D, SMALL)
+    for start in range(0, P.vocabulary, P.block):
+        more = values_and_slopes(_load(where, start, P), stats, constants, P, D, SMALL)
+        values, slopes = add_values_and_slopes((values, slopes), more, P)
+    return values, slopes
+
+
+@triton.jit
+def _small_sweep(where, stats, constants, P: tl.constexpr, D: tl.constexpr):
+    """A divergence too small for the difference of large sums that a sweep finds it as."""
+    value = tl.full((), 0.0, tl.float32)
+    if P.edges:
+        value = small_value(_load_edges(where, P), stats, constants, P, D)
+    for start in range(0, P.vocabulary, P.block):
+        value += small_value(_load(where, start, P), stats, constants, P, D)
+    return value
+
+
+@triton.jit
+def _gradient_sweep(where, stats, weights, constants, P: tl.constexpr, D: tl.constexpr):
+    if P.edges:
+        edges = _load_edges(where, P)
+        store_edges(where, tile_gradient(edges[0], stats, weights, constants, P, D), P)
+    # Backwards: the tiles that the sweep before read last are still in the L2 cache.
+    LAST: tl.constexpr = (P.vocabulary - 1) // P.block * P.block
+    for back in range(0, P.vocabulary, P.block):
+        start = LAST - back
+        tiles = _load(where, start, P)
+        gradient = tile_gradient(tiles[0], stats, weights, constants, P, D)
+        store_tile(where, start, where.body, gradient, P)
+
+
+@triton.jit
+def sweep_kernel(args, P: tl.constexpr, D: tl.constexpr):
+    """One row: its statistics are measured (else they are read), its gradient written."""
+    row = tl.program_id(0)
+    where = locate(args, row, tl.full((), 0, tl.int32), P)
+    if is_valid(args, row):
+        constants = constants_of(args, row, P)
+        token = sampled_token(args, where, P)
+        if P.write and not P.measure:
+            # No reduction keeps the first gradient tile behind these loads.
+            tl.debug_barrier()
+        if P.measure:
+            sums = _first_sweep(where, constants, P)
+            stats = normalisers(sums, constants, P)
+            terms = ((), ())
+            if P.full > 0:
+                if P.one_sweep:
+                    terms = swept_divergences(sums, stats, constants, P)
+                else:
+                    terms = _second_sweep(where, stats, constants, P, D)
+            value, stats, token = conclude(args, where, token, stats, terms, constants, P, D)
+            if P.small:
+                if agreed(is_small(value, constants)):
+                    write_divergence(args, row, _small_sweep(where, stats, constants, P, D))
+        else:
+            stats = read_statistics(args, row, P)
+            if P.k > 0:
+                token = topk.recall(args, where, token, P)
+        if P.write:
+            weights = weights_of(args, where, token, stats, constants, P)
+            _gradient_sweep(where, stats, weights, constants, P, D)
+            finish_gradient(args, where, token, stats, weights, constants, P, D)
+    else:
+        if P.measure:
+            clear_statistics(args, row, P)
+        if P.write:
+            for start in range(0, P.vocabulary, P.block):
+                store_tile(where, start, where.body, tl.full((P.block,), 0.0, tl.float32), P)
+            if P.edges:
+                clear_edges(where, P)
+
+
+@triton.jit
+def values_kernel(args, P: tl.constexpr, D: tl.constexpr):
+    """What the entries of one row add to its divergence, where there are more of them elsewhere:
+    the second sweep alone, with the statistics of the whole row."""
+    row = tl.program_id(0)
+    where = locate(args, row, tl.full((), 0, tl.int32), P)
+    if is_valid(args, row):
+        constants = constants_of(args, row, P)
+        stats = read_statistics(args, row, P)
+        values, slopes = _second_sweep(where, stats, constants, P, D, P.small)
+        log_q = tl.full((), 0.0, tl.float32)
+        if args.token_ids is not None:
+            log_q = teacher_log_prob(sampled_token(args, where, P).ws, stats, constants, P)
+        count = tl.cast(args.count, tl.int64)
+        tl.store(args.values + row, log_q)
+        for i in tl.static_range(len(stats)):
+            tl.store(args.values + row + (2 * i + 1) * count, values[i])
+            tl.store(args.values + row + (2 * i + 2) * count, slopes[i])
+
+
+@triton.jit
+def scale_kernel(args, P: tl.constexpr):
+    """Multiplies a row by its factor; a factor of 1 reads nothing else."""
+    row = tl.program_id(0)
+    factor = number_of(args.factor, row)
+    if factor != 1.0:
+        where = locate(args, row, tl.full((), 0, tl.int32), P)
+        for start in range(0, P.vocabulary, P.block):
+            z = _load(where, start, P)[0][0]
+            store_tile(where, start, where.body, z.to(tl.float32) * factor, P)
+        if P.edges:
+            z = _load_edges(where, P)[0][0]
+            store_edges(where, z.to(tl.float32) * factor, P)

@@ -1,0 +1,304 @@
+"""Teachers known on a support of K entries: what replaces a sweep over the teacher's logits.
+
+The vocabulary becomes K + 1 categories: the entries of the support, and the tail, whose mass is
+what the support leaves over. A divergence is that of the two coarse distributions, a lower bound of
+the full one. Within the tail the teacher's shape is the student's, so that every entry of the tail
+has the log-ratio of the whole, rho = log((1-P)/(1-Q)).
+
+One launch, `mark_kernel`, looks at the supports alone: it marks their entries, one bit each, drops
+padding and repetitions, and gathers the student's logits. The row kernels then read the student's
+logits and the marks; their sums of a tile are those of the student, and its mass outside the
+support, which is never a difference of masses. What remains, `compare` and `support_gradient`, is
+arithmetic on K numbers, which every program of a row does for itself.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from hybrid_kernels.rows import FIELDS, HIDDEN_TAIL, SMALL_DIVERGENCE, SMALLEST_TAIL
+from hybrid_kernels.triton_backend.divergences import (
+    LOG2E,
+    START,
+    Entry,
+    excess,
+    log_sum_exp,
+    together,
+)
+from hybrid_kernels.triton_backend.memory import Token, is_valid, locate, mark_bytes, mark_of
+from hybrid_kernels.triton_backend.reduce import agreed
+from hybrid_kernels.triton_backend.sums import (
+    Statistics,
+    at_least_lowest,
+    settle,
+    student_log_prob,
+    student_probability,
+    with_slopes,
+)
+
+_SMALL = tl.constexpr(SMALL_DIVERGENCE)
+_STUDENT_MASS = tl.constexpr(FIELDS.student_mass)
+_TEACHER_MASS = tl.constexpr(FIELDS.teacher_mass)
+_TAIL_CORRECTION = tl.constexpr(FIELDS.tail_correction)
+
+# What stands in the list of ids for padding and repetitions, and for ids outside the vocabulary.
+DROPPED = tl.constexpr(-1)
+OUTSIDE = tl.constexpr(-2)
+# log(2) in two parts, of which the first times an integer is exact.
+LN2_HIGH = tl.constexpr(0.693359375)
+LN2_LOW = tl.constexpr(-2.12194440e-4)
+SMALLEST = tl.constexpr(SMALLEST_TAIL)
+HIDDEN = tl.constexpr(HIDDEN_TAIL)
+
+
+class Categories(NamedTuple):
+    """One teacher's comparison: the entries of the support, `[K]`, and the tail as an entry, `[1]`;
+    log q raised to the floor; the teacher's mass on the support."""
+
+    support: tl.tensor
+    tail: tl.tensor
+    log_q: tl.tensor
+    teacher_mass: tl.tensor
+
+
+@triton.jit
+def mark_kernel(args, P: tl.constexpr):
+    """Marks the support of one row, lists what counts of it and gathers the student's logits."""
+    row = tl.program_id(0)
+    if is_valid(args, row):
+        where = locate(args, row, 0, P)
+        WORDS: tl.constexpr = mark_bytes(P.vocabulary) // 4
+        words_ptr = args.support.words + tl.cast(row, tl.int64) * WORDS
+        for start in range(0, WORDS, 1024):
+            offsets = start + tl.arange(0, 1024)
+            tl.store(words_ptr + offsets, tl.zeros((1024,), tl.int32), mask=offsets < WORDS)
+        tl.debug_barrier()
+        lane = tl.arange(0, P.block_k)
+        first = tl.cast(row, tl.int64) * P.k
+        wanted = tl.load(args.support.given + first + lane, mask=lane < P.k, other=-1)
+        inside = (wanted >= 0) & (wanted < P.vocabulary)
+        ids = tl.where(inside, wanted, 0).to(tl.int32)
+        mark = mark_of(where, ids, P)
+        bit = (tl.full((P.block_k,), 1, tl.int32)) << (mark % 32)
+        before = tl.atomic_or(words_ptr + mark // 32, bit, mask=inside, sem="relaxed")
+        repeated = tl.where(inside, before & bit, 0) != 0
+        kept = inside
+        if agreed(tl.max(repeated.to(tl.int32), 0) > 0):
+            # Which of them found the bit unset is a matter of chance: the first one counts.
+            for other in range(P.k):
+                same = tl.load(args.support.given + first + other) == wanted
+                kept = kept & ~(same & (lane > other))
+        nothing = tl.where(inside | (wanted == -1), DROPPED, OUTSIDE)
+        tl.store(args.support.ids + first + lane, tl.where(kept, ids, nothing), mask=lane < P.k)
+        z = tl.load(where.student + ids, mask=kept, other=0.0).to(tl.float32)
+        tl.store(args.support.logits + first + lane, z, mask=lane < P.k)
+
+
+@triton.jit
+def _load(args, row, P: tl.constexpr):
+    """The ids of a row's support and the student's logits there; NaN for an id that can't be."""
+    lane = tl.arange(0, P.block_k)
+    offsets = tl.cast(row, tl.int64) * P.k + lane
+    ids = tl.load(args.support.ids + offsets, mask=lane < P.k, other=-1)
+    z = tl.load(args.support.logits + offsets, mask=lane < P.k, other=0.0)
+    return ids, tl.where(ids == OUTSIDE, float("nan"), z)
+
+
+@triton.jit
+def _load_teacher(args, i: tl.constexpr, row, P: tl.constexpr):
+    lane = tl.arange(0, P.block_k)
+    offsets = tl.cast(row, tl.int64) * P.k + lane
+    return tl.load(args.teachers[i] + offsets, mask=lane < P.k, other=0.0)
+
+
+@triton.jit
+def _exp(x):
+    """e^x to the last digits: 1 - sum e^x cancels all others. (x log2(e) alone loses some.)"""
+    ordinary = x > -100.0
+    bounded = tl.where(ordinary, x, 0.0)
+    n = tl.floor(bounded * LOG2E + 0.5)
+    rest = (bounded - n * LN2_HIGH) - n * LN2_LOW
+    return tl.where(ordinary, tl.exp2(rest * LOG2E) * tl.exp2(n), tl.exp2(x * LOG2E))
+
+
+@triton.jit
+def _tail_of_teacher(log_q, kept, q, resolution):
+    """The tail's mass 1 - sum q, as it comes out and as it is taken, and sum q.
+
+    1 - q_max comes from expm1, so that a tail of 1e-12 is not lost. One that is smaller than the
+    rounding of the log-probabilities is taken as what that hides.
+    """
+    top = tl.max(tl.where(kept, log_q, START), 0)
+    first = tl.argmax(tl.where(kept, log_q, START), 0)
+    others = tl.sum(tl.where(tl.arange(0, q.shape[0]) == first, 0.0, q), 0)
+    near = tl.maximum(top, -0.5)
+    rest = tl.where(top > -0.5, -(near + excess(-near)), 1.0 - tl.exp2(top * LOG2E))
+    spread = tl.sum(tl.where(q > 0.0, q * tl.abs(log_q), 0.0), 0)
+    tail = rest - others
+    # (A NaN stays one.)
+    taken = tl.where(tail <= spread * resolution, tl.maximum(HIDDEN, resolution), tail)
+    return tail, taken, others + tl.exp2(top * LOG2E)
+
+
+@triton.jit
+def _categories(ids, z, log_q, student, log_tail, constants, resolution, P: tl.constexpr):
+    kept = ids != DROPPED
+    x = tl.where(kept, z - student.student_max, START)
+    p = tl.where(kept, student_probability(z, student, constants), 0.0)
+    log_p = x * constants.inv_t - student.student_lse
+    raw_q = tl.where(kept, _exp(log_q), 0.0)
+    tail_raw_q, tail_q, teacher_mass = _tail_of_teacher(log_q, kept, raw_q, resolution)
+    tail_p = tl.exp2(log_tail * LOG2E)
+    q = raw_q
+    if P.floor:
+        lowest = tl.exp2(constants.floor * LOG2E)
+        log_q = tl.where(log_q < constants.floor, constants.floor, log_q)
+        q = tl.where(kept, tl.where(q < lowest, lowest, q), 0.0)
+        tail_q = tl.where(tail_q < lowest, lowest, tail_q)
+    own_log_q = log_q
+    if P.tail == "renormalize":
+        top = tl.max(x, 0)
+        total = tl.sum(tl.where(kept, tl.exp2((x - top) * constants.scale), 0.0), 0)
+        log_p = (x - top) * constants.inv_t - tl.log(total)
+        p = tl.where(kept, tl.exp2(log_p * LOG2E), 0.0)
+        top = tl.max(tl.where(kept, log_q, START), 0)
+        total = tl.sum(tl.where(kept, tl.exp2((log_q - top) * LOG2E), 0.0), 0)
+        log_q = log_q - top - tl.log(total)
+        q = tl.where(kept, tl.exp2(log_q * LOG2E), 0.0)
+        raw_q = q
+        tail_p *= 0.0
+        tail_q *= 0.0
+        tail_raw_q *= 0.0
+    part = kept & ~(z <= -float("inf"))
+    log_ratio = tl.where(part, at_least_lowest(log_p - log_q) + 0.0 * z, 0.0)
+    support = Entry(
+        p, tl.where(part, q, 0.0), raw_q, tl.where(part, log_p, -float("inf")), log_ratio
+    )
+    # A tail of the student's that is empty is left out, like an entry whose logit is -inf.
+    empty = tail_p < SMALLEST
+    one = tl.zeros((1,), tl.float32)
+    tail = Entry(
+        one + tl.where(empty, 0.0, tail_p),
+        one + tl.where(empty, 0.0, tail_q),
+        one + tail_raw_q,
+        one + tl.where(empty, -float("inf"), log_tail),
+        one + tl.where(empty, 0.0, log_tail - tl.log(tail_q)),
+    )
+    return Categories(support, tail, own_log_q, teacher_mass)
+
+
+@triton.jit
+def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constexpr):
+    """Divergence, statistics of the members, log q(y) and the token from the student's statistics.
+
+    The first program of a row also fills the fields that only supports have.
+    """
+    row = where.row
+    ids, z = _load(args, row, P)
+    student = Statistics(*stats[0])
+    log_tail = student.teacher_lse
+    found = (ids == token.id) & (token.id >= 0)
+    in_support = tl.max(found.to(tl.int32), 0) > 0
+    value = tl.full((), 0.0, tl.float32)
+    log_q_token = tl.full((), 0.0, tl.float32)
+    rho = tl.full((), 0.0, tl.float32)
+    teacher_mass = tl.full((), 0.0, tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    members = ()
+    for i in tl.static_range(len(args.teachers)):
+        log_q = _load_teacher(args, i, row, P)
+        c = _categories(ids, z, log_q, student, log_tail, constants, args.support.resolution, P)
+        t, u, v = D(c.support, constants.parameter, 0.0, False)
+        tail_t, tail_u, tail_v = D(c.tail, constants.parameter, 0.0, False)
+        own = tl.sum(t, 0) + tl.sum(tail_t, 0)
+        if P.kl_family:
+            t, _, _ = D(c.support, constants.parameter, 0.0, True)
+            tail_t, _, _ = D(c.tail, constants.parameter, 0.0, True)
+            own = tl.where(own < _SMALL, tl.sum(t, 0) + tl.sum(tail_t, 0), own)
+        if P.tilted:
+            tilt = constants.parameter - 1.0
+            whole = log_sum_exp(c.support.log_p + tilt * c.support.log_ratio)
+            slope_sum = together(whole, tl.max(c.tail.log_p + tilt * c.tail.log_ratio, 0), P)
+        else:
+            slope_sum = tl.sum(c.support.p * u + v, 0) + tl.sum(c.tail.p * tail_u + tail_v, 0)
+        finite = student.student_lse + 0.0 * c.teacher_mass
+        outside = tl.max((ids == OUTSIDE).to(tl.int32), 0) > 0
+        finite = tl.where(outside, float("nan"), finite)
+        own, slope_sum, log_s = settle(own, slope_sum, finite, constants.parameter, P)
+        _, tail_u, tail_v = D(c.tail, constants.parameter, log_s, False)
+        # Of an empty tail no entry is left to have a slope.
+        per_p = tl.where(c.tail.p > 0.0, tail_v / tl.maximum(c.tail.p, SMALLEST), 0.0)
+        share = constants.shares[i]
+        value += share * own
+        total += share
+        log_q_token += share * tl.sum(tl.where(found, c.log_q, 0.0), 0)
+        rho += share * tl.sum(c.tail.log_ratio, 0)
+        teacher_mass += share * c.teacher_mass
+        tail_slope = tl.sum(tail_u + per_p, 0)
+        members = members + (with_slopes(student, student, slope_sum, log_s, tail_slope),)
+    elsewhere = float("nan")
+    if args.support.token_log_prob is not None:
+        elsewhere = tl.load(args.support.token_log_prob + row)
+        if P.floor:
+            elsewhere = tl.where(elsewhere < constants.floor, constants.floor, elsewhere)
+    teacher_log_prob = tl.where(in_support, log_q_token / total, elsewhere)
+    correction = tl.full((), 0.0, tl.float32)
+    if P.corrects:
+        log_p = student_log_prob(token.z, student, constants)
+        # A NaN is a log q(y) that is not known.
+        known = ~in_support & (elsewhere == elsewhere)
+        correction = tl.where(known, total * (log_p - elsewhere) - rho, 0.0)
+    if where.part == 0:
+        p = tl.where(ids != DROPPED, student_probability(z, student, constants), 0.0)
+        ptr = args.statistics + row
+        count = tl.cast(args.count, tl.int64)
+        tl.store(ptr + _STUDENT_MASS * count, tl.sum(p, 0))
+        tl.store(ptr + _TEACHER_MASS * count, teacher_mass / total)
+        tl.store(ptr + _TAIL_CORRECTION * count, correction)
+    token = Token(token.id, token.z, token.ws, in_support, correction)
+    return value, members, teacher_log_prob, token
+
+
+@triton.jit
+def recall(args, where, token, P: tl.constexpr):
+    """The token as `compare` has found it before."""
+    ids, _ = _load(args, where.row, P)
+    in_support = tl.max(((ids == token.id) & (token.id >= 0)).to(tl.int32), 0) > 0
+    correction = token.correction
+    if P.corrects:
+        count = tl.cast(args.count, tl.int64)
+        correction = tl.load(args.statistics + where.row + _TAIL_CORRECTION * count)
+    return Token(token.id, token.z, token.ws, in_support, correction)
+
+
+@triton.jit
+def store_support(args, where, token, stats, weights, constants, P: tl.constexpr, D: tl.constexpr):
+    """Writes the gradient of the support over what the tiles have stored: of the entries in this
+    program's slice of the body and, if it is the first, of the edges."""
+    student = Statistics(*stats[0])
+    ids, z = _load(args, where.row, P)
+    p = student_probability(z, student, constants)
+    inner = -weights.log_prob
+    if P.entropy:
+        log_p = at_least_lowest(z - student.student_max) * constants.inv_t
+        inner += weights.entropy * (student.student_lse - student.entropy - log_p)
+    own_term = tl.where((ids == token.id) & (token.id >= 0), weights.log_prob, 0.0)
+    gradient = p * inner + own_term
+    for i in tl.static_range(len(args.teachers)):
+        log_q = _load_teacher(args, i, where.row, P)
+        # The tail does not matter here.
+        c = _categories(ids, z, log_q, student, -1.0, constants, args.support.resolution, P)
+        own = Statistics(*stats[i])
+        _, u, v = D(c.support, constants.parameter, own.log_s, False)
+        share = weights.divergence * constants.shares[i]
+        pull = share * (c.support.p * (u - own.slope_sum) + v)
+        gradient += tl.where(weights.divergence == 0.0, 0.0, pull)
+    position = ids - where.head
+    in_body = (position >= 0) & (position < where.body)
+    first = where.part * P.slice
+    # Scalars enter as limits: a block & scalar is no mask to the interpreter.
+    in_edges = ~in_body & (ids >= tl.where(where.part == 0, 0, 2**30))
+    owned = (in_body & (position >= first) & (position < first + P.slice)) | in_edges
+    tl.debug_barrier()
+    tl.store(where.gradient + ids, gradient.to(where.gradient.dtype.element_ty), mask=owned)
