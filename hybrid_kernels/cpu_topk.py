@@ -1,7 +1,7 @@
 """Top-K teachers on the torch backend: the K + 1 categories of a block of rows.
 
-A divergence is that of two coarse distributions, on the support and on the tail;
-`triton_backend/topk.py` says why, and has the same formulas for Triton. Everything here is `[r, K]`;
+A divergence is that of two coarse distributions, on the support and on the tail, as
+`triton_backend/topk.py` says, which has the formulas for Triton. Everything here is `[r, K]`;
 what needs a sweep over the vocabulary, the normaliser and the mass outside the support, comes from
 the caller.
 """

@@ -85,13 +85,13 @@ def _member_gradient(
     """The part of one member, of which the first has the student's own terms."""
     z = tile[0]
     own = Statistics(*stats[i])
+    weight = weights.divergence * constants.shares[i]
     inner = tl.full((), -0.0, tl.float32)  # which the compiler leaves out of a sum
     if i == 0:
         inner = -weights.rest
         if P.entropy:
             inner += weights.entropy * (own.student_lse - own.entropy)
     if P.pulls > 0:
-        weight = weights.divergence * constants.shares[i]
         # A weight of 0 makes 0 of an infinite divergence.
         silent = weight == 0.0
         w = tile[1][i]

@@ -108,18 +108,18 @@ def publish_sums(group, meetings, sums, P: tl.constexpr):
     """Publishes the sums of a slice for the group's next meeting, and arrives there."""
     for i in tl.static_range(len(sums)):
         own = Sums(*sums[i])
-        ptr = _slot(group, meetings % _IN_TURN, P) + i * _PUBLISHED * P.lanes + group.part
-        tl.store(ptr, own.student_max)
-        tl.store(ptr + P.lanes, own.student_sum)
-        tl.store(ptr + 2 * P.lanes, own.student_x)
+        ptr = _slot(group, meetings % _IN_TURN, P) + i * _PUBLISHED * P.lanes
+        tl.store(ptr + group.part, own.student_max)
+        tl.store(ptr + P.lanes + group.part, own.student_sum)
+        tl.store(ptr + 2 * P.lanes + group.part, own.student_x)
         if P.members > 0:
-            tl.store(ptr + 3 * P.lanes, own.teacher_max)
-            tl.store(ptr + 4 * P.lanes, own.teacher_sum)
+            tl.store(ptr + 3 * P.lanes + group.part, own.teacher_max)
+            tl.store(ptr + 4 * P.lanes + group.part, own.teacher_sum)
         if P.student_d:
-            tl.store(ptr + 5 * P.lanes, own.student_d)
+            tl.store(ptr + 5 * P.lanes + group.part, own.student_d)
         if P.teacher_d:
-            tl.store(ptr + 6 * P.lanes, own.teacher_d)
-            tl.store(ptr + 7 * P.lanes, own.teacher_kept)
+            tl.store(ptr + 6 * P.lanes + group.part, own.teacher_d)
+            tl.store(ptr + 7 * P.lanes + group.part, own.teacher_kept)
     arrive(group.counter)
 
 
