@@ -110,79 +110,36 @@ def publish_sums(group, meetings, sums, P: tl.constexpr):
         own = Sums(*sums[i])
         ptr = _slot(group, meetings % _IN_TURN, P) + i * _PUBLISHED * P.lanes
         tl.store(ptr + group.part, own.student_max)
-        tl.store(ptr + P.lanes + group.part, own.student_sum)
-        tl.store(ptr + 2 * P.lanes + group.part, own.student_x)
-        if P.members > 0:
-            tl.store(ptr + 3 * P.lanes + group.part, own.teacher_max)
-            tl.store(ptr + 4 * P.lanes + group.part, own.teacher_sum)
-        if P.student_d:
-            tl.store(ptr + 5 * P.lanes + group.part, own.student_d)
-        if P.teacher_d:
-            tl.store(ptr + 6 * P.lanes + group.part, own.teacher_d)
-            tl.store(ptr + 7 * P.lanes + group.part, own.teacher_kept)
+        if P.full > 0:
+            tl.store(ptr + P.lanes + group.part, own.teacher_max)
+        for j in tl.static_range(len(own.kept)):
+            tl.store(ptr + (2 + j) * P.lanes + group.part, own.kept[j])
     arrive(group.counter)
 
 
 @triton.jit
-def meet_sums(group, meetings, scale, P: tl.constexpr):
-    """The sums of the row, once all its slices are published."""
+def meet_sums(group, meetings, sums, scale, P: tl.constexpr):
+    """The sums of the row, once all its slices, this one among them, are published."""
     wait(group.counter, (meetings + 1) * P.splits)
-    zero = tl.full((), 0.0, tl.float32)
-    sums = ()
-    SUMS: tl.constexpr = P.sums
-    for i in tl.static_range(SUMS):
+    merged = ()
+    for i in tl.static_range(len(sums)):
         ptr = _slot(group, meetings % _IN_TURN, P) + i * _PUBLISHED * P.lanes
+        kept = ()
+        for j in tl.static_range(len(Sums(*sums[i]).kept)):
+            kept = kept + (_read(ptr + (2 + j) * P.lanes, 0.0, P),)
         student_max = _read(ptr, START, P)
-        student_sum = _read(ptr + P.lanes, 0.0, P)
-        student_x = _read(ptr + 2 * P.lanes, 0.0, P)
-        teacher_max = zero
-        teacher_sum = zero
-        student_d = zero
-        teacher_d = zero
-        teacher_kept = zero
-        if P.student_d:
-            student_d = _read(ptr + 5 * P.lanes, 0.0, P)
-        if P.teacher_d:
-            teacher_d = _read(ptr + 6 * P.lanes, 0.0, P)
-            teacher_kept = _read(ptr + 7 * P.lanes, 0.0, P)
-        if P.members > 0:
-            teacher_max = _read(ptr + 3 * P.lanes, START, P)
-            teacher_sum = _read(ptr + 4 * P.lanes, 0.0, P)
-        parts = Sums(
-            student_max,
-            teacher_max,
-            student_sum,
-            student_x,
-            teacher_sum,
-            student_d,
-            teacher_d,
-            teacher_kept,
-        )
-        student_max = tl.max(student_max, 0)
-        if P.members > 0:
-            teacher_max = tl.max(teacher_max, 0)
-        parts = about(parts, student_max, teacher_max, scale)
-        if P.members > 0:
-            teacher_sum = tl.sum(parts.teacher_sum, 0)
-        if P.student_d:
-            student_d = tl.sum(parts.student_d, 0)
-        if P.teacher_d:
-            teacher_d = tl.sum(parts.teacher_d, 0)
-            teacher_kept = tl.sum(parts.teacher_kept, 0)
-        student_sum = tl.sum(parts.student_sum, 0)
-        student_x = tl.sum(parts.student_x, 0)
-        merged = Sums(
-            student_max,
-            teacher_max,
-            student_sum,
-            student_x,
-            teacher_sum,
-            student_d,
-            teacher_d,
-            teacher_kept,
-        )
-        sums = sums + (merged,)
-    return sums
+        teacher_max = student_max
+        if P.full > 0:
+            teacher_max = _read(ptr + P.lanes, START, P)
+        parts = Sums(student_max, teacher_max, kept)
+        student_max = tl.max(parts.student_max, 0)
+        teacher_max = tl.max(parts.teacher_max, 0)
+        kept = ()
+        parts = about(parts, student_max, teacher_max, scale, P)
+        for j in tl.static_range(len(parts)):
+            kept = kept + (tl.sum(parts[j], 0),)
+        merged = merged + (Sums(student_max, teacher_max, kept),)
+    return merged
 
 
 @triton.jit

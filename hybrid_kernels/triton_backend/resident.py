@@ -98,7 +98,7 @@ def _guarded_sums(where, constants, P: tl.constexpr):
     sums = no_sums(P)
     for i in range(P.tiles):
         tile = load_tile(where, _start(where, i, P), _limit(where, where.body, P), P)
-        sums = merge(sums, sums_of((tile,), constants, P), constants.scale)
+        sums = merge(sums, sums_of((tile,), constants, P), constants.scale, P)
     return sums
 
 
@@ -172,12 +172,12 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
             sums = sums_of(tiles, constants, P, GUARDED)
             finite = group.part >= 0
             if not GUARDED:
-                finite = agreed(is_finite(sums))
+                finite = agreed(is_finite(sums, P))
                 if not finite:
                     sums = _guarded_sums(where, constants, P)
             if P.edges:
                 if group.part == 0:
-                    sums = merge(sums, sums_of((edges,), constants, P), constants.scale)
+                    sums = merge(sums, sums_of((edges,), constants, P), constants.scale, P)
             if P.splits > 1:
                 publish_sums(group, meetings, sums, P)
 
@@ -191,7 +191,7 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
             constants = constants_of(args, row, P)
             held = Held(tiles, edges)
             if P.splits > 1:
-                sums = meet_sums(group, meetings, constants.scale, P)
+                sums = meet_sums(group, meetings, sums, constants.scale, P)
                 meetings += 1
             stats = normalisers(sums, constants, P)
             terms = ((), ())

@@ -52,17 +52,24 @@ class Constants(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What a sweep keeps of the entries seen so far. With x = z - m and d of `difference`,
+    """The sums over a part of a row, about the maxima of its entries. `kept` holds those of `Terms`
+    that the divergence needs, in that order."""
+
+    student_max: tl.tensor
+    teacher_max: tl.tensor
+    kept: tl.tensor
+
+
+class Terms(NamedTuple):
+    """What an entry adds to the sums, or all entries; 0 for what is not kept. With x = z - m, d of
+    `difference` and exponents divided by T,
 
     student_sum = sum e^x        student_x = sum e^x x       student_d = sum e^x d
     teacher_sum = sum e^(w-m_w)  teacher_d = sum e^(w-m_w) d  teacher_kept = sum over z > -inf
 
-    (exponents divided by T). Which of the last five are kept depends on the divergence. Under a
-    support teacher_sum is sum e^x outside it, and teacher_max the student's.
+    Under a support teacher_sum is sum e^x outside it, and the teacher's maximum is the student's.
     """
 
-    student_max: tl.tensor
-    teacher_max: tl.tensor
     student_sum: tl.tensor
     student_x: tl.tensor
     teacher_sum: tl.tensor
@@ -123,14 +130,44 @@ def difference(z, w, student_max, teacher_max, GUARDED: tl.constexpr):
 
 
 @triton.jit
+def _kept(terms, P: tl.constexpr):
+    kept = (terms.student_sum, terms.student_x)
+    if P.members > 0:
+        kept = kept + (terms.teacher_sum,)
+    if P.student_d:
+        kept = kept + (terms.student_d,)
+    if P.teacher_d:
+        kept = kept + (terms.teacher_d, terms.teacher_kept)
+    return kept
+
+
+@triton.jit
+def _terms(kept, P: tl.constexpr):
+    zero = tl.full((), 0.0, tl.float32)
+    teacher_sum = zero
+    student_d = zero
+    teacher_d = zero
+    teacher_kept = zero
+    if P.members > 0:
+        teacher_sum = kept[2]
+    if P.student_d:
+        student_d = kept[3]
+    if P.teacher_d:
+        teacher_d = kept[len(kept) - 2]
+        teacher_kept = kept[len(kept) - 1]
+    return Terms(kept[0], kept[1], teacher_sum, student_d, teacher_d, teacher_kept)
+
+
+@triton.jit
 def no_sums(P: tl.constexpr):
     """The sums of no entries."""
     top = tl.full((), START, tl.float32)
     zero = tl.full((), 0.0, tl.float32)
+    kept = _kept(Terms(zero, zero, zero, zero, zero, zero), P)
     sums = ()
     SUMS: tl.constexpr = P.sums
     for _ in tl.static_range(SUMS):
-        sums = sums + (Sums(top, top, zero, zero, zero, zero, zero, zero),)
+        sums = sums + (Sums(top, top, kept),)
     return sums
 
 
@@ -146,8 +183,6 @@ def sums_of(tiles, constants, P: tl.constexpr, GUARDED: tl.constexpr = True):
 
 @triton.jit
 def _member_sums(tiles, i: tl.constexpr, constants, P: tl.constexpr, GUARDED: tl.constexpr):
-    zero = tl.full((), 0.0, tl.float32)
-    teacher_max = zero
     top = tiles[0][0].to(tl.float32)
     for j in tl.static_range(1, len(tiles)):
         top = tl.maximum(top, tiles[j][0].to(tl.float32))
@@ -162,45 +197,16 @@ def _member_sums(tiles, i: tl.constexpr, constants, P: tl.constexpr, GUARDED: tl
         else:
             student_max, teacher_max = max_2(top, teacher_top)
         teacher_max = tl.maximum(teacher_max, START)
+        student_max = tl.maximum(student_max, START)
     else:
-        student_max = tl.max(top, 0)
-    student_max = tl.maximum(student_max, START)
-    if P.k > 0:
+        student_max = tl.maximum(tl.max(top, 0), START)
         teacher_max = student_max
     # Entry by entry first: a thread adds up what it holds before threads add up what they have.
     lanes = _summands(tiles[0], i, student_max, teacher_max, constants, P, GUARDED)
     for j in tl.static_range(1, len(tiles)):
         more = _summands(tiles[j], i, student_max, teacher_max, constants, P, GUARDED)
-        lanes = _plus(lanes, more)
-    kept = (lanes.student_sum, lanes.student_x)
-    if P.full > 0 or P.k > 0:
-        kept = kept + (lanes.teacher_sum,)
-    if P.student_d:
-        kept = kept + (lanes.student_d,)
-    if P.teacher_d:
-        kept = kept + (lanes.teacher_d, lanes.teacher_kept)
-    found = sum_each(kept)
-    teacher_sum = zero
-    student_d = zero
-    teacher_d = zero
-    teacher_kept = zero
-    if P.full > 0 or P.k > 0:
-        teacher_sum = found[2]
-    if P.student_d:
-        student_d = found[3]
-    if P.teacher_d:
-        teacher_d = found[len(kept) - 2]
-        teacher_kept = found[len(kept) - 1]
-    return Sums(
-        student_max,
-        teacher_max,
-        found[0],
-        found[1],
-        teacher_sum,
-        student_d,
-        teacher_d,
-        teacher_kept,
-    )
+        lanes = _added(lanes, more)
+    return Sums(student_max, teacher_max, sum_each(lanes))
 
 
 @triton.jit
@@ -213,7 +219,7 @@ def _summands(
     P: tl.constexpr,
     GUARDED: tl.constexpr,
 ):
-    """What each entry adds to the sums; 0 to those that the divergence has no use for."""
+    """What each entry adds to the sums that are kept."""
     z = tile[0]
     zero = tl.full((), 0.0, tl.float32)
     f = zero
@@ -237,27 +243,20 @@ def _summands(
                 # q = 0 where the teacher forbids a token: its 0 * inf counts as 0.
                 d = tl.minimum(d, -LOWEST)
             f_d = kept * d
-    e_x = e * at_least_lowest(x, GUARDED)
-    return Sums(student_max, teacher_max, e, e_x, f, e_d, f_d, kept)
+    return _kept(Terms(e, e * at_least_lowest(x, GUARDED), f, e_d, f_d, kept), P)
 
 
 @triton.jit
-def _plus(a, b):
-    """The sums of the entries of both, which are about the same maxima."""
-    return Sums(
-        a.student_max,
-        a.teacher_max,
-        a.student_sum + b.student_sum,
-        a.student_x + b.student_x,
-        a.teacher_sum + b.teacher_sum,
-        a.student_d + b.student_d,
-        a.teacher_d + b.teacher_d,
-        a.teacher_kept + b.teacher_kept,
-    )
+def _added(a, b):
+    """Sums about the same maxima, one by one."""
+    added = ()
+    for i in tl.static_range(len(a)):
+        added = added + (a[i] + b[i],)
+    return added
 
 
 @triton.jit
-def merge(a, b, scale):
+def merge(a, b, scale, P: tl.constexpr):
     """The sums of the entries of both: the online log-sum-exp update."""
     merged = ()
     for i in tl.static_range(len(a)):
@@ -265,14 +264,15 @@ def merge(a, b, scale):
         other = Sums(*b[i])
         student_max = tl.maximum(one.student_max, other.student_max)
         teacher_max = tl.maximum(one.teacher_max, other.teacher_max)
-        one = about(one, student_max, teacher_max, scale)
-        merged = merged + (_plus(one, about(other, student_max, teacher_max, scale)),)
+        kept = about(one, student_max, teacher_max, scale, P)
+        kept = _added(kept, about(other, student_max, teacher_max, scale, P))
+        merged = merged + (Sums(student_max, teacher_max, kept),)
     return merged
 
 
 @triton.jit
-def about(sums, student_max, teacher_max, scale):
-    """The same sums about other maxima.
+def about(sums, student_max, teacher_max, scale, P: tl.constexpr):
+    """The sums that are kept, about other maxima.
 
     x and d move by a step and the weights by a factor: sum' = factor * (sum + weight * step).
     """
@@ -281,24 +281,25 @@ def about(sums, student_max, teacher_max, scale):
     factor = tl.exp2(student_step * scale)
     teacher_factor = tl.exp2(teacher_step * scale)
     delta = student_step - teacher_step
-    return Sums(
-        student_max,
-        teacher_max,
-        factor * sums.student_sum,
-        factor * (sums.student_x + sums.student_sum * student_step),
-        teacher_factor * sums.teacher_sum,
-        factor * (sums.student_d + sums.student_sum * delta),
-        teacher_factor * (sums.teacher_d + sums.teacher_kept * delta),
-        teacher_factor * sums.teacher_kept,
+    own = _terms(sums.kept, P)
+    moved = Terms(
+        factor * own.student_sum,
+        factor * (own.student_x + own.student_sum * student_step),
+        teacher_factor * own.teacher_sum,
+        factor * (own.student_d + own.student_sum * delta),
+        teacher_factor * (own.teacher_d + own.teacher_kept * delta),
+        teacher_factor * own.teacher_kept,
     )
+    return _kept(moved, P)
 
 
 @triton.jit
-def is_finite(sums):
+def is_finite(sums, P: tl.constexpr):
     """Whether tiles held finite numbers only: an infinite one leaves an infinity or 0 * inf."""
-    probe = Sums(*sums[0]).student_x
+    probe = _terms(Sums(*sums[0]).kept, P).student_x
     for i in tl.static_range(len(sums)):
-        probe += Sums(*sums[i]).student_d + Sums(*sums[i]).teacher_d
+        own = _terms(Sums(*sums[i]).kept, P)
+        probe += own.student_d + own.teacher_d
     return probe - probe == 0.0
 
 
@@ -321,15 +322,16 @@ def normalisers(sums, constants, P: tl.constexpr):
     zero = tl.full((), 0.0, tl.float32)
     stats = ()
     for i in tl.static_range(len(sums)):
-        own = Sums(*sums[i])
-        student_max = own.student_max + 0.0 * own.student_sum
-        student_lse = _log_sum(own.student_max, own.student_sum)
+        tops = Sums(*sums[i])
+        own = _terms(tops.kept, P)
+        student_max = tops.student_max + 0.0 * own.student_sum
+        student_lse = _log_sum(tops.student_max, own.student_sum)
         entropy = student_lse - own.student_x / own.student_sum * constants.inv_t
         teacher_max = zero
         teacher_lse = zero
         shift = zero
         if P.full > 0:
-            teacher_max = own.teacher_max + 0.0 * own.teacher_sum
+            teacher_max = tops.teacher_max + 0.0 * own.teacher_sum
             teacher_lse = _log_sum(teacher_max, own.teacher_sum)
             shift = teacher_lse - student_lse
         if P.k > 0:
@@ -364,7 +366,7 @@ def swept_divergences(sums, stats, constants, P: tl.constexpr):
     values = ()
     slopes = ()
     for i in tl.static_range(len(stats)):
-        own = Sums(*sums[i])
+        own = _terms(Sums(*sums[i]).kept, P)
         shift = Statistics(*stats[i]).shift
         reverse = own.student_d / own.student_sum * constants.inv_t + shift
         kept = own.teacher_kept / own.teacher_sum

@@ -61,7 +61,7 @@ def _first_sweep(where, constants, P: tl.constexpr):
     if P.edges:
         sums = sums_of(_load_edges(where, P), constants, P)
     for start in range(0, P.vocabulary, P.block):
-        sums = merge(sums, sums_of(_load(where, start, P), constants, P), constants.scale)
+        sums = merge(sums, sums_of(_load(where, start, P), constants, P), constants.scale, P)
     return sums
 
 
