@@ -18,7 +18,7 @@ import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -196,8 +196,9 @@ class _Kept:
 
 def _compile(own: Launch, target: str, dtype: torch.dtype) -> Compiled:
     options = own.form.options(hip=standin.GPUS[target].target.backend == "hip")
+    kernel: Any = own.kernel  # a method, to type checkers: JITFunction is a descriptor
     with standin.driver_for(target):
-        compiled = own.kernel.warmup(*own.given, grid=(1,), **options)
+        compiled = kernel.warmup(*own.given, grid=(1,), **options)
     return Compiled(compiled, own.form, dtype.itemsize)
 
 

@@ -197,14 +197,6 @@ def device(target: Target) -> str:
 
 
 @pytest.fixture(scope="session")
-def until_triton_follows(backend: str) -> None:
-    """For what the torch backend computes and the Triton kernels do not yet: a temperature for each
-    row, and a log q(y) that is unknown in some rows."""
-    if backend == "triton":
-        pytest.skip("not in the Triton kernels yet")
-
-
-@pytest.fixture(scope="session")
 def ranks(world_size, backend, tmp_path_factory):
     """The processes that a test runs in, `world_size` of them (see `ranks.py`)."""
     from ranks import Pool

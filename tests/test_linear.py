@@ -496,7 +496,6 @@ every_cut = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.usefixtures("until_triton_follows")
 @every_sharing
 @every_cut
 def test_a_temperature_for_each_row(chunk_rows, drop_masked, elements, backend, device):

@@ -116,7 +116,6 @@ def random_coefficients(*sizes, device):
     return Coefficients(*(torch.randn(size, generator=generator).to(device) for size in sizes))
 
 
-@pytest.mark.usefixtures("until_triton_follows")
 @every_divergence
 @every_sharing
 @pytest.mark.parametrize("kind", ["full", *TAILS])
@@ -176,7 +175,6 @@ def test_a_weight_for_several_rows(late, summed, elements, backend, device, monk
     torch.testing.assert_close(*outcomes, rtol=0, atol=0)
 
 
-@pytest.mark.usefixtures("until_triton_follows")
 def test_opcheck_of_values_for_several_rows(backend, device):
     rows = cases.rows_of(cases.with_teachers(cases.make(7, (4, 3)), 1, None), backend)
     rows = rows._replace(row_temperature=torch.full((4,), 0.7))
@@ -189,7 +187,6 @@ def test_opcheck_of_values_for_several_rows(backend, device):
 # -- what the sampled token's log q(y) does -------------------------------------------------------
 
 
-@pytest.mark.usefixtures("until_triton_follows")
 @pytest.mark.parametrize("members", [1, 2])
 def test_an_unknown_token_log_prob(members, backend, device):
     """NaN in some rows: they are as without it, and the others as with it."""

@@ -392,7 +392,6 @@ def assert_rows_equal_whole(ranks, made, change, **options):
     assert_gradient(own_gradient, gradient, ranks.bounds(127), ranks.backend)
 
 
-@pytest.mark.usefixtures("until_triton_follows")
 @each_divergence("reverse_kl", "jsd-0.3")
 @pytest.mark.parametrize("elements", [2, 5, 10])
 @each_kind
@@ -407,7 +406,6 @@ def test_a_temperature_for_each_row(ranks, kind, elements, divergence):
     assert_rows_equal_whole(ranks, made, change, divergence=divergence, tail=tail_of(kind))
 
 
-@pytest.mark.usefixtures("until_triton_follows")
 @pytest.mark.parametrize("members", [1, 2])
 @on_ranks
 def test_log_probs_of_tokens_unknown_in_some_rows(ranks, members):

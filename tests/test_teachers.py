@@ -328,7 +328,6 @@ def test_what_is_unknown_is_nan(backend, device):
     torch.testing.assert_close(log_q, expected)
 
 
-@pytest.mark.usefixtures("until_triton_follows")
 @every_tail
 @pytest.mark.parametrize("teacher_floor", [None, -4.0])
 @pytest.mark.parametrize("members", [1, 2])
