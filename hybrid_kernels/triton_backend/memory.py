@@ -285,10 +285,11 @@ def number_of(per_row, row):
 
 @triton.jit
 def constants_of(args, row, P: tl.constexpr):
-    inv_t = args.inv_t
     if P.row_temperature:
         inv_t = tl.div_rn(1.0, number_of(args.temperature, row))
-    return Constants(inv_t, inv_t * LOG2E, args.floor, args.parameter, args.shares)
+        return Constants(inv_t, inv_t * LOG2E, args.floor, args.parameter, args.shares)
+    else:
+        return Constants(args.inv_t, args.inv_t * LOG2E, args.floor, args.parameter, args.shares)
 
 
 @triton.jit

@@ -470,10 +470,11 @@ def _term_and_slope(
 ):
     """t and s of each entry; in the place of Renyi's s the exponent whose log-sum-exp is log S."""
     entry = entry_of(tile[0], tile[1][i], own, constants, P)
-    t, u, v = D(entry, constants.parameter, 0.0, SMALL)
+    parameter = constants.parameter
+    t, u, v = D(entry, parameter, 0.0, SMALL)
     s = entry.p * u + v
     if P.tilted:
-        s = entry.log_p + (constants.parameter - 1.0) * entry.log_ratio
+        s = entry.log_p + (parameter - 1.0) * entry.log_ratio
     return t, s
 
 
