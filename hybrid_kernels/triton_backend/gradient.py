@@ -47,8 +47,8 @@ def weights_of(args, where, token, stats, constants, P: tl.constexpr):
         rest = log_prob
         if P.tail == "bucket":
             for i in tl.static_range(len(args.teachers)):
-                own = Statistics(*stats[i])
-                pull = divergence * constants.shares[i] * (own.tail_slope - own.slope_sum)
+                stat = Statistics(*stats[i])
+                pull = divergence * constants.shares[i] * (stat.tail_slope - stat.slope_sum)
                 rest -= tl.where(divergence == 0.0, 0.0, pull)
     return Weights(divergence, log_prob, entropy, rest)
 
@@ -84,36 +84,36 @@ def _member_gradient(
 ):
     """The part of one member, of which the first has the student's own terms."""
     z = tile[0]
-    own = Statistics(*stats[i])
+    stat = Statistics(*stats[i])
     weight = weights.divergence * constants.shares[i]
     inner = tl.full((), -0.0, tl.float32)  # which the compiler leaves out of a sum
     if i == 0:
         inner = -weights.rest
         if P.entropy:
-            inner += weights.entropy * (own.student_lse - own.entropy)
+            inner += weights.entropy * (stat.student_lse - stat.entropy)
     if P.pulls > 0:
         # A weight of 0 makes 0 of an infinite divergence.
         silent = weight == 0.0
         w = tile[1][i]
-        entry = entry_of(z, w, own, constants, P, GUARDED)
+        entry = entry_of(z, w, stat, constants, P, GUARDED)
         p = entry.p
         v = -entry.q
         if P.student_d and not P.floor:
             # u = l: what is the same for all entries is added once.
-            constant = weight * (own.shift - own.slope_sum)
+            constant = weight * (stat.shift - stat.slope_sum)
             inner += tl.where(silent, 0.0, constant)
-            d = difference(z, w, own.student_max, own.teacher_max, GUARDED)
+            d = difference(z, w, stat.student_max, stat.teacher_max, GUARDED)
             pull = (weight * constants.inv_t) * d
         else:
-            _, u, v = D(entry, constants.parameter, own.log_s, False)
-            pull = weight * (u - own.slope_sum)
+            _, u, v = D(entry, constants.parameter, stat.log_s, False)
+            pull = weight * (u - stat.slope_sum)
         if GUARDED:
             pull = tl.where(silent, 0.0, pull)
         inner = pull + inner
     else:
-        p = student_probability(z, own, constants)
+        p = student_probability(z, stat, constants)
     if i == 0 and P.entropy:
-        log_p = at_least_lowest(z.to(tl.float32) - own.student_max, GUARDED)
+        log_p = at_least_lowest(z.to(tl.float32) - stat.student_max, GUARDED)
         inner -= (weights.entropy * constants.inv_t) * log_p
     gradient = p * inner
     if P.pulls > 0 and P.has_v:

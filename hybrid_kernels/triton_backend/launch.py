@@ -165,14 +165,14 @@ def sweep_launch(
 ) -> Launch:
     """Measures statistics or reads them, and writes a gradient where there is one to write."""
     arguments = _arguments(rows, support, statistics, coefficients, gradient)
-    own, chosen = _plan(rows, coefficients, gradient), sweep_form(rows)
-    own = own._replace(
+    static, chosen = _plan(rows, coefficients, gradient), sweep_form(rows)
+    static = static._replace(
         measure=measure,
         # Marks are read by the byte.
-        block=max(chosen.block_v, GROUP) if own.k else chosen.block_v,
-        slice=own.vocabulary,
+        block=max(chosen.block_v, GROUP) if static.k else chosen.block_v,
+        slice=static.vocabulary,
     )
-    return Launch(sweep_kernel, rows.total, chosen, arguments, own, _function(rows))
+    return Launch(sweep_kernel, rows.total, chosen, arguments, static, _function(rows))
 
 
 def resident_launch(
@@ -185,7 +185,7 @@ def resident_launch(
 ) -> Launch:
     """Measures statistics and writes the gradient. A device may refuse programs that have to run
     side by side."""
-    own = _plan(rows, coefficients, gradient)._replace(
+    static = _plan(rows, coefficients, gradient)._replace(
         measure=True,
         block=chosen.block_v,
         tiles=chosen.tiles,
@@ -194,8 +194,8 @@ def resident_launch(
         lanes=triton.next_power_of_2(chosen.splits),
         prefetch=chosen.prefetch,
     )
-    shared = own.splits > 1
-    size = chosen.groups * SLOTS * PUBLISHED * own.lanes * own.sums if shared else 1
+    shared = static.splits > 1
+    size = chosen.groups * SLOTS * PUBLISHED * static.lanes * static.sums if shared else 1
     # A counter for each group's meetings, and for each row that may be small.
     counters = chosen.groups + rows.total if shared else 1
     arguments = _arguments(rows, support, statistics, coefficients, gradient)._replace(
@@ -204,30 +204,30 @@ def resident_launch(
         groups=chosen.groups,
     )
     programs = chosen.groups * chosen.splits
-    return Launch(resident_kernel, programs, chosen, arguments, own, _function(rows))
+    return Launch(resident_kernel, programs, chosen, arguments, static, _function(rows))
 
 
 def values_launch(rows: Rows, statistics: Tensor, values: Tensor) -> Launch:
     chosen = values_form(rows)
-    own = _plan(rows, None, None)._replace(block=chosen.block_v)
+    static = _plan(rows, None, None)._replace(block=chosen.block_v)
     arguments = _arguments(rows, None, statistics, None, None)._replace(values=values)
-    return Launch(values_kernel, rows.total, chosen, arguments, own, _function(rows))
+    return Launch(values_kernel, rows.total, chosen, arguments, static, _function(rows))
 
 
 def mark_launch(rows: Rows, support: Support, gradient: Tensor | None) -> Launch:
     """Fills a support's buffers; the rows are split as those of the launch that reads it."""
-    own = _plan(rows, None, gradient)._replace(write=False)
+    static = _plan(rows, None, gradient)._replace(write=False)
     arguments = _arguments(rows, support, None, None, None)
-    return Launch(mark_kernel, rows.total, MARKS, arguments, own)
+    return Launch(mark_kernel, rows.total, MARKS, arguments, static)
 
 
 def scale_launch(gradient: Tensor, factor: Tensor) -> Launch:
     count, vocabulary = gradient.shape[0] * gradient.shape[1], gradient.shape[-1]
     chosen, side = plan.sweep(vocabulary), _side(gradient)
-    own = Plan(vocabulary, has_edges([gradient]), write=True, block=chosen.block_v)
+    static = Plan(vocabulary, has_edges([gradient]), write=True, block=chosen.block_v)
     arguments = Arguments(side, gradient=side, inner=gradient.shape[1])
     arguments = arguments._replace(factor=_per_row(factor, count))
-    return Launch(scale_kernel, count, chosen, arguments, own)
+    return Launch(scale_kernel, count, chosen, arguments, static)
 
 
 def _marked(rows: Rows, gradient: Tensor | None) -> Support | None:
@@ -273,9 +273,9 @@ def _arguments(
     if teachers is not None and rows.support is None:
         teachers = tuple(_side(t) for t in teachers)
     temperature = rows.row_temperature
-    own: Sequence[PerRow | None] = (None, None, None)
+    weights: Sequence[PerRow | None] = (None, None, None)
     if coefficients is not None:
-        own = [_per_row(c, rows.total) for c in coefficients]
+        weights = [_per_row(c, rows.total) for c in coefficients]
     return Arguments(
         student=_side(rows.student),
         teachers=teachers,
@@ -291,9 +291,9 @@ def _arguments(
         parameter=rows.parameter,
         statistics=statistics,
         gradient=None if gradient is None else _side(gradient),
-        divergence=own[0],
-        log_prob=own[1],
-        entropy=own[2],
+        divergence=weights[0],
+        log_prob=weights[1],
+        entropy=weights[2],
     )
 
 

@@ -107,13 +107,13 @@ def _read(ptr, empty, P: tl.constexpr):
 def publish_sums(group, meetings, sums, P: tl.constexpr):
     """Publishes the sums of a slice for the group's next meeting, and arrives there."""
     for i in tl.static_range(len(sums)):
-        own = Sums(*sums[i])
+        member = Sums(*sums[i])
         ptr = _slot(group, meetings % _IN_TURN, P) + i * _PUBLISHED * P.lanes
-        tl.store(ptr + group.part, own.student_max)
+        tl.store(ptr + group.part, member.student_max)
         if P.full > 0:
-            tl.store(ptr + P.lanes + group.part, own.teacher_max)
-        for j in tl.static_range(len(own.kept)):
-            tl.store(ptr + (2 + j) * P.lanes + group.part, own.kept[j])
+            tl.store(ptr + P.lanes + group.part, member.teacher_max)
+        for j in tl.static_range(len(member.terms)):
+            tl.store(ptr + (2 + j) * P.lanes + group.part, member.terms[j])
     arrive(group.counter)
 
 
@@ -124,40 +124,40 @@ def meet_sums(group, meetings, sums, scale, P: tl.constexpr):
     merged = ()
     for i in tl.static_range(len(sums)):
         ptr = _slot(group, meetings % _IN_TURN, P) + i * _PUBLISHED * P.lanes
-        kept = ()
-        for j in tl.static_range(len(Sums(*sums[i]).kept)):
-            kept = kept + (_read(ptr + (2 + j) * P.lanes, 0.0, P),)
-        student_max = _read(ptr, START, P)
-        teacher_max = student_max
+        terms = ()
+        for j in tl.static_range(len(Sums(*sums[i]).terms)):
+            terms = terms + (_read(ptr + (2 + j) * P.lanes, 0.0, P),)
+        student_maxima = _read(ptr, START, P)
+        teacher_maxima = student_maxima
         if P.full > 0:
-            teacher_max = _read(ptr + P.lanes, START, P)
-        parts = Sums(student_max, teacher_max, kept)
-        student_max = tl.max(parts.student_max, 0)
-        teacher_max = tl.max(parts.teacher_max, 0)
-        kept = ()
+            teacher_maxima = _read(ptr + P.lanes, START, P)
+        student_max = tl.max(student_maxima, 0)
+        teacher_max = tl.max(teacher_maxima, 0)
+        parts = Sums(student_maxima, teacher_maxima, terms)
+        terms = ()
         parts = about(parts, student_max, teacher_max, scale, P)
         for j in tl.static_range(len(parts)):
-            kept = kept + (tl.sum(parts[j], 0),)
-        merged = merged + (Sums(student_max, teacher_max, kept),)
+            terms = terms + (tl.sum(parts[j], 0),)
+        merged = merged + (Sums(student_max, teacher_max, terms),)
     return merged
 
 
 @triton.jit
-def meet_values(group, meetings, terms, P: tl.constexpr):
+def meet_values(group, meetings, values, slopes, P: tl.constexpr):
     """Values and sums of slopes of the row, from those of a slice."""
     ptr = _slot(group, meetings % _IN_TURN, P)
-    for i in tl.static_range(len(terms[0])):
-        tl.store(ptr + 2 * i * P.lanes + group.part, terms[0][i])
-        tl.store(ptr + (2 * i + 1) * P.lanes + group.part, terms[1][i])
+    for i in tl.static_range(len(values)):
+        tl.store(ptr + 2 * i * P.lanes + group.part, values[i])
+        tl.store(ptr + (2 * i + 1) * P.lanes + group.part, slopes[i])
     arrive(group.counter)
     wait(group.counter, (meetings + 1) * P.splits)
-    values = ()
-    slopes = ()
-    for i in tl.static_range(len(terms[0])):
-        values = values + (tl.sum(_read(ptr + 2 * i * P.lanes, 0.0, P), 0),)
-        found = _read(ptr + (2 * i + 1) * P.lanes, no_slopes(P), P)
-        slopes = slopes + (all_together(found, P),)
-    return values, slopes
+    row_values = ()
+    row_slopes = ()
+    for i in tl.static_range(len(values)):
+        row_values = row_values + (tl.sum(_read(ptr + 2 * i * P.lanes, 0.0, P), 0),)
+        parts = _read(ptr + (2 * i + 1) * P.lanes, no_slopes(P), P)
+        row_slopes = row_slopes + (all_together(parts, P),)
+    return row_values, row_slopes
 
 
 @triton.jit

@@ -240,10 +240,10 @@ def _edge_lanes(where, P: tl.constexpr):
 
 
 @triton.jit
-def load_edges(where, wanted, P: tl.constexpr):
-    """The edges of a row, as a tile; nothing is read unless `wanted`."""
+def load_edges(where, is_read, P: tl.constexpr):
+    """The edges of a row, as a tile; nothing is loaded unless it `is_read`."""
     offsets, inside = _edge_lanes(where, P)
-    inside = inside & (offsets < tl.where(wanted, P.vocabulary, 0))
+    inside = inside & (offsets < tl.where(is_read, P.vocabulary, 0))
     z = tl.load(where.student + offsets, mask=inside, other=P.pad)
     ws = ()
     if P.k > 0:
@@ -317,13 +317,13 @@ def sampled_token(args, where, P: tl.constexpr):
     gradient, which may overwrite them."""
     token = no_token(P)
     if args.token_ids is not None:
-        found = tl.load(args.token_ids + where.row)
-        found = tl.where((found >= 0) & (found < P.vocabulary), found, -1).to(tl.int32)
-        z = _logit(where.student, found)
+        token_id = tl.load(args.token_ids + where.row)
+        token_id = tl.where((token_id >= 0) & (token_id < P.vocabulary), token_id, -1).to(tl.int32)
+        z = _logit(where.student, token_id)
         ws = ()
         for i in tl.static_range(len(where.teachers)):
-            ws = ws + (_logit(where.teachers[i], found),)
-        token = Token(found, z, ws, token.in_support, token.correction)
+            ws = ws + (_logit(where.teachers[i], token_id),)
+        token = Token(token_id, z, ws, token.in_support, token.correction)
     return token
 
 
@@ -357,13 +357,13 @@ def write_statistics(args, row, stats, log_prob, teacher_log_prob, inv_t, P: tl.
         for field in tl.static_range(_STUDENT_MASS, _TAIL_CORRECTION + 1):
             tl.store(ptr + field * count, 0.0)
     for i in tl.static_range(len(stats)):
-        own = ptr + (_STUDENT_FIELDS + i * _MEMBER_FIELDS) * count
+        first = ptr + (_STUDENT_FIELDS + i * _MEMBER_FIELDS) * count
         member = Statistics(*stats[i])
-        tl.store(own + _TEACHER_MAX * count, member.teacher_max)
-        tl.store(own + _TEACHER_LSE * count, member.teacher_lse)
-        tl.store(own + _SLOPE_SUM * count, member.slope_sum)
-        tl.store(own + _LOG_S * count, member.log_s)
-        tl.store(own + _TAIL_SLOPE * count, member.tail_slope)
+        tl.store(first + _TEACHER_MAX * count, member.teacher_max)
+        tl.store(first + _TEACHER_LSE * count, member.teacher_lse)
+        tl.store(first + _SLOPE_SUM * count, member.slope_sum)
+        tl.store(first + _LOG_S * count, member.log_s)
+        tl.store(first + _TAIL_SLOPE * count, member.tail_slope)
 
 
 @triton.jit
@@ -382,12 +382,12 @@ def read_statistics(args, row, P: tl.constexpr):
     stats = ()
     MEMBERS: tl.constexpr = max(P.members, 1)
     for i in tl.static_range(MEMBERS):
-        own = ptr + (_STUDENT_FIELDS + i * _MEMBER_FIELDS) * count
-        teacher_max = tl.load(own + _TEACHER_MAX * count)
-        teacher_lse = tl.load(own + _TEACHER_LSE * count)
-        slope_sum = tl.load(own + _SLOPE_SUM * count)
-        log_s = tl.load(own + _LOG_S * count)
-        tail_slope = tl.load(own + _TAIL_SLOPE * count)
+        first = ptr + (_STUDENT_FIELDS + i * _MEMBER_FIELDS) * count
+        teacher_max = tl.load(first + _TEACHER_MAX * count)
+        teacher_lse = tl.load(first + _TEACHER_LSE * count)
+        slope_sum = tl.load(first + _SLOPE_SUM * count)
+        log_s = tl.load(first + _LOG_S * count)
+        tail_slope = tl.load(first + _TAIL_SLOPE * count)
         shift = teacher_lse - student_lse
         member = Statistics(
             student_max,

@@ -55,10 +55,10 @@ def _add_6(a, b, c, d, e, f, a2, b2, c2, d2, e2, f2):
 def sum_each(tensors):
     """The sum of each of two to six tensors."""
     if INTERPRETED:
-        found = ()
+        sums = ()
         for i in tl.static_range(len(tensors)):
-            found = found + (tl.sum(tensors[i], 0),)
-        return found
+            sums = sums + (tl.sum(tensors[i], 0),)
+        return sums
     elif len(tensors) == 2:
         return tl.reduce(tensors, 0, _add_2)
     elif len(tensors) == 3:

@@ -76,9 +76,9 @@ def _limit(where, body, P: tl.constexpr):
 
 
 @triton.jit
-def _load(where, wanted, P: tl.constexpr):
-    """The tiles of a slice, as stored; nothing is read unless `wanted`."""
-    limit = _limit(where, tl.where(wanted, where.body, 0), P)
+def _load(where, is_read, P: tl.constexpr):
+    """The tiles of a slice, as stored; nothing is loaded unless it `is_read`."""
+    limit = _limit(where, tl.where(is_read, where.body, 0), P)
     tiles = ()
     TILES: tl.constexpr = P.tiles
     for i in tl.static_range(TILES):
@@ -114,14 +114,14 @@ def _write_guarded_gradient(where, stats, weights, constants, P: tl.constexpr, D
 def _values_and_slopes(group, meetings, held, stats, constants, P: tl.constexpr, D: tl.constexpr):
     """Divergence and sum of slopes of the row for each member, all normalisers known: the second
     meeting."""
-    terms = values_and_slopes(held.tiles, stats, constants, P, D)
+    divergences = values_and_slopes(held.tiles, stats, constants, P, D)
     if P.edges:
         if group.part == 0:
-            more = values_and_slopes((held.edges,), stats, constants, P, D)
-            terms = add_values_and_slopes(terms, more, P)
+            edges = values_and_slopes((held.edges,), stats, constants, P, D)
+            divergences = add_values_and_slopes(divergences, edges, P)
     if P.splits > 1:
-        terms = meet_values(group, meetings, terms, P)
-    return terms
+        divergences = meet_values(group, meetings, divergences[0], divergences[1], P)
+    return divergences
 
 
 @triton.jit
@@ -140,12 +140,12 @@ def _write_small_value(args, group, row, held, stats, constants, P: tl.constexpr
 
 
 @triton.jit
-def _is_wanted(args, row):
+def _is_read(args, row):
     """Whether a row is to be read: it exists and is not masked."""
-    wanted = row < args.count
+    is_read = row < args.count
     if args.valid is not None:
-        wanted = tl.load(args.valid + row, mask=wanted, other=0).to(tl.int32) != 0
-    return wanted
+        is_read = tl.load(args.valid + row, mask=is_read, other=0).to(tl.int32) != 0
+    return is_read
 
 
 @triton.jit
@@ -156,8 +156,8 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
     group, row = group_of(args, P)
     meetings = tl.full((), 0, tl.int32)
     where = locate(args, row, group.part, P)
-    wanted = _is_wanted(args, row)
-    tiles = _load(where, wanted, P)
+    is_read = _is_read(args, row)
+    tiles = _load(where, is_read, P)
     while row < args.count:
         # What this program has to say of its slice, before it waits for anything.
         sums = no_sums(P)
@@ -165,8 +165,8 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
         token = no_token(P)
         edges = tiles[0]  # replaced where there are edges
         if P.edges:
-            edges = load_edges(where, wanted & (group.part == 0), P)
-        if wanted:
+            edges = load_edges(where, is_read & (group.part == 0), P)
+        if is_read:
             constants = constants_of(args, row, P)
             token = sampled_token(args, where, P)
             sums = sums_of(tiles, constants, P, GUARDED)
@@ -181,27 +181,27 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
             if P.splits > 1:
                 publish_sums(group, meetings, sums, P)
 
-        next_wanted = _is_wanted(args, row + args.groups)
+        next_is_read = _is_read(args, row + args.groups)
         next_tiles = tiles
         if P.prefetch:
             next_where = locate(args, row + args.groups, group.part, P)
-            next_tiles = _load(next_where, next_wanted, P)
+            next_tiles = _load(next_where, next_is_read, P)
 
-        if wanted:
+        if is_read:
             constants = constants_of(args, row, P)
             held = Held(tiles, edges)
             if P.splits > 1:
                 sums = meet_sums(group, meetings, sums, constants.scale, P)
                 meetings += 1
             stats = normalisers(sums, constants, P)
-            terms = ((), ())
+            divergences = ((), ())
             if P.full > 0:
                 if P.one_sweep:
-                    terms = swept_divergences(sums, stats, constants, P)
+                    divergences = swept_divergences(sums, stats, constants, P)
                 else:
-                    terms = _values_and_slopes(group, meetings, held, stats, constants, P, D)
+                    divergences = _values_and_slopes(group, meetings, held, stats, constants, P, D)
                     meetings += 1
-            value, stats, token = conclude(args, where, token, stats, terms, constants, P, D)
+            value, stats, token = conclude(args, where, token, stats, divergences, constants, P, D)
             if P.small:
                 if agreed(is_small(value, constants)):
                     _write_small_value(args, group, row, held, stats, constants, P, D)
@@ -228,7 +228,7 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
                     clear_edges(where, P)
         row += args.groups
         where = locate(args, row, group.part, P)
-        wanted = next_wanted
+        is_read = next_is_read
         tiles = next_tiles
         if not P.prefetch:
-            tiles = _load(where, wanted, P)
+            tiles = _load(where, is_read, P)

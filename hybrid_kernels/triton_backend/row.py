@@ -15,10 +15,10 @@ from hybrid_kernels.triton_backend.sums import (
 
 
 @triton.jit
-def conclude(args, where, token, stats, terms, constants, P: tl.constexpr, D: tl.constexpr):
+def conclude(args, where, token, stats, divergences, constants, P: tl.constexpr, D: tl.constexpr):
     """Completes the statistics, which the first program of a row writes.
 
-    `stats` are those of `normalisers`, `terms` values and sums of slopes of the full teachers.
+    `stats` are those of `normalisers`, `divergences` the values and sums of slopes of full teachers.
     Returns the divergence, the statistics, and what there is to know of the token.
     """
     value = tl.full((), 0.0, tl.float32)
@@ -26,7 +26,7 @@ def conclude(args, where, token, stats, terms, constants, P: tl.constexpr, D: tl
     if P.k > 0:
         value, stats, log_q, token = topk.compare(args, where, token, stats, constants, P, D)
     elif P.members > 0:
-        value, stats = settled(terms[0], terms[1], stats, constants, P)
+        value, stats = settled(divergences[0], divergences[1], stats, constants, P)
     if where.part == 0:
         log_p = tl.full((), 0.0, tl.float32)
         if args.token_ids is not None:

@@ -52,20 +52,21 @@ class Constants(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """The sums over a part of a row, about the maxima of its entries. `kept` holds those of `Terms`
-    that the divergence needs, in that order."""
+    """The sums over a part of a row, about the maxima of its entries. `terms` holds those of
+    `Terms` that the plan needs, in that order."""
 
     student_max: tl.tensor
     teacher_max: tl.tensor
-    kept: tl.tensor
+    terms: tl.tensor
 
 
 class Terms(NamedTuple):
-    """What an entry adds to the sums, or all entries; 0 for what is not kept. With x = z - m, d of
-    `difference` and exponents divided by T,
+    """What an entry adds to the sums, or all entries; 0 for what the plan does not need. With
+    x = z - m, d of `difference` and exponents divided by T,
 
     student_sum = sum e^x        student_x = sum e^x x       student_d = sum e^x d
-    teacher_sum = sum e^(w-m_w)  teacher_d = sum e^(w-m_w) d  teacher_kept = sum over z > -inf
+    teacher_sum = sum e^(w-m_w)  teacher_d = sum e^(w-m_w) d
+    teacher_allowed = sum e^(w-m_w) over z > -inf
 
     Under a support teacher_sum is sum e^x outside it, and the teacher's maximum is the student's.
     """
@@ -75,7 +76,7 @@ class Terms(NamedTuple):
     teacher_sum: tl.tensor
     student_d: tl.tensor
     teacher_d: tl.tensor
-    teacher_kept: tl.tensor
+    teacher_allowed: tl.tensor
 
 
 class Statistics(NamedTuple):
@@ -130,32 +131,32 @@ def difference(z, w, student_max, teacher_max, GUARDED: tl.constexpr):
 
 
 @triton.jit
-def _kept(terms, P: tl.constexpr):
-    kept = (terms.student_sum, terms.student_x)
+def _packed(terms, P: tl.constexpr):
+    packed = (terms.student_sum, terms.student_x)
     if P.members > 0:
-        kept = kept + (terms.teacher_sum,)
+        packed = packed + (terms.teacher_sum,)
     if P.student_d:
-        kept = kept + (terms.student_d,)
+        packed = packed + (terms.student_d,)
     if P.teacher_d:
-        kept = kept + (terms.teacher_d, terms.teacher_kept)
-    return kept
+        packed = packed + (terms.teacher_d, terms.teacher_allowed)
+    return packed
 
 
 @triton.jit
-def _terms(kept, P: tl.constexpr):
+def _unpacked(packed, P: tl.constexpr):
     zero = tl.full((), 0.0, tl.float32)
     teacher_sum = zero
     student_d = zero
     teacher_d = zero
-    teacher_kept = zero
+    teacher_allowed = zero
     if P.members > 0:
-        teacher_sum = kept[2]
+        teacher_sum = packed[2]
     if P.student_d:
-        student_d = kept[3]
+        student_d = packed[3]
     if P.teacher_d:
-        teacher_d = kept[len(kept) - 2]
-        teacher_kept = kept[len(kept) - 1]
-    return Terms(kept[0], kept[1], teacher_sum, student_d, teacher_d, teacher_kept)
+        teacher_d = packed[len(packed) - 2]
+        teacher_allowed = packed[len(packed) - 1]
+    return Terms(packed[0], packed[1], teacher_sum, student_d, teacher_d, teacher_allowed)
 
 
 @triton.jit
@@ -163,11 +164,11 @@ def no_sums(P: tl.constexpr):
     """The sums of no entries."""
     top = tl.full((), START, tl.float32)
     zero = tl.full((), 0.0, tl.float32)
-    kept = _kept(Terms(zero, zero, zero, zero, zero, zero), P)
+    terms = _packed(Terms(zero, zero, zero, zero, zero, zero), P)
     sums = ()
     SUMS: tl.constexpr = P.sums
     for _ in tl.static_range(SUMS):
-        sums = sums + (Sums(top, top, kept),)
+        sums = sums + (Sums(top, top, terms),)
     return sums
 
 
@@ -204,8 +205,8 @@ def _member_sums(tiles, i: tl.constexpr, constants, P: tl.constexpr, GUARDED: tl
     # Entry by entry first: a thread adds up what it holds before threads add up what they have.
     lanes = _summands(tiles[0], i, student_max, teacher_max, constants, P, GUARDED)
     for j in tl.static_range(1, len(tiles)):
-        more = _summands(tiles[j], i, student_max, teacher_max, constants, P, GUARDED)
-        lanes = _added(lanes, more)
+        tile = _summands(tiles[j], i, student_max, teacher_max, constants, P, GUARDED)
+        lanes = _added(lanes, tile)
     return Sums(student_max, teacher_max, sum_each(lanes))
 
 
@@ -219,13 +220,13 @@ def _summands(
     P: tl.constexpr,
     GUARDED: tl.constexpr,
 ):
-    """What each entry adds to the sums that are kept."""
+    """What each entry adds to the sums."""
     z = tile[0]
     zero = tl.full((), 0.0, tl.float32)
     f = zero
     e_d = zero
     f_d = zero
-    kept = zero
+    allowed = zero
     x = z.to(tl.float32) - student_max
     e = tl.exp2(x * constants.scale)
     if P.k > 0:
@@ -237,13 +238,13 @@ def _summands(
         if P.student_d:
             e_d = e * d
         if P.teacher_d:
-            kept = f
+            allowed = f
             if GUARDED:
-                kept = tl.where(z.to(tl.float32) > LOWEST, f, 0.0)
+                allowed = tl.where(z.to(tl.float32) > LOWEST, f, 0.0)
                 # q = 0 where the teacher forbids a token: its 0 * inf counts as 0.
                 d = tl.minimum(d, -LOWEST)
-            f_d = kept * d
-    return _kept(Terms(e, e * at_least_lowest(x, GUARDED), f, e_d, f_d, kept), P)
+            f_d = allowed * d
+    return _packed(Terms(e, e * at_least_lowest(x, GUARDED), f, e_d, f_d, allowed), P)
 
 
 @triton.jit
@@ -264,15 +265,15 @@ def merge(a, b, scale, P: tl.constexpr):
         other = Sums(*b[i])
         student_max = tl.maximum(one.student_max, other.student_max)
         teacher_max = tl.maximum(one.teacher_max, other.teacher_max)
-        kept = about(one, student_max, teacher_max, scale, P)
-        kept = _added(kept, about(other, student_max, teacher_max, scale, P))
-        merged = merged + (Sums(student_max, teacher_max, kept),)
+        terms = about(one, student_max, teacher_max, scale, P)
+        terms = _added(terms, about(other, student_max, teacher_max, scale, P))
+        merged = merged + (Sums(student_max, teacher_max, terms),)
     return merged
 
 
 @triton.jit
 def about(sums, student_max, teacher_max, scale, P: tl.constexpr):
-    """The sums that are kept, about other maxima.
+    """The terms of sums, about other maxima.
 
     x and d move by a step and the weights by a factor: sum' = factor * (sum + weight * step).
     """
@@ -281,25 +282,25 @@ def about(sums, student_max, teacher_max, scale, P: tl.constexpr):
     factor = tl.exp2(student_step * scale)
     teacher_factor = tl.exp2(teacher_step * scale)
     delta = student_step - teacher_step
-    own = _terms(sums.kept, P)
+    terms = _unpacked(sums.terms, P)
     moved = Terms(
-        factor * own.student_sum,
-        factor * (own.student_x + own.student_sum * student_step),
-        teacher_factor * own.teacher_sum,
-        factor * (own.student_d + own.student_sum * delta),
-        teacher_factor * (own.teacher_d + own.teacher_kept * delta),
-        teacher_factor * own.teacher_kept,
+        factor * terms.student_sum,
+        factor * (terms.student_x + terms.student_sum * student_step),
+        teacher_factor * terms.teacher_sum,
+        factor * (terms.student_d + terms.student_sum * delta),
+        teacher_factor * (terms.teacher_d + terms.teacher_allowed * delta),
+        teacher_factor * terms.teacher_allowed,
     )
-    return _kept(moved, P)
+    return _packed(moved, P)
 
 
 @triton.jit
 def is_finite(sums, P: tl.constexpr):
     """Whether tiles held finite numbers only: an infinite one leaves an infinity or 0 * inf."""
-    probe = _terms(Sums(*sums[0]).kept, P).student_x
+    probe = _unpacked(Sums(*sums[0]).terms, P).student_x
     for i in tl.static_range(len(sums)):
-        own = _terms(Sums(*sums[i]).kept, P)
-        probe += own.student_d + own.teacher_d
+        terms = _unpacked(Sums(*sums[i]).terms, P)
+        probe += terms.student_d + terms.teacher_d
     return probe - probe == 0.0
 
 
@@ -322,37 +323,37 @@ def normalisers(sums, constants, P: tl.constexpr):
     zero = tl.full((), 0.0, tl.float32)
     stats = ()
     for i in tl.static_range(len(sums)):
-        tops = Sums(*sums[i])
-        own = _terms(tops.kept, P)
-        student_max = tops.student_max + 0.0 * own.student_sum
-        student_lse = _log_sum(tops.student_max, own.student_sum)
-        entropy = student_lse - own.student_x / own.student_sum * constants.inv_t
+        maxima = Sums(*sums[i])
+        terms = _unpacked(maxima.terms, P)
+        student_max = maxima.student_max + 0.0 * terms.student_sum
+        student_lse = _log_sum(maxima.student_max, terms.student_sum)
+        entropy = student_lse - terms.student_x / terms.student_sum * constants.inv_t
         teacher_max = zero
         teacher_lse = zero
         shift = zero
         if P.full > 0:
-            teacher_max = tops.teacher_max + 0.0 * own.teacher_sum
-            teacher_lse = _log_sum(teacher_max, own.teacher_sum)
+            teacher_max = maxima.teacher_max + 0.0 * terms.teacher_sum
+            teacher_lse = _log_sum(teacher_max, terms.teacher_sum)
             shift = teacher_lse - student_lse
         if P.k > 0:
-            teacher_lse = tl.log(own.teacher_sum) - student_lse
-        one = Statistics(
+            teacher_lse = tl.log(terms.teacher_sum) - student_lse
+        stat = Statistics(
             student_max, teacher_max, student_lse, teacher_lse, shift, entropy, zero, zero, zero
         )
-        stats = stats + (one,)
+        stats = stats + (stat,)
     return stats
 
 
 @triton.jit
-def with_slopes(own, student, slope_sum, log_s, tail_slope):
+def with_slopes(stat, student, slope_sum, log_s, tail_slope):
     """The statistics with what the divergence adds, and the student's from `student`: those of all
     members are equal, and known to be so once they are the same."""
     return Statistics(
         student.student_max,
-        own.teacher_max,
+        stat.teacher_max,
         student.student_lse,
-        own.teacher_lse,
-        own.shift,
+        stat.teacher_lse,
+        stat.shift,
         student.entropy,
         slope_sum,
         log_s,
@@ -366,20 +367,20 @@ def swept_divergences(sums, stats, constants, P: tl.constexpr):
     values = ()
     slopes = ()
     for i in tl.static_range(len(stats)):
-        own = _terms(Sums(*sums[i]).kept, P)
+        terms = _unpacked(Sums(*sums[i]).terms, P)
         shift = Statistics(*stats[i]).shift
-        reverse = own.student_d / own.student_sum * constants.inv_t + shift
-        kept = own.teacher_kept / own.teacher_sum
-        forward = -(own.teacher_d / own.teacher_sum * constants.inv_t + shift * kept)
+        reverse = terms.student_d / terms.student_sum * constants.inv_t + shift
+        allowed = terms.teacher_allowed / terms.teacher_sum
+        forward = -(terms.teacher_d / terms.teacher_sum * constants.inv_t + shift * allowed)
         if P.student_d and P.teacher_d:
             values = values + (reverse + forward,)
-            slopes = slopes + (reverse - kept,)
+            slopes = slopes + (reverse - allowed,)
         elif P.student_d:
             values = values + (reverse,)
             slopes = slopes + (reverse,)
         else:
             values = values + (forward,)
-            slopes = slopes + (-kept,)
+            slopes = slopes + (-allowed,)
     return values, slopes
 
 
@@ -414,13 +415,13 @@ def settle(value, slope_sum, shift, parameter, P: tl.constexpr):
 def settled(values, slopes, stats, constants, P: tl.constexpr):
     """`settle` for each member: the weighted sum of their divergences, and their statistics."""
     total = tl.full((), 0.0, tl.float32)
-    found = ()
+    members = ()
     for i in tl.static_range(len(stats)):
-        own = Statistics(*stats[i])
-        value, slope_sum, log_s = settle(values[i], slopes[i], own.shift, constants.parameter, P)
+        stat = Statistics(*stats[i])
+        value, slope_sum, log_s = settle(values[i], slopes[i], stat.shift, constants.parameter, P)
         total += constants.shares[i] * value
-        found = found + (with_slopes(own, Statistics(*stats[0]), slope_sum, log_s, 0.0),)
-    return total, found
+        members = members + (with_slopes(stat, Statistics(*stats[0]), slope_sum, log_s, 0.0),)
+    return total, members
 
 
 @triton.jit
@@ -436,26 +437,26 @@ def is_small(value, constants):
 
 
 @triton.jit
-def student_probability(z, own, constants):
-    x = z.to(tl.float32) - own.student_max
-    return tl.exp2(x * constants.scale - own.student_lse * LOG2E)
+def student_probability(z, stat, constants):
+    x = z.to(tl.float32) - stat.student_max
+    return tl.exp2(x * constants.scale - stat.student_lse * LOG2E)
 
 
 @triton.jit
-def student_log_prob(z, own, constants):
-    return (z.to(tl.float32) - own.student_max) * constants.inv_t - own.student_lse
+def student_log_prob(z, stat, constants):
+    return (z.to(tl.float32) - stat.student_max) * constants.inv_t - stat.student_lse
 
 
 @triton.jit
-def entry_of(z, w, own, constants, P: tl.constexpr, GUARDED: tl.constexpr = True):
+def entry_of(z, w, stat, constants, P: tl.constexpr, GUARDED: tl.constexpr = True):
     """Both probabilities and their log-ratio; q = 0 where z = -inf, and outside the row."""
-    p = student_probability(z, own, constants)
-    x = w.to(tl.float32) - own.teacher_max
-    raw_q = tl.exp2(x * constants.scale - own.teacher_lse * LOG2E)
+    p = student_probability(z, stat, constants)
+    x = w.to(tl.float32) - stat.teacher_max
+    raw_q = tl.exp2(x * constants.scale - stat.teacher_lse * LOG2E)
     q = raw_q
-    d = difference(z, w, own.student_max, own.teacher_max, GUARDED)
-    log_ratio = d * constants.inv_t + own.shift
-    log_p = student_log_prob(z, own, constants)
+    d = difference(z, w, stat.student_max, stat.teacher_max, GUARDED)
+    log_ratio = d * constants.inv_t + stat.shift
+    log_p = student_log_prob(z, stat, constants)
     if P.floor:
         log_ratio = tl.minimum(log_ratio, tl.maximum(log_p - constants.floor, LOWEST))
         q = tl.maximum(q, tl.exp2(constants.floor * LOG2E))
@@ -466,10 +467,10 @@ def entry_of(z, w, own, constants, P: tl.constexpr, GUARDED: tl.constexpr = True
 
 @triton.jit
 def _term_and_slope(
-    tile, i: tl.constexpr, own, constants, P: tl.constexpr, D: tl.constexpr, SMALL: tl.constexpr
+    tile, i: tl.constexpr, stat, constants, P: tl.constexpr, D: tl.constexpr, SMALL: tl.constexpr
 ):
     """t and s of each entry; in the place of Renyi's s the exponent whose log-sum-exp is log S."""
-    entry = entry_of(tile[0], tile[1][i], own, constants, P)
+    entry = entry_of(tile[0], tile[1][i], stat, constants, P)
     parameter = constants.parameter
     t, u, v = D(entry, parameter, 0.0, SMALL)
     s = entry.p * u + v
@@ -487,19 +488,19 @@ def values_and_slopes(
     values = ()
     slopes = ()
     for i in tl.static_range(len(stats)):
-        own = Statistics(*stats[i])
-        t, s = _term_and_slope(tiles[0], i, own, constants, P, D, SMALL)
+        stat = Statistics(*stats[i])
+        t, s = _term_and_slope(tiles[0], i, stat, constants, P, D, SMALL)
         for j in tl.static_range(1, len(tiles)):
-            more, steeper = _term_and_slope(tiles[j], i, own, constants, P, D, SMALL)
-            t += more
-            s = together(s, steeper, P)
+            t_j, s_j = _term_and_slope(tiles[j], i, stat, constants, P, D, SMALL)
+            t += t_j
+            s = together(s, s_j, P)
         if P.tilted:
             values = values + (tl.sum(t, 0),)
             slopes = slopes + (all_together(s, P),)
         else:
-            found = sum_each((t, s))
-            values = values + (found[0],)
-            slopes = slopes + (found[1],)
+            sums = sum_each((t, s))
+            values = values + (sums[0],)
+            slopes = slopes + (sums[1],)
     return values, slopes
 
 
@@ -519,11 +520,11 @@ def small_value(tiles, stats, constants, P: tl.constexpr, D: tl.constexpr):
     """What tiles add to the weighted sum of divergences, where that is small."""
     total = tl.full((), 0.0, tl.float32)
     for i in tl.static_range(len(stats)):
-        own = Statistics(*stats[i])
-        t, _ = _term_and_slope(tiles[0], i, own, constants, P, D, True)
+        stat = Statistics(*stats[i])
+        t, _ = _term_and_slope(tiles[0], i, stat, constants, P, D, True)
         for j in tl.static_range(1, len(tiles)):
-            more, _ = _term_and_slope(tiles[j], i, own, constants, P, D, True)
-            t += more
+            t_j, _ = _term_and_slope(tiles[j], i, stat, constants, P, D, True)
+            t += t_j
         total += constants.shares[i] * tl.sum(t, 0)
     return total
 
@@ -534,8 +535,8 @@ def teacher_log_prob(w_token, stats, constants, P: tl.constexpr):
     total = tl.full((), 0.0, tl.float32)
     mean = tl.full((), 0.0, tl.float32)
     for i in tl.static_range(len(w_token)):
-        own = Statistics(*stats[i])
-        log_q = (w_token[i] - own.teacher_max) * constants.inv_t - own.teacher_lse
+        stat = Statistics(*stats[i])
+        log_q = (w_token[i] - stat.teacher_max) * constants.inv_t - stat.teacher_lse
         if P.floor:
             log_q = tl.where(log_q < constants.floor, constants.floor, log_q)
         total += constants.shares[i]

@@ -78,8 +78,8 @@ def _second_sweep(
     if P.edges:
         values, slopes = values_and_slopes(_load_edges(where, P), stats, constants, P, D, SMALL)
     for start in range(0, P.vocabulary, P.block):
-        more = values_and_slopes(_load(where, start, P), stats, constants, P, D, SMALL)
-        values, slopes = add_values_and_slopes((values, slopes), more, P)
+        tile = values_and_slopes(_load(where, start, P), stats, constants, P, D, SMALL)
+        values, slopes = add_values_and_slopes((values, slopes), tile, P)
     return values, slopes
 
 
@@ -122,13 +122,13 @@ def sweep_kernel(args, P: tl.constexpr, D: tl.constexpr):
         if P.measure:
             sums = _first_sweep(where, constants, P)
             stats = normalisers(sums, constants, P)
-            terms = ((), ())
+            divergences = ((), ())
             if P.full > 0:
                 if P.one_sweep:
-                    terms = swept_divergences(sums, stats, constants, P)
+                    divergences = swept_divergences(sums, stats, constants, P)
                 else:
-                    terms = _second_sweep(where, stats, constants, P, D)
-            value, stats, token = conclude(args, where, token, stats, terms, constants, P, D)
+                    divergences = _second_sweep(where, stats, constants, P, D)
+            value, stats, token = conclude(args, where, token, stats, divergences, constants, P, D)
             if P.small:
                 if agreed(is_small(value, constants)):
                     write_divergence(args, row, _small_sweep(where, stats, constants, P, D))

@@ -76,22 +76,22 @@ def mark_kernel(args, P: tl.constexpr):
         tl.debug_barrier()
         lane = tl.arange(0, P.block_k)
         first = tl.cast(row, tl.int64) * P.k
-        wanted = tl.load(args.support.given + first + lane, mask=lane < P.k, other=-1)
-        inside = (wanted >= 0) & (wanted < P.vocabulary)
-        ids = tl.where(inside, wanted, 0).to(tl.int32)
+        given = tl.load(args.support.given + first + lane, mask=lane < P.k, other=-1)
+        inside = (given >= 0) & (given < P.vocabulary)
+        ids = tl.where(inside, given, 0).to(tl.int32)
         mark = mark_of(where, ids, P)
         bit = (tl.full((P.block_k,), 1, tl.int32)) << (mark % 32)
         before = tl.atomic_or(words_ptr + mark // 32, bit, mask=inside, sem="relaxed")
         repeated = tl.where(inside, before & bit, 0) != 0
-        kept = inside
+        counts = inside
         if agreed(tl.max(repeated.to(tl.int32), 0) > 0):
             # Which of them found the bit unset is a matter of chance: the first one counts.
             for other in range(P.k):
-                same = tl.load(args.support.given + first + other) == wanted
-                kept = kept & ~(same & (lane > other))
-        nothing = tl.where(inside | (wanted == -1), DROPPED, OUTSIDE)
-        tl.store(args.support.ids + first + lane, tl.where(kept, ids, nothing), mask=lane < P.k)
-        z = tl.load(where.student + ids, mask=kept, other=0.0).to(tl.float32)
+                same = tl.load(args.support.given + first + other) == given
+                counts = counts & ~(same & (lane > other))
+        nothing = tl.where(inside | (given == -1), DROPPED, OUTSIDE)
+        tl.store(args.support.ids + first + lane, tl.where(counts, ids, nothing), mask=lane < P.k)
+        z = tl.load(where.student + ids, mask=counts, other=0.0).to(tl.float32)
         tl.store(args.support.logits + first + lane, z, mask=lane < P.k)
 
 
@@ -123,14 +123,14 @@ def _exp(x):
 
 
 @triton.jit
-def _tail_of_teacher(log_q, kept, q, resolution):
+def _tail_of_teacher(log_q, counts, q, resolution):
     """The tail's mass 1 - sum q, as it comes out and as it is taken, and sum q.
 
     1 - q_max comes from expm1, so that a tail of 1e-12 is not lost. One that is smaller than the
     rounding of the log-probabilities is taken as what that hides.
     """
-    top = tl.max(tl.where(kept, log_q, START), 0)
-    first = tl.argmax(tl.where(kept, log_q, START), 0)
+    top = tl.max(tl.where(counts, log_q, START), 0)
+    first = tl.argmax(tl.where(counts, log_q, START), 0)
     others = tl.sum(tl.where(tl.arange(0, q.shape[0]) == first, 0.0, q), 0)
     near = tl.maximum(top, -0.5)
     rest = tl.where(top > -0.5, -(near + excess(-near)), 1.0 - tl.exp2(top * LOG2E))
@@ -143,34 +143,34 @@ def _tail_of_teacher(log_q, kept, q, resolution):
 
 @triton.jit
 def _categories(ids, z, log_q, student, log_tail, constants, resolution, P: tl.constexpr):
-    kept = ids != DROPPED
-    x = tl.where(kept, z - student.student_max, START)
-    p = tl.where(kept, student_probability(z, student, constants), 0.0)
+    counts = ids != DROPPED
+    x = tl.where(counts, z - student.student_max, START)
+    p = tl.where(counts, student_probability(z, student, constants), 0.0)
     log_p = x * constants.inv_t - student.student_lse
-    raw_q = tl.where(kept, _exp(log_q), 0.0)
-    tail_raw_q, tail_q, teacher_mass = _tail_of_teacher(log_q, kept, raw_q, resolution)
+    raw_q = tl.where(counts, _exp(log_q), 0.0)
+    tail_raw_q, tail_q, teacher_mass = _tail_of_teacher(log_q, counts, raw_q, resolution)
     tail_p = tl.exp2(log_tail * LOG2E)
     q = raw_q
     if P.floor:
         lowest = tl.exp2(constants.floor * LOG2E)
         log_q = tl.where(log_q < constants.floor, constants.floor, log_q)
-        q = tl.where(kept, tl.where(q < lowest, lowest, q), 0.0)
+        q = tl.where(counts, tl.where(q < lowest, lowest, q), 0.0)
         tail_q = tl.where(tail_q < lowest, lowest, tail_q)
     own_log_q = log_q
     if P.tail == "renormalize":
         top = tl.max(x, 0)
-        total = tl.sum(tl.where(kept, tl.exp2((x - top) * constants.scale), 0.0), 0)
+        total = tl.sum(tl.where(counts, tl.exp2((x - top) * constants.scale), 0.0), 0)
         log_p = (x - top) * constants.inv_t - tl.log(total)
-        p = tl.where(kept, tl.exp2(log_p * LOG2E), 0.0)
-        top = tl.max(tl.where(kept, log_q, START), 0)
-        total = tl.sum(tl.where(kept, tl.exp2((log_q - top) * LOG2E), 0.0), 0)
+        p = tl.where(counts, tl.exp2(log_p * LOG2E), 0.0)
+        top = tl.max(tl.where(counts, log_q, START), 0)
+        total = tl.sum(tl.where(counts, tl.exp2((log_q - top) * LOG2E), 0.0), 0)
         log_q = log_q - top - tl.log(total)
-        q = tl.where(kept, tl.exp2(log_q * LOG2E), 0.0)
+        q = tl.where(counts, tl.exp2(log_q * LOG2E), 0.0)
         raw_q = q
         tail_p *= 0.0
         tail_q *= 0.0
         tail_raw_q *= 0.0
-    part = kept & ~(z <= -float("inf"))
+    part = counts & ~(z <= -float("inf"))
     log_ratio = tl.where(part, at_least_lowest(log_p - log_q) + 0.0 * z, 0.0)
     support = Entry(
         p, tl.where(part, q, 0.0), raw_q, tl.where(part, log_p, -float("inf")), log_ratio
@@ -198,8 +198,8 @@ def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constex
     ids, z = _load(args, row, P)
     student = Statistics(*stats[0])
     log_tail = student.teacher_lse
-    found = (ids == token.id) & (token.id >= 0)
-    in_support = tl.max(found.to(tl.int32), 0) > 0
+    is_token = (ids == token.id) & (token.id >= 0)
+    in_support = tl.max(is_token.to(tl.int32), 0) > 0
     value = tl.full((), 0.0, tl.float32)
     log_q_token = tl.full((), 0.0, tl.float32)
     rho = tl.full((), 0.0, tl.float32)
@@ -211,11 +211,13 @@ def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constex
         c = _categories(ids, z, log_q, student, log_tail, constants, args.support.resolution, P)
         t, u, v = D(c.support, constants.parameter, 0.0, False)
         tail_t, tail_u, tail_v = D(c.tail, constants.parameter, 0.0, False)
-        own = tl.sum(t, 0) + tl.sum(tail_t, 0)
+        member_value = tl.sum(t, 0) + tl.sum(tail_t, 0)
         if P.kl_family:
             t, _, _ = D(c.support, constants.parameter, 0.0, True)
             tail_t, _, _ = D(c.tail, constants.parameter, 0.0, True)
-            own = tl.where(own < _SMALL, tl.sum(t, 0) + tl.sum(tail_t, 0), own)
+            member_value = tl.where(
+                member_value < _SMALL, tl.sum(t, 0) + tl.sum(tail_t, 0), member_value
+            )
         if P.tilted:
             tilt = constants.parameter - 1.0
             whole = log_sum_exp(c.support.log_p + tilt * c.support.log_ratio)
@@ -225,14 +227,16 @@ def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constex
         finite = student.student_lse + 0.0 * c.teacher_mass
         outside = tl.max((ids == OUTSIDE).to(tl.int32), 0) > 0
         finite = tl.where(outside, float("nan"), finite)
-        own, slope_sum, log_s = settle(own, slope_sum, finite, constants.parameter, P)
+        member_value, slope_sum, log_s = settle(
+            member_value, slope_sum, finite, constants.parameter, P
+        )
         _, tail_u, tail_v = D(c.tail, constants.parameter, log_s, False)
         # Of an empty tail no entry is left to have a slope.
         per_p = tl.where(c.tail.p > 0.0, tail_v / tl.maximum(c.tail.p, SMALLEST), 0.0)
         share = constants.shares[i]
-        value += share * own
+        value += share * member_value
         total += share
-        log_q_token += share * tl.sum(tl.where(found, c.log_q, 0.0), 0)
+        log_q_token += share * tl.sum(tl.where(is_token, c.log_q, 0.0), 0)
         rho += share * tl.sum(c.tail.log_ratio, 0)
         teacher_mass += share * c.teacher_mass
         tail_slope = tl.sum(tail_u + per_p, 0)
@@ -246,9 +250,9 @@ def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constex
     correction = tl.full((), 0.0, tl.float32)
     if P.corrects:
         log_p = student_log_prob(token.z, student, constants)
-        # A NaN is a log q(y) that is not known.
-        known = ~in_support & (elsewhere == elsewhere)
-        correction = tl.where(known, total * (log_p - elsewhere) - rho, 0.0)
+        # log q(y) may be NaN, for one that is not known.
+        corrected = ~in_support & (elsewhere == elsewhere)
+        correction = tl.where(corrected, total * (log_p - elsewhere) - rho, 0.0)
     if where.part == 0:
         p = tl.where(ids != DROPPED, student_probability(z, student, constants), 0.0)
         ptr = args.statistics + row
@@ -289,10 +293,10 @@ def store_support(args, where, token, stats, weights, constants, P: tl.constexpr
         log_q = _load_teacher(args, i, where.row, P)
         # The tail does not matter here.
         c = _categories(ids, z, log_q, student, -1.0, constants, args.support.resolution, P)
-        own = Statistics(*stats[i])
-        _, u, v = D(c.support, constants.parameter, own.log_s, False)
+        stat = Statistics(*stats[i])
+        _, u, v = D(c.support, constants.parameter, stat.log_s, False)
         share = weights.divergence * constants.shares[i]
-        pull = share * (c.support.p * (u - own.slope_sum) + v)
+        pull = share * (c.support.p * (u - stat.slope_sum) + v)
         gradient += tl.where(weights.divergence == 0.0, 0.0, pull)
     position = ids - where.head
     in_body = (position >= 0) & (position < where.body)
