@@ -18,7 +18,7 @@ from hybrid_kernels.triton_backend.sums import (
 def conclude(args, where, token, stats, divergences, constants, P: tl.constexpr, D: tl.constexpr):
     """Completes the statistics, which the first program of a row writes.
 
-    `stats` are those of `normalisers`, `divergences` the values and sums of slopes of full teachers.
+    `stats` are those of `normalisers`, `divergences` values and slope sums of the full teachers.
     Returns the divergence, the statistics, and what there is to know of the token.
     """
     value = tl.full((), 0.0, tl.float32)
