@@ -25,7 +25,7 @@ def source_of(module: ModuleType) -> str:
 
 def module_of(source: str, folder: Path) -> ModuleType:
     """Triton reads the source of a kernel from a file."""
-    path = folder / "faulty.py"
+    path = folder / f"faulty_{len(list(folder.iterdir()))}.py"
     path.write_text(source)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None

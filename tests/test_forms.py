@@ -17,7 +17,7 @@ from hybrid_kernels.triton_backend import plan
 # Of `triton_backend/plan.py`, without "INTERPRETED_" before it.
 FORMS = {
     "one program": {},
-    "chunks": {"BLOCK_V": 64, "PREFETCH": True},
+    "tiles": {"BLOCK_V": 64, "PREFETCH": True},
     "two programs": {"SLICE": 136, "BLOCK_V": 64},
     "three programs": {"SLICE": 72, "BLOCK_V": 32, "GROUPS": 1, "PREFETCH": True},
     # (Of which a tile of partial sums holds more than there are.)
@@ -25,7 +25,7 @@ FORMS = {
 }
 
 
-@pytest.fixture(params=["one program", "chunks", "two programs", "three programs", "sweeping"])
+@pytest.fixture(params=["one program", "tiles", "two programs", "three programs", "sweeping"])
 def form(request, side_by_side, monkeypatch):
     """Forces a form, and proves that it ran: where a row is cut, that its programs had to meet."""
     launched, resident = [], plan.resident
@@ -38,13 +38,13 @@ def form(request, side_by_side, monkeypatch):
     if request.param == "sweeping":
         monkeypatch.setattr(plan, "resident", lambda *args, **options: None)
         monkeypatch.setattr(plan, "INTERPRETED_BLOCK_V", 64)
-        spy(monkeypatch, "_sweep", launched)
+        spy(monkeypatch, "sweep_launch", launched)
     else:
         for name, value in FORMS[request.param].items():
             monkeypatch.setattr(plan, f"INTERPRETED_{name}", value)
         if "SLICE" in FORMS[request.param]:
             monkeypatch.setattr(plan, "resident", cut)
-        spy(monkeypatch, "_resident", launched)
+        spy(monkeypatch, "resident_launch", launched)
     yield request.param
     assert launched, f"the {request.param} form did not run"
 
@@ -90,7 +90,7 @@ def test_every_form_takes_every_layout(form, vocabulary, layout, backend):
     assert_matches_reference(case, backend, entropy_weight=0.3)
 
 
-@pytest.mark.parametrize("form", ["one program", "chunks", "sweeping"], indirect=True)
+@pytest.mark.parametrize("form", ["one program", "tiles", "sweeping"], indirect=True)
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_a_few_entries_in_every_layout(form, layout, backend):
     dtype = torch.float32 if layout == "expanded" else torch.bfloat16

@@ -21,6 +21,7 @@ from bench.gpu import meeting
 from hybrid_kernels import Divergence
 from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.triton_backend import launch as launchers
+from hybrid_kernels.triton_backend import meeting as meetings
 from hybrid_kernels.triton_backend import plan, resident
 
 ROWS = 12
@@ -139,76 +140,83 @@ def test_a_program_alone_does_not_wait_for_ever(layout, interleaved):
 
 # -- whether these orders can tell right from wrong ------------------------------------------------
 
-# A divergence that shows it, and what is done to the kernel's source.
+# A divergence that shows it, and what is done to the source of which module.
+WAIT = "wait(group.counter, (meetings + 1) * P.splits)"
+ARRIVE_SMALL = "last = arrive(group.small + row) == P.splits - 1"
 FAULTS = {
-    "a slot less": (
-        REVERSE_KL,
-        replaced,
-        "_IN_TURN = tl.constexpr(2)",
-        "_IN_TURN = tl.constexpr(1)",
-    ),
-    "a slot less, two meetings": (
-        JSD,
-        replaced,
-        "_IN_TURN = tl.constexpr(2)",
-        "_IN_TURN = tl.constexpr(1)",
-    ),
+    "a slot less": (REVERSE_KL, meetings, replaced, "constexpr(2)", "constexpr(1)"),
+    "a slot less, two meetings": (JSD, meetings, replaced, "constexpr(2)", "constexpr(1)"),
     "no slot for small rows": (
         REVERSE_KL,
+        meetings,
         replaced,
         "_SMALL_SLOT = _IN_TURN",
         "_SMALL_SLOT = tl.constexpr(0)",
     ),
-    "a wait skipped": (REVERSE_KL, replaced, "wait(counter_ptr, meetings * SPLITS)", "pass"),
-    "the second wait skipped": (
-        JSD,
-        replaced,
-        "wait(counter_ptr, (meetings + 1) * SPLITS)",
-        "pass",
-    ),
+    "a wait skipped": (REVERSE_KL, meetings, replaced, f"{WAIT}\n    merged", "merged"),
+    "the second wait skipped": (JSD, meetings, replaced, f"{WAIT}\n    row_values", "row_values"),
     "a wait for one less": (
         REVERSE_KL,
+        meetings,
         replaced,
-        "wait(counter_ptr, meetings * SPLITS)",
-        "wait(counter_ptr, meetings * SPLITS - 1)",
+        f"{WAIT}\n    merged",
+        f"{WAIT[:-1]} - 1)\n    merged",
     ),
-    "an arrival before its stores": (REVERSE_KL, moved, "arrive(counter_ptr)", "_publish_all("),
+    "an arrival before its stores": (
+        REVERSE_KL,
+        meetings,
+        moved,
+        "arrive(group.counter)",
+        "tl.store(ptr + group.part, member",
+    ),
     "the second arrival before its stores": (
         JSD,
+        meetings,
         moved,
-        "arrive(counter_ptr)",
-        "tl.store(ptr + 2 * i * LANES",
+        "arrive(group.counter)",
+        "tl.store(ptr + 2 * i * P.lanes",
     ),
     "a small row's arrival before its store": (
         REVERSE_KL,
+        meetings,
         moved,
-        "before = arrive(small_ptr)",
-        "tl.store(ptr + part, value)",
+        ARRIVE_SMALL,
+        "tl.store(ptr + group.part, value)",
     ),
     "one counter for meetings and small rows": (
         REVERSE_KL,
+        meetings,
         replaced,
-        "small_ptr + row,",
-        "counter_ptr,",
+        "arrive(group.small + row)",
+        "arrive(group.counter)",
     ),
     "a counter of a group for a small row": (
         REVERSE_KL,
+        meetings,
         replaced,
-        "small_ptr = counter_ptr + groups",
-        "small_ptr = counter_ptr + groups - 1",
+        "args.counters + args.groups",
+        "args.counters + args.groups - 1",
     ),
     "a small row that nobody arrives for": (
         REVERSE_KL,
+        meetings,
         replaced,
-        "before = arrive(small_ptr)",
-        "before = 0",
+        ARRIVE_SMALL,
+        "last = row < 0",
     ),
-    "one counter for all small rows": (REVERSE_KL, replaced, "small_ptr + row,", "small_ptr,"),
+    "one counter for all small rows": (
+        REVERSE_KL,
+        meetings,
+        replaced,
+        "arrive(group.small + row)",
+        "arrive(group.small)",
+    ),
     "a row that is small to some": (
         REVERSE_KL,
+        resident,
         replaced,
         "if agreed(is_small(",
-        "if part != 1 and agreed(is_small(",
+        "if group.part != 1 and agreed(is_small(",
     ),
 }
 
@@ -231,8 +239,13 @@ def goes_wrong(divergence, seed, layout, interleaved):
 @one_group
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found(fault, layout, interleaved, tmp_path, monkeypatch):
-    divergence, change, *what = FAULTS[fault]
-    faulty = faults.module_of(change(faults.source_of(resident), *what), tmp_path)
+    divergence, module, change, *what = FAULTS[fault]
+    faulty = faults.module_of(change(faults.source_of(module), *what), tmp_path)
+    if module is meetings:
+        kernel = faults.module_of(faults.source_of(resident), tmp_path)
+        for name in ("group_of", "publish_sums", "meet_sums", "meet_values", "sum_small"):
+            setattr(kernel, name, getattr(faulty, name))
+        faulty = kernel
     monkeypatch.setattr(launchers, "resident_kernel", faulty.resident_kernel)
     assert any(goes_wrong(divergence, seed, layout, interleaved) for seed in range(8))
 
