@@ -104,7 +104,7 @@ def test_a_support_moves_two_thirds_of_a_teacher():
     case = ("sm_90", 151936, torch.bfloat16, "reverse_kl", "resident")
     compiled = aot.compile_rows(*case, mask=False, small=False, support=128)
     cost, launch = machine_code.cost(compiled, aot.TOPK_EXPONENTIALS), compiled.launch
-    room = launch.chunks * launch.chunk_v / launch.slice_v
+    room = launch.tiles * launch.block_v / launch.slice_v
     assert cost.loaded == pytest.approx(2 * room)
     assert cost.stored == pytest.approx(2 * room)
     assert cost.narrow < 50
@@ -153,7 +153,7 @@ def assert_reads_once(divergence, vocabulary, dtype):
     cost = machine_code.cost(main, FAMILIES[divergence].exponentials)
     # A slice fills its last chunk in part; what is not there is not read.
     launch = main.launch
-    room = launch.chunks * launch.chunk_v / launch.slice_v
+    room = launch.tiles * launch.block_v / launch.slice_v
     assert cost.loaded == pytest.approx(2 * dtype.itemsize * room)
     # (Or not stored: a warp may have nothing of that chunk.)
     assert dtype.itemsize <= cost.stored <= dtype.itemsize * room + 1e-6
@@ -188,7 +188,7 @@ def test_a_prefetch_is_waited_for_where_it_begins():
     main = aot.compile_rows(*case, **options)
     order = machine_code.order(main, FAMILIES["reverse_kl"].exponentials)
     assert isinstance(main.launch, plan.Resident)
-    assert order.ahead == 2 * main.launch.chunks
+    assert order.ahead == 2 * main.launch.tiles
     assert order.early > 0
     assert order.faults == ()
 
@@ -262,7 +262,7 @@ def test_a_gradient_in_fewer_bits_than_the_logits(vocabulary):
     assert machine_code.resources(shipped).spilled == 0
     main = aot.compile_rows(*case, gradient_dtype=torch.bfloat16, mask=False, small=False)
     launch = main.launch
-    room = launch.chunks * launch.chunk_v / launch.slice_v
+    room = launch.tiles * launch.block_v / launch.slice_v
     cost = machine_code.cost(main, FAMILIES["reverse_kl"].exponentials)
     assert cost.loaded == pytest.approx(8 * room)
     assert cost.stored == pytest.approx(2 * room)

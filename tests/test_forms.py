@@ -174,8 +174,8 @@ def test_slices_cover_a_row_and_the_grid_fits(vocabulary, itemsize, rows, monkey
             continue
         assert launch.slice_v % 8 == 0
         assert (launch.splits - 1) * launch.slice_v < vocabulary <= launch.splits * launch.slice_v
-        assert (launch.chunks - 1) * launch.chunk_v < launch.slice_v
-        assert launch.slice_v <= launch.chunks * launch.chunk_v
+        assert (launch.tiles - 1) * launch.block_v < launch.slice_v
+        assert launch.slice_v <= launch.tiles * launch.block_v
         programs = launch.groups * launch.splits
         threads = launch.num_warps * 32
         on_each = -(-programs // 132)
