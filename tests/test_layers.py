@@ -28,7 +28,7 @@ ALLOWED = {
     "triton_backend.divergences": {"rows", "triton_backend.reduce"},
     "triton_backend.sums": {"rows", "triton_backend.reduce", "triton_backend.divergences"},
     "triton_backend.memory": {"rows", "triton_backend.divergences", "triton_backend.sums"},
-    "triton_backend.meeting": {"triton_backend.plan", *BELOW},
+    "triton_backend.meeting": {"triton_backend.plan", "triton_backend.memory", *BELOW},
     "triton_backend.gradient": {"triton_backend.memory", "triton_backend.sums"},
     "triton_backend.topk": {"rows", *BELOW, "triton_backend.memory"},
     "triton_backend.row": {*SHARED, "triton_backend.sums", "triton_backend.topk"},

@@ -142,7 +142,7 @@ def test_a_program_alone_does_not_wait_for_ever(layout, interleaved):
 
 # A divergence that shows it, and what is done to the source of which module.
 WAIT = "wait(group.counter, (meetings + 1) * P.splits)"
-ARRIVE_SMALL = "last = arrive(group.small + row) == P.splits - 1"
+ARRIVE_SMALL = "before = arrive(group.small + row)"
 FAULTS = {
     "a slot less": (REVERSE_KL, meetings, replaced, "constexpr(2)", "constexpr(1)"),
     "a slot less, two meetings": (JSD, meetings, replaced, "constexpr(2)", "constexpr(1)"),
@@ -202,7 +202,7 @@ FAULTS = {
         meetings,
         replaced,
         ARRIVE_SMALL,
-        "last = row < 0",
+        "before = 0",
     ),
     "one counter for all small rows": (
         REVERSE_KL,
@@ -243,7 +243,7 @@ def test_a_fault_is_found(fault, layout, interleaved, tmp_path, monkeypatch):
     faulty = faults.module_of(change(faults.source_of(module), *what), tmp_path)
     if module is meetings:
         kernel = faults.module_of(faults.source_of(resident), tmp_path)
-        for name in ("group_of", "publish_sums", "meet_sums", "meet_values", "sum_small"):
+        for name in ("group_of", "publish_sums", "meet_sums", "meet_values", "write_small"):
             setattr(kernel, name, getattr(faulty, name))
         faulty = kernel
     monkeypatch.setattr(launchers, "resident_kernel", faulty.resident_kernel)

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from hybrid_kernels.triton_backend import plan
 from hybrid_kernels.triton_backend.divergences import START, all_together, no_slopes
+from hybrid_kernels.triton_backend.memory import write_divergence
 from hybrid_kernels.triton_backend.reduce import INTERPRETED
 from hybrid_kernels.triton_backend.sums import Sums, about
 
@@ -161,12 +162,11 @@ def meet_values(group, meetings, values, slopes, P: tl.constexpr):
 
 
 @triton.jit
-def sum_small(group, row, value, P: tl.constexpr):
-    """The sum over the slices of a row, and whether this program is the last, which has it."""
+def write_small(args, group, row, value, P: tl.constexpr):
+    """Writes a small divergence, the sum over the slices of a row, if this program is the last."""
     ptr = _slot(group, _SMALL_SLOT, P)
     tl.store(ptr + group.part, value)
-    last = arrive(group.small + row) == P.splits - 1
-    if last:
+    before = arrive(group.small + row)
+    if before == P.splits - 1:
         tl.debug_barrier()
-        value = tl.sum(_read(ptr, 0.0, P), 0)
-    return value, last
+        write_divergence(args, row, tl.sum(_read(ptr, 0.0, P), 0))

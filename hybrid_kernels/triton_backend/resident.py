@@ -25,7 +25,7 @@ from hybrid_kernels.triton_backend.meeting import (
     meet_sums,
     meet_values,
     publish_sums,
-    sum_small,
+    write_small,
 )
 from hybrid_kernels.triton_backend.memory import (
     clear_edges,
@@ -132,9 +132,7 @@ def _write_small_value(args, group, row, held, stats, constants, P: tl.constexpr
         if group.part == 0:
             value += small_value((held.edges,), stats, constants, P, D)
     if P.splits > 1:
-        value, last = sum_small(group, row, value, P)
-        if last:
-            write_divergence(args, row, value)
+        write_small(args, group, row, value, P)
     else:
         write_divergence(args, row, value)
 
