@@ -41,14 +41,15 @@ class Family:
 
     Attributes:
         parameter: its parameter, if it has one.
-        student_d: whether KL(p||q) is in it: one sweep adds up sum p d.
-        teacher_d: whether KL(q||p) is in it: one sweep adds up sum q d.
+        student_d: whether it is found in one sweep and KL(p||q), unweighted, is in it: the sweep adds
+            up sum p d.
+        teacher_d: the same of KL(q||p): the sweep adds up sum q d.
         has_u: whether the slopes of its terms, s = dt/dlog p = p u + v, have a u.
         has_v: whether they have a v.
         tilted: whether its slopes wait for log S of the whole row, S = sum p^a q^(1-a).
         chained: of up to how many teachers the chain rule over shards of the vocabulary gives it.
-        resident: whether the row-resident kernel is tuned for it. These differ in what a sweep adds
-            up; the others read the same and differ in arithmetic alone.
+        resident: whether benchmarks and tests look at the row-resident kernel with it in every
+            layout. These differ in what a sweep adds up; the others in arithmetic alone.
         room: the registers that an entry needs in that kernel, as a multiple of a KL's.
         exponentials: how many an entry needs: one for each side's sum, and those that the gradient
             computes again.
@@ -63,7 +64,7 @@ class Family:
     tilted: bool = False
     chained: float = 0
     resident: bool = False
-    room: int = 1
+    room: float = 1
     exponentials: int
 
     @property

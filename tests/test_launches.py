@@ -5,6 +5,8 @@ stride, dtype and missing argument is specialised as on a GPU. CI runs this file
 Triton that the package allows, too.
 """
 
+from importlib import import_module
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 pytest.importorskip("triton", reason="needs Triton's compiler")
 
 import triton
+import triton.language as tl
 
 from bench import standin
 from hybrid_kernels import (
@@ -24,6 +27,7 @@ from hybrid_kernels import (
     linear_hybrid_loss,
     linear_token_terms,
     token_terms,
+    triton_backend,
 )
 from hybrid_kernels.rows import Rows
 from hybrid_kernels.triton_backend import launch, plan
@@ -256,3 +260,17 @@ def test_a_kernel_that_does_not_compile_is_an_error(monkeypatch):
     monkeypatch.setattr(plan, "sweep", lambda *_, **__: plan.Sweep(block_v=3, num_warps=1))
     with standin.gpu("sm_90"), pytest.raises(triton.CompilationError):
         scoring(Given(2, vocabulary=1000))
+
+
+def test_no_field_is_hidden_by_what_a_tuple_has_in_triton():
+    """A kernel would find the tuple's own attribute; the interpreter finds the field."""
+    own = set(vars(tl.tuple([])))
+    classes = [
+        value
+        for path in Path(triton_backend.__file__).parent.glob("*.py")
+        for value in vars(import_module(f"{triton_backend.__name__}.{path.stem}")).values()
+        if isinstance(value, type) and hasattr(value, "_fields")
+    ]
+    assert own
+    assert classes
+    assert not [f"{c.__name__}.{name}" for c in classes for name in own & set(c._fields)]

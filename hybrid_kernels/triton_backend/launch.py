@@ -210,7 +210,7 @@ def resident_launch(
 def values_launch(rows: Rows, statistics: Tensor, values: Tensor) -> Launch:
     chosen = values_form(rows)
     static = _plan(rows, None, None)._replace(block=chosen.block_v)
-    arguments = _arguments(rows, None, statistics, None, None)._replace(values=values)
+    arguments = _arguments(rows, None, statistics, None, None)._replace(row_values=values)
     return Launch(values_kernel, rows.total, chosen, arguments, static, _function(rows))
 
 
@@ -336,7 +336,7 @@ def _per_row(values: Tensor | None, count: int) -> PerRow:
     """Of `[R]`, where each element is for N/R consecutive rows."""
     if values is None or values.numel() == 1:
         return PerRow(values, 1, 0)
-    return PerRow(values, count // values.numel(), 1)
+    return PerRow(values, count // max(values.numel(), 1), 1)
 
 
 def _refused(device: torch.device, launch: plan.Resident, reason: str) -> None:

@@ -91,7 +91,7 @@ class Arguments(NamedTuple):
         divergence, log_prob, entropy: the coefficients of the gradient's terms, `PerRow`.
         published, counters: of groups that share rows, see `meeting.py`.
         groups: how many there are.
-        values: where `values_kernel` writes.
+        row_values: where `values_kernel` writes.
         factor: of `scale_kernel`, `PerRow`.
     """
 
@@ -115,7 +115,7 @@ class Arguments(NamedTuple):
     published: tl.tensor = None
     counters: tl.tensor = None
     groups: tl.tensor = None
-    values: tl.tensor = None
+    row_values: tl.tensor = None
     factor: tl.tensor = None
 
 

@@ -71,10 +71,12 @@ class Plan(NamedTuple):
         corrects: whether tokens sampled outside a support correct its gradient.
         floor: whether there is a teacher floor.
         row_temperature: whether each row has a temperature of its own.
-        one_sweep: whether one sweep finds all statistics.
-        small: whether a small divergence is summed a second time.
-        kl_family, student_d, teacher_d, diverges, has_v, tilted: of the divergence, see
-            `hybrid_kernels/divergences.py`.
+        one_sweep: whether one sweep finds all statistics of this problem: of a one-sweep divergence
+            without a floor, and wherever there is no full teacher.
+        small: whether a small divergence is summed a second time: of full teachers.
+        kl_family: whether the divergence is a one-sweep one, whose function knows SMALL terms.
+        student_d, teacher_d: which sums a sweep over full teachers needs for the divergence.
+        diverges, has_v, tilted: of the divergence, see `hybrid_kernels/divergences.py`.
         pulls: how many full teachers the gradient has a coefficient for; all or none.
         log_prob, entropy: whether the gradient has a coefficient for them.
         measure: whether statistics are measured; otherwise they are read.

@@ -164,10 +164,10 @@ def values_kernel(args, P: tl.constexpr, D: tl.constexpr):
         if args.token_ids is not None:
             log_q = teacher_log_prob(sampled_token(args, where, P).ws, stats, constants, P)
         count = tl.cast(args.count, tl.int64)
-        tl.store(args.values + row, log_q)
+        tl.store(args.row_values + row, log_q)
         for i in tl.static_range(len(stats)):
-            tl.store(args.values + row + (2 * i + 1) * count, values[i])
-            tl.store(args.values + row + (2 * i + 2) * count, slopes[i])
+            tl.store(args.row_values + row + (2 * i + 1) * count, values[i])
+            tl.store(args.row_values + row + (2 * i + 2) * count, slopes[i])
 
 
 @triton.jit
