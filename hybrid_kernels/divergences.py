@@ -41,8 +41,8 @@ class Family:
 
     Attributes:
         parameter: its parameter, if it has one.
-        student_d: whether it is found in one sweep and KL(p||q), unweighted, is in it: the sweep adds
-            up sum p d.
+        student_d: whether it is found in one sweep and KL(p||q), unweighted, is in it: the sweep
+            adds up sum p d.
         teacher_d: the same of KL(q||p): the sweep adds up sum q d.
         has_u: whether the slopes of its terms, s = dt/dlog p = p u + v, have a u.
         has_v: whether they have a v.
