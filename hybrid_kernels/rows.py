@@ -64,9 +64,23 @@ def statistics_size(members: int) -> int:
     return STUDENT_FIELDS + max(members, 1) * MEMBER_FIELDS
 
 
+def repeat_of(values: Tensor, count: int) -> int:
+    """For how many consecutive rows each of `[R]` values is: N/R, as of `[B, 1]` against `[B, T]`.
+
+    Raises:
+        ValueError: R does not divide N.
+    """
+    size = values.numel()
+    if count and (size == 0 or count % size):
+        raise ValueError(
+            f"{size} values for {count} rows: their number must divide that of the rows"
+        )
+    return count // max(size, 1)
+
+
 def per_row(values: Tensor, count: int) -> Tensor:
-    """`[R]` as `[N]`: element i is for N/R consecutive rows, as of `[B, 1]` against `[B, T]`."""
-    return values.reshape(-1, 1).expand(-1, count // max(values.numel(), 1)).reshape(-1)
+    """`[R]` as `[N]`, see `repeat_of`."""
+    return values.reshape(-1, 1).expand(-1, repeat_of(values, count)).reshape(-1)
 
 
 # The fields of `Rows` and `Coefficients` as the operators declare them. The student's logits come

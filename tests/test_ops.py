@@ -406,3 +406,11 @@ def test_a_gradient_in_fewer_bits_than_the_logits(vocabulary, dtype, backend, de
     gradient = torch.full_like(case.logits, torch.nan, dtype=dtype)
     ops.hybrid_rows(gradient, *coefficients, *arguments)
     torch.testing.assert_close(gradient.float(), whole, rtol=1e-2, atol=1e-6)
+
+
+def test_values_for_several_rows_divide_them(backend, device):
+    logits = torch.zeros(2, 3, 16, device=device)
+    temperatures = torch.ones(4, device=device)
+    rows = Rows(logits, (logits,), (1.0,), row_temperature=temperatures, backend=backend)
+    with pytest.raises(ValueError, match="4 values for 6 rows"):
+        ops.row_statistics(*rows)

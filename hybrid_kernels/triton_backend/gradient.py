@@ -37,9 +37,9 @@ def _coefficient(per_row, row, inv_t):
 
 @triton.jit
 def weights_of(args, where, token, stats, constants, P: tl.constexpr):
-    divergence = _coefficient(args.divergence, where.row, constants.inv_t)
-    log_prob = _coefficient(args.log_prob, where.row, constants.inv_t)
-    entropy = _coefficient(args.entropy, where.row, constants.inv_t)
+    divergence = _coefficient(args.c_div, where.row, constants.inv_t)
+    log_prob = _coefficient(args.c_logp, where.row, constants.inv_t)
+    entropy = _coefficient(args.c_ent, where.row, constants.inv_t)
     rest = log_prob
     if P.k > 0:
         # A = advantage - dense weight * correction, in terms of coefficients.
@@ -61,7 +61,7 @@ def tile_gradient(
 
     c_div (s - p sum s) - c_logp p - c_ent p (log p + H), with s = p u + v,
 
-    the first of which is a weighted sum over the members. Not GUARDED, it is for finite entries and
+    where the first is a weighted sum over the members. Not GUARDED, it is for finite entries and
     a c_div other than 0.
     """
     gradient = _member_gradient(tile, 0, stats, weights, constants, P, D, GUARDED)
@@ -82,7 +82,7 @@ def _member_gradient(
     D: tl.constexpr,
     GUARDED: tl.constexpr,
 ):
-    """The part of one member, of which the first has the student's own terms."""
+    """The part of one member; that of the first has the student's own terms."""
     z = tile[0]
     stat = Statistics(*stats[i])
     weight = weights.divergence * constants.shares[i]

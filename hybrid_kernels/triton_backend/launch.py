@@ -12,7 +12,7 @@ from torch import Tensor
 from triton import JITFunction
 
 from hybrid_kernels.divergences import FAMILIES
-from hybrid_kernels.rows import LOWEST, Coefficients, Rows
+from hybrid_kernels.rows import LOWEST, Coefficients, Rows, repeat_of
 from hybrid_kernels.triton_backend import divergences, plan
 from hybrid_kernels.triton_backend.meeting import PUBLISHED, SLOTS
 from hybrid_kernels.triton_backend.memory import (
@@ -35,7 +35,7 @@ SMALL_SUPPORT = 128
 # What the driver says of a cooperative launch that it does not take; nothing has run then.
 REFUSALS = ("too many blocks in cooperative launch", "operation not supported")
 _refusing: set[torch.device] = set()
-# How supports are marked, whatever their size.
+# How supports of any size are marked.
 MARKS = plan.Sweep(block_v=GROUP, num_warps=4)
 
 
@@ -291,9 +291,9 @@ def _arguments(
         parameter=rows.parameter,
         statistics=statistics,
         gradient=None if gradient is None else _side(gradient),
-        divergence=weights[0],
-        log_prob=weights[1],
-        entropy=weights[2],
+        c_div=weights[0],
+        c_logp=weights[1],
+        c_ent=weights[2],
     )
 
 
@@ -333,14 +333,14 @@ def _plan(rows: Rows, coefficients: Coefficients | None, gradient: Tensor | None
 
 
 def _per_row(values: Tensor | None, count: int) -> PerRow:
-    """Of `[R]`, where each element is for N/R consecutive rows."""
+    """Of `[R]`, see `rows.repeat_of`."""
     if values is None or values.numel() == 1:
         return PerRow(values, 1, 0)
-    return PerRow(values, count // max(values.numel(), 1), 1)
+    return PerRow(values, repeat_of(values, count), 1)
 
 
 def _refused(device: torch.device, launch: plan.Resident, reason: str) -> None:
-    """Warns once. (Where warnings are errors every launch is refused anew, and nothing swept.)"""
+    """Warns once. Where warnings are errors every launch is refused, and nothing swept."""
     warnings.warn(
         f"hybrid_kernels: {device} refused to run {launch.groups} groups of {launch.splits} "
         f"programs side by side ({reason}). From here on one program sweeps each long row there: "

@@ -20,8 +20,8 @@ _LOG_PROB = tl.constexpr(FIELDS.log_prob)
 _TEACHER_LOG_PROB = tl.constexpr(FIELDS.teacher_log_prob)
 _ENTROPY = tl.constexpr(FIELDS.entropy)
 _LOGSUMEXP = tl.constexpr(FIELDS.logsumexp)
-_STUDENT_MASS = tl.constexpr(FIELDS.student_mass)
-_TAIL_CORRECTION = tl.constexpr(FIELDS.tail_correction)
+STUDENT_MASS = tl.constexpr(FIELDS.student_mass)
+TAIL_CORRECTION = tl.constexpr(FIELDS.tail_correction)
 _STUDENT_MAX = tl.constexpr(FIELDS.student_max)
 _STUDENT_LSE = tl.constexpr(FIELDS.student_lse)
 _STUDENT_FIELDS = tl.constexpr(STUDENT_FIELDS)
@@ -88,7 +88,7 @@ class Arguments(NamedTuple):
         floor, parameter: of the divergence.
         statistics: fp32 `[fields, N]`, see `rows.FIELDS`.
         gradient: a `Side`.
-        divergence, log_prob, entropy: the coefficients of the gradient's terms, `PerRow`.
+        c_div, c_logp, c_ent: the coefficients of the gradient's terms, `PerRow`.
         published, counters: of groups that share rows, see `meeting.py`.
         groups: how many there are.
         row_values: where `values_kernel` writes.
@@ -109,9 +109,9 @@ class Arguments(NamedTuple):
     parameter: tl.tensor = None
     statistics: tl.tensor = None
     gradient: tl.tensor = None
-    divergence: tl.tensor = None
-    log_prob: tl.tensor = None
-    entropy: tl.tensor = None
+    c_div: tl.tensor = None
+    c_logp: tl.tensor = None
+    c_ent: tl.tensor = None
     published: tl.tensor = None
     counters: tl.tensor = None
     groups: tl.tensor = None
@@ -338,7 +338,7 @@ def _logit(row_ptr, token):
 @triton.jit
 def _fields(args, row):
     """Where a row's first statistic is, and how far it is to the next."""
-    # (Of one row N is a constant, which has no `.to`.)
+    # N is a constant where there is one row, and has no `.to` then.
     return args.statistics + row, tl.cast(args.count, tl.int64)
 
 
@@ -354,7 +354,7 @@ def write_statistics(args, row, stats, log_prob, teacher_log_prob, inv_t, P: tl.
     tl.store(ptr + _STUDENT_MAX * count, student.student_max)
     tl.store(ptr + _STUDENT_LSE * count, student.student_lse)
     if P.k == 0:
-        for field in tl.static_range(_STUDENT_MASS, _TAIL_CORRECTION + 1):
+        for field in tl.static_range(STUDENT_MASS, TAIL_CORRECTION + 1):
             tl.store(ptr + field * count, 0.0)
     for i in tl.static_range(len(stats)):
         first = ptr + (_STUDENT_FIELDS + i * _MEMBER_FIELDS) * count

@@ -48,7 +48,7 @@ SLICE_MULTIPLE = 8
 # Entries of a tile that a thread of the row-resident form holds. A program works tile by tile,
 # which bounds the registers for intermediate results.
 PER_THREAD_RESIDENT = 8
-# That a multiprocessor holds at once, whatever their size.
+# That a multiprocessor holds at once, of any size.
 MAX_PROGRAMS = 16
 
 
@@ -321,7 +321,7 @@ def tuned(device_name: str, itemsize: int) -> Tuning | None:
         return None if entry is None else Tuning(**entry)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"tuning file {path}: {error}; delete it, or write it anew with "
+            f"tuning file {path}: {error}; delete it, or write it again with "
             "python -m hybrid_kernels tune"
         ) from error
 

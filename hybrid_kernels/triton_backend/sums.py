@@ -37,7 +37,7 @@ from hybrid_kernels.triton_backend.divergences import (
 )
 from hybrid_kernels.triton_backend.reduce import max_2, sum_each
 
-_SMALL = tl.constexpr(rows.SMALL_DIVERGENCE)
+SMALL_DIVERGENCE = tl.constexpr(rows.SMALL_DIVERGENCE)
 
 
 class Constants(NamedTuple):
@@ -430,7 +430,7 @@ def is_small(value, constants):
     total = tl.full((), 0.0, tl.float32)
     for i in tl.static_range(len(constants.shares)):
         total += constants.shares[i]
-    return value < _SMALL * total
+    return value < SMALL_DIVERGENCE * total
 
 
 # -- one entry, once both normalisers are known --------------------------------------------------

@@ -8,7 +8,7 @@ has the log-ratio of the whole, rho = log((1-P)/(1-Q)).
 One launch, `mark_kernel`, looks at the supports alone: it marks their entries, one bit each, drops
 padding and repetitions, and gathers the student's logits. The row kernels then read the student's
 logits and the marks; their sums of a tile are those of the student, and its mass outside the
-support, which is never a difference of masses. What remains, `compare` and `support_gradient`, is
+support, which is never a difference of masses. What remains, `compare` and `store_support`, is
 arithmetic on K numbers, which every program of a row does for itself.
 """
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from hybrid_kernels.rows import FIELDS, HIDDEN_TAIL, SMALL_DIVERGENCE, SMALLEST_TAIL
+from hybrid_kernels.rows import FIELDS, HIDDEN_TAIL, SMALLEST_TAIL
 from hybrid_kernels.triton_backend.divergences import (
     LOG2E,
     START,
@@ -26,9 +26,18 @@ from hybrid_kernels.triton_backend.divergences import (
     log_sum_exp,
     together,
 )
-from hybrid_kernels.triton_backend.memory import Token, is_valid, locate, mark_bytes, mark_of
+from hybrid_kernels.triton_backend.memory import (
+    STUDENT_MASS,
+    TAIL_CORRECTION,
+    Token,
+    is_valid,
+    locate,
+    mark_bytes,
+    mark_of,
+)
 from hybrid_kernels.triton_backend.reduce import agreed
 from hybrid_kernels.triton_backend.sums import (
+    SMALL_DIVERGENCE,
     Statistics,
     at_least_lowest,
     settle,
@@ -37,15 +46,12 @@ from hybrid_kernels.triton_backend.sums import (
     with_slopes,
 )
 
-_SMALL = tl.constexpr(SMALL_DIVERGENCE)
-_STUDENT_MASS = tl.constexpr(FIELDS.student_mass)
 _TEACHER_MASS = tl.constexpr(FIELDS.teacher_mass)
-_TAIL_CORRECTION = tl.constexpr(FIELDS.tail_correction)
 
 # What stands in the list of ids for padding and repetitions, and for ids outside the vocabulary.
 DROPPED = tl.constexpr(-1)
 OUTSIDE = tl.constexpr(-2)
-# log(2) in two parts, of which the first times an integer is exact.
+# log(2) in two parts. The first times an integer is exact.
 LN2_HIGH = tl.constexpr(0.693359375)
 LN2_LOW = tl.constexpr(-2.12194440e-4)
 SMALLEST = tl.constexpr(SMALLEST_TAIL)
@@ -136,7 +142,7 @@ def _tail_of_teacher(log_q, counts, q, resolution):
     rest = tl.where(top > -0.5, -(near + excess(-near)), 1.0 - tl.exp2(top * LOG2E))
     spread = tl.sum(tl.where(q > 0.0, q * tl.abs(log_q), 0.0), 0)
     tail = rest - others
-    # (A NaN stays one.)
+    # A NaN stays one.
     taken = tl.where(tail <= spread * resolution, tl.maximum(HIDDEN, resolution), tail)
     return tail, taken, others + tl.exp2(top * LOG2E)
 
@@ -216,7 +222,7 @@ def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constex
             t, _, _ = D(c.support, constants.parameter, 0.0, True)
             tail_t, _, _ = D(c.tail, constants.parameter, 0.0, True)
             member_value = tl.where(
-                member_value < _SMALL, tl.sum(t, 0) + tl.sum(tail_t, 0), member_value
+                member_value < SMALL_DIVERGENCE, tl.sum(t, 0) + tl.sum(tail_t, 0), member_value
             )
         if P.tilted:
             tilt = constants.parameter - 1.0
@@ -257,9 +263,9 @@ def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constex
         p = tl.where(ids != DROPPED, student_probability(z, student, constants), 0.0)
         ptr = args.statistics + row
         count = tl.cast(args.count, tl.int64)
-        tl.store(ptr + _STUDENT_MASS * count, tl.sum(p, 0))
+        tl.store(ptr + STUDENT_MASS * count, tl.sum(p, 0))
         tl.store(ptr + _TEACHER_MASS * count, teacher_mass / total)
-        tl.store(ptr + _TAIL_CORRECTION * count, correction)
+        tl.store(ptr + TAIL_CORRECTION * count, correction)
     token = Token(token.id, token.z, token.ws, in_support, correction)
     return value, members, teacher_log_prob, token
 
@@ -272,7 +278,7 @@ def recall(args, where, token, P: tl.constexpr):
     correction = token.correction
     if P.corrects:
         count = tl.cast(args.count, tl.int64)
-        correction = tl.load(args.statistics + where.row + _TAIL_CORRECTION * count)
+        correction = tl.load(args.statistics + where.row + TAIL_CORRECTION * count)
     return Token(token.id, token.z, token.ws, in_support, correction)
 
 
