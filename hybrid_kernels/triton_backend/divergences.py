@@ -52,7 +52,8 @@ def reverse_kl(entry, parameter, log_s, SMALL: tl.constexpr):
     t = p * log_ratio
     if SMALL:
         near, bounded, far = _split(log_ratio)
-        t = tl.where(near, p * excess(bounded), entry.q - p + p * far) + (entry.raw_q - entry.q)
+        missing = entry.raw_q - entry.q
+        t = tl.where(near, p * excess(bounded), entry.q - p + p * far) + missing
     return t, log_ratio, tl.zeros_like(log_ratio)
 
 
@@ -62,8 +63,8 @@ def forward_kl(entry, parameter, log_s, SMALL: tl.constexpr):
     t = -q * tl.minimum(entry.log_ratio, -LOWEST)
     if SMALL:
         near, bounded, far = _split(entry.log_ratio)
-        t = tl.where(near, q * excess(-bounded), p - q - q * tl.minimum(far, -LOWEST))
-        t -= entry.raw_q - q
+        missing = entry.raw_q - q
+        t = tl.where(near, q * excess(-bounded), p - q - q * tl.minimum(far, -LOWEST)) - missing
     return t, tl.zeros_like(entry.log_ratio), -q
 
 

@@ -133,8 +133,6 @@ def store_sampled(where, token, stats, weights, constants, P: tl.constexpr, D: t
     """
     gradient = tile_gradient((token.z, token.ws), stats, weights, constants, P, D)
     gradient = (gradient + weights.log_prob).to(where.gradient.dtype.element_ty)
-    written = token.id
-    if P.k > 0:
-        written = tl.where(token.in_support, -1, written)
+    written = tl.where(token.in_support, -1, token.id)
     tl.debug_barrier()
     tl.store(where.gradient + written, gradient, mask=written >= 0)

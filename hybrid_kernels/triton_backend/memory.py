@@ -323,7 +323,8 @@ def sampled_token(args, where, P: tl.constexpr):
         ws = ()
         for i in tl.static_range(len(where.teachers)):
             ws = ws + (_logit(where.teachers[i], token_id),)
-        token = Token(token_id, z, ws, token.in_support, token.correction)
+        # Not in one. As a constant that would cost a register too many in some kernels.
+        token = Token(token_id, z, ws, token_id < -1, token.correction)
     return token
 
 
