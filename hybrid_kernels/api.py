@@ -109,8 +109,13 @@ def hybrid_loss(
         In fp16, which can't hold the gradient of a mean over thousands of tokens without a loss
         scale, that of a scalar loss is computed in the backward, upstream gradient included.
 
-        An entry with z = -inf takes no part; w = -inf where p > 0 makes the reverse KL +inf and its
-        gradient non-finite (see `teacher_floor`); NaN or +inf makes its own row NaN.
+        Logits may forbid tokens, by -inf, -1e9 or a dtype's lowest number, on either side or both:
+        values and gradients are those of float64. What both sides forbid by -inf takes no part;
+        where one does, every divergence is its limit. That is +inf where the teacher forbids what
+        the student may say (reverse KL, Jeffreys, alpha and Renyi from 1 on), with a gradient that
+        is not finite, see `teacher_floor`; and where the student forbids what the teacher may say
+        (forward KL, Jeffreys, alpha from 0 down), with a finite gradient for the first two. A
+        weight of 0 leaves nothing of either. NaN or +inf makes its own row NaN.
     """
     context = Context(
         teacher, token_ids, mask, divergence, temperature, tail, teacher_floor, process_group,

@@ -2,7 +2,9 @@
 
 Beside the gradient, nothing of size `[N, V]` ever exists: a block of rows is read once from memory
 and every intermediate lives in a few block-sized buffers. It runs on any device; on the CPU it also
-looks at its results, and so pays for the edge cases only in the blocks that hold one.
+looks at its results. A block in which they are not finite, or larger than ordinary numbers, is
+computed a second time, guarded: with selects, and in double precision, where the lowest logit over
+the smallest temperature is a number. So only the blocks that hold an edge case pay for it.
 
 Both sides are referred to their own row maxima before anything is exponentiated or subtracted: with
 x = z - max z and u = w - max w the log-ratio
@@ -21,11 +23,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from hybrid_kernels.cpu_forms import FORMS, row_dot, settle, tilt, weighted
+from hybrid_kernels.cpu_forms import FORMS, Entries, row_dot, settle, tilt
 from hybrid_kernels.cpu_topk import Supports
 from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.rows import (
     FIELDS,
+    LEAST,
     LOWEST,
     MEMBER,
     MEMBER_FIELDS,
@@ -33,7 +36,11 @@ from hybrid_kernels.rows import (
     STUDENT_FIELDS,
     Coefficients,
     Rows,
+    weighted,
 )
+
+# The results of a block of ordinary numbers are smaller than that.
+ORDINARY = 2.0**20
 
 # Elements of a block, 640 KiB in fp32: its four buffers then share two L2 caches of 2 MiB.
 BLOCK_ELEMENTS = 160 * 1024
@@ -113,7 +120,7 @@ def scale_rows(gradient: Tensor, factor: Tensor) -> None:
             piece = plane[start : start + step]
             own = factor if factor.numel() == 1 else factor[o, start : start + step]
             # The product is taken in fp32 and rounded once, whatever the gradient's dtype.
-            piece.copy_(piece.float() * own)
+            piece.copy_(weighted(own, piece.float()))
 
 
 def _prefer_huge_pages(gradient: Tensor) -> None:
@@ -237,13 +244,15 @@ class _Block:
         self.on_cpu = rows.student.device.type == "cpu"
         self.inv_t = 1.0 / rows.temperature_of(self.range)
         self.at_one = rows.row_temperature is None and rows.temperature == 1.0
-        self.dropped: Tensor | None = None
+        self.guarded = False
+        self.log_p = torch.full((), torch.nan)
+        self.log_q: Tensor | None = None
         self.supports = supports
         self.known = known
         self.columns: dict[int, Tensor] = {}
         if known:
             self.columns = dict(enumerate(self.statistics[:, :, None].unbind()))
-        self.log_q = torch.zeros(())
+        self.token_log_q = torch.zeros(())
 
     def measure(self) -> None:
         """Fills the statistics, and the buffers that the gradient reads."""
@@ -264,80 +273,85 @@ class _Block:
             found[:, :1].masked_fill_(self.outside, torch.nan)
         values[:, self.range] = found.T
 
-    def _checked(self, fill: Callable[[bool], Tensor]) -> Tensor:
-        """What `fill` returns, which it takes more care of where it finds what is not finite."""
+    def _checked(self, fill: Callable[[], Tensor]) -> Tensor:
+        """What `fill` returns, guarded where it is not ordinary."""
         # Where looking at a result would synchronise a device, every block counts as an edge case.
-        found = fill(not self.on_cpu)
-        if self.on_cpu and not bool(found.isfinite().all()):
-            found = fill(True)
+        self.guarded = not self.on_cpu
+        found = fill()
+        if self.on_cpu and not bool((found.abs() < ORDINARY).all()):
+            self.guarded = True
+            self._widen()
+            found = fill()
         return found
 
-    def _fill(self, guarded: bool) -> Tensor:
-        """Statistics `[r, STATISTICS]`. Unguarded, -inf among the logits makes some of them NaN."""
+    def _widen(self) -> None:
+        """Replaces the buffers by ones in double precision."""
+        count = 4 if self.pull is None else 5
+        shape = (count, *self.student.shape)
+        buffers = torch.empty(shape, dtype=torch.float64, device=self.student.device).unbind()
+        self.x, self.log_ratio, self.p, self.q = buffers[:4]
+        self.pull = None if self.pull is None else buffers[4]
+
+    def _fill(self) -> Tensor:
+        """Statistics `[r, STATISTICS]`."""
         top, lse, self.p_factor = self._exponentials(self.student, self.x, self.p)
-        self._drop(guarded)
+        self._normalise_guarded(lse)
         zero = torch.zeros_like(lse)
         columns = self.columns = dict.fromkeys(range(self.statistics.shape[0]), zero)
         columns[FIELDS.student_max] = top
         columns[FIELDS.student_lse] = lse
         columns[FIELDS.logsumexp] = self._over_t(top) + lse
-        mean_x = row_dot(self.p, self.x).mul_(self.p_factor)
-        columns[FIELDS.entropy] = lse - self._over_t(mean_x)
+        columns[FIELDS.entropy] = lse - self._over_t(self._mean_x())
         if self.ids is not None:
-            log_prob = self._over_t(self.x.gather(1, self.ids)) - lse
-            if self.dropped is not None:
-                # (NaN in a row of nothing else.)
-                log_prob = torch.where(self.dropped.gather(1, self.ids), -torch.inf - lse, log_prob)
-            columns[FIELDS.log_prob] = log_prob
+            columns[FIELDS.log_prob] = self._over_t(self.x.gather(1, self.ids)) - lse
         if self.supports is not None:
             self._gather_support(self.supports)
-        self.log_q = zero
+        self.token_log_q = zero
         for member in range(len(self.teachers)):
-            self._compare(member, guarded)
+            self._compare(member)
         if self.ids is not None and self.teachers:
-            columns[FIELDS.teacher_log_prob] = self.log_q
+            columns[FIELDS.teacher_log_prob] = self.token_log_q
         return torch.cat(tuple(columns.values()), 1)
 
-    def _recentre(self, guarded: bool) -> Tensor:
+    def _mean_x(self) -> Tensor:
+        """The mean of x under p."""
+        if self.p_factor is None:
+            return row_dot(self.p, self.x.masked_fill(self.p == 0, 0.0))
+        return row_dot(self.p, self.x).mul_(self.p_factor)
+
+    def _recentre(self) -> Tensor:
         """x and p by the normalisers that are known; NaN where there is an infinite logit."""
         columns = self.columns
         known = columns[FIELDS.student_max], columns[FIELDS.student_lse]
         self.p_factor = self._exponentials(self.student, self.x, self.p, known)[2]
-        probe = row_dot(self.p, self.x)
-        self._drop(guarded)
-        return probe
+        self._normalise_guarded(known[1])
+        return self._mean_x()
 
-    def _refill(self, guarded: bool) -> Tensor:
-        """What tells whether there was anything infinite, `[r, *]`."""
-        found = [self._recentre(guarded)]
+    def _refill(self) -> Tensor:
+        """What tells whether all was ordinary, `[r, *]`."""
+        found = [self._recentre()]
         for member in range(len(self.teachers)):
             first = STUDENT_FIELDS + member * MEMBER_FIELDS
-            found += self._sums(self._log_ratios(member, guarded))
+            found += self._sums(self._log_ratios(member))
             found.append(self.columns[first + MEMBER.slope_sum])
             self._tilt(self.columns[first + MEMBER.log_s])
             if self.pull is not None:
                 self._add_pull(self.pull, member, found[-1])
         return torch.cat(found, 1)
 
-    def _parts(self, guarded: bool) -> Tensor:
+    def _parts(self) -> Tensor:
         """The same, and then what `row_values` tells."""
-        found, form = [self._recentre(guarded)], self.form
-        self.log_q = torch.zeros_like(found[0])
+        found, form = [self._recentre()], self.form
+        self.token_log_q = torch.zeros_like(found[0])
         for member in range(len(self.teachers)):
-            lost = self._log_ratios(member, guarded)
+            lost = self._log_ratios(member)
             value, slope_sum = self._sums(lost)
             if form.small_value is not None:
                 self._normalise()
-                value = form.small_value(self.p, self.q, self.log_ratio) + form.lost_sign * lost
+                value = form.small_value(self._entries()) + form.lost_sign * lost
             found += [value, slope_sum]
-        found.insert(1, self.log_q)
+        found.insert(1, self.token_log_q)
         return torch.cat(found, 1)
-
-    def _drop(self, guarded: bool) -> None:
-        """Notes which entries take no part."""
-        if guarded:
-            self.dropped = self.student == -torch.inf
-            self.x.masked_fill_(self.dropped, LOWEST)
 
     def _gather_support(self, supports: Supports) -> None:
         """Notes z - max z on a top-K support, and what is outside. Leaves p 0 on it."""
@@ -346,17 +360,23 @@ class _Block:
         # Taken away from themselves they leave an exact 0, and what is not kept leaves all alone.
         on_support = torch.where(kept, self.p.gather(1, index), 0.0)
         self.p.scatter_add_(1, index, on_support.neg_())
-        supports.outside[self.range] = self.p.sum(-1, keepdim=True)
+        outside = self.p.sum(-1, keepdim=True)
+        if self.guarded:
+            outside = outside * self.columns[FIELDS.student_lse].exp()
+            if supports.exponentials is not None:
+                outer, start = divmod(self.range.start, self.rows.student.shape[1])
+                kept = supports.exponentials[outer, start : start + len(self.student)]
+                torch.exp(self._over_t(self.x), out=kept)
+        supports.outside[self.range] = outside
 
-    def _compare(self, member: int, guarded: bool) -> None:
+    def _compare(self, member: int) -> None:
         """A teacher's statistics, its share of the divergence and the sum of its slopes."""
         columns, form = self.columns, self.form
-        p, q, log_ratio = self.p, self.q, self.log_ratio
         share = self.rows.shares[member]
         first = STUDENT_FIELDS + member * MEMBER_FIELDS
-        lost = self._log_ratios(member, guarded)
+        lost = self._log_ratios(member)
         value, slope_sum = self._sums(lost)
-        if guarded or self.family.tilted:
+        if self.guarded or self.family.tilted:
             lse, teacher_lse = columns[FIELDS.student_lse], columns[first + MEMBER.teacher_lse]
             finite = lse.isfinite() & teacher_lse.isfinite()
             settled = settle(self.family, value, slope_sum, finite, self.rows.parameter)
@@ -365,9 +385,9 @@ class _Block:
         columns[first + MEMBER.slope_sum] = slope_sum
         if form.small_value is not None:
             small = value < SMALL_DIVERGENCE
-            if guarded or bool(small.any()):
+            if self.guarded or bool(small.any()):
                 self._normalise()
-                refined = form.small_value(p, q, log_ratio) + form.lost_sign * lost
+                refined = form.small_value(self._entries()) + form.lost_sign * lost
                 value = torch.where(small, refined, value)
         if self.pull is None:
             columns[FIELDS.divergence] = value if share == 1.0 else share * value
@@ -375,9 +395,9 @@ class _Block:
             columns[FIELDS.divergence] = columns[FIELDS.divergence] + share * value
             self._add_pull(self.pull, member, slope_sum)
 
-    def _log_ratios(self, member: int, guarded: bool) -> Tensor | float:
+    def _log_ratios(self, member: int) -> Tensor | float:
         """Fills q and l of a member, and adds its log q(y). Measures its normalisers, if they are
-        not known. Returns 1 - sum q of the entries that take part."""
+        not known. Returns 1 - sum q, of a q raised to the floor."""
         columns, floor = self.columns, self.rows.teacher_floor
         q, log_ratio, teacher = self.q, self.log_ratio, self.teachers[member]
         first = STUDENT_FIELDS + member * MEMBER_FIELDS
@@ -392,29 +412,34 @@ class _Block:
             log_q = self._over_t(log_ratio.gather(1, self.ids)) - teacher_lse
             log_q = log_q if floor is None else log_q.clamp_(min=floor)
             share = self.rows.shares[member] / sum(self.rows.shares)
-            self.log_q = self.log_q + share * log_q
+            self.token_log_q = self.token_log_q + share * log_q
+        if self.guarded:
+            self.log_q = self._over_t(log_ratio) - teacher_lse
         self._subtract(teacher, student_max, top, teacher_lse - student_lse)
+        if self.guarded or self.family.tilted or floor is not None:
+            self.log_p = self._over_t(self.x) - student_lse
         lost = 0.0
-        if guarded or floor is not None or not self.family.linear or self.pull is not None:
+        if self.guarded or floor is not None or not self.family.linear or self.pull is not None:
             self._normalise()
         if floor is not None:
-            torch.minimum(log_ratio, self._over_t(self.x) - (student_lse + floor), out=log_ratio)
+            torch.minimum(log_ratio, self.log_p - floor, out=log_ratio)
             raised = (math.exp(floor) - q).clamp_(min=0.0)
+            if self.log_q is not None:
+                # Not under what both sides forbid.
+                none = (self.student == -torch.inf) & (teacher == -torch.inf)
+                raised.masked_fill_(none, 0.0)
+                self.log_q = self.log_q.clamp_(min=floor).masked_fill_(none, -torch.inf)
             q.add_(raised)
             lost = -raised.sum(-1, keepdim=True)
-        if self.dropped is not None:
-            # What the identity sum p = sum q = 1 behind `small_value` has lost on this support.
-            lost = lost + torch.where(self.dropped, q, 0.0).sum(-1, keepdim=True)
-            q.masked_fill_(self.dropped, 0.0)
-            log_ratio.masked_fill_(self.dropped, LOWEST)
-            if not self.family.diverges:
-                log_ratio.clamp_(max=-LOWEST)
+        if self.log_q is not None:
+            _keep_some(q, self.log_q)
+            none = (self.log_p == -torch.inf) & (self.log_q == -torch.inf)
+            log_ratio.masked_fill_(none, 0.0)
         return lost
 
     def _sums(self, lost: Tensor | float) -> tuple[Tensor, Tensor]:
         """`Form.compare` of these buffers."""
-        buffers = (self.p, self.q, self.log_ratio, self.rows.parameter, self._log_p(), lost)
-        value, slope_sum = self.form.compare(*buffers)
+        value, slope_sum = self.form.compare(self._entries(), self.rows.parameter, lost)
         if self.p_factor is not None:
             value = slope_sum = value * self.p_factor
         return value, slope_sum
@@ -422,26 +447,42 @@ class _Block:
     def _tilt(self, log_s: Tensor) -> None:
         """`tilt` of these buffers, if their slopes have waited for it."""
         if self.family.tilted:
-            tilt(self.p, self.q, self.log_ratio, self.rows.parameter, self._log_p(), log_s)
+            tilt(self._entries(), self.rows.parameter, log_s)
 
-    def _log_p(self) -> Tensor:
-        """log p, for Renyi's divergence; others have no use for it."""
-        if not self.family.tilted:
-            return self.p
-        return self._over_t(self.x) - self.columns[FIELDS.student_lse]
+    def _entries(self) -> Entries:
+        return Entries(self.p, self.q, self.log_ratio, self.log_p, self.log_q)
 
     def _add_pull(self, pull: Tensor, member: int, slope_sum: Tensor) -> None:
         """Adds a member's dD/dz: its share of p (u - sum of slopes) + v."""
         if member == 0:
             pull.zero_()
         weight = self.rows.shares[member]
-        u = self.log_ratio if self.family.has_u else self.log_ratio.zero_()
+        u = self._of_some(self.log_ratio) if self.family.has_u else self.log_ratio.zero_()
+        if weight > 1:
+            u.clamp_(min=LOWEST)
         pull.addcmul_(self.p, u.sub_(slope_sum).mul_(weight))
         if self.family.has_v:
             pull.sub_(self.q.mul_(weight))
 
+    def _of_some(self, factor: Tensor) -> Tensor:
+        """A factor of p; guarded, 0 where p is 0, however infinite."""
+        return factor.masked_fill_(self.p == 0, 0.0) if self.guarded else factor
+
+    def _scale(self, factor: Tensor, weight: Tensor) -> Tensor:
+        """A factor of p times a weight."""
+        if self.on_cpu and bool((weight.abs() > 1).any()):
+            # (Where p is 0 it may be as low as numbers get.)
+            factor.clamp_(min=LOWEST)
+        return factor.mul_(weight)
+
     def _over_t(self, value: Tensor) -> Tensor:
         return value if self.at_one else value * self.inv_t
+
+    def _normalise_guarded(self, student_lse: Tensor) -> None:
+        if self.guarded and self.p_factor is not None:
+            self.p.mul_(self.p_factor)
+            self.p_factor = None
+            _keep_some(self.p, self._over_t(self.x) - student_lse)
 
     def _normalise(self) -> None:
         if self.p_factor is not None:
@@ -459,7 +500,7 @@ class _Block:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Fills z - max z and exp((z - max z)/T); returns max z, and the logarithm and reciprocal
         of the sum of the latter. `known` are the first two, of which these logits may be a part."""
-        if logits.dtype == torch.float32:
+        if logits.dtype == centred.dtype:
             top = logits.amax(-1, keepdim=True) if known is None else known[0]
             torch.sub(logits, top, out=centred)
         else:
@@ -482,6 +523,9 @@ class _Block:
         larger side first: a large offset between the models must not cost digits either.
         """
         log_ratio, student = self.log_ratio, self.student
+        if log_ratio.dtype == torch.float64:
+            torch.sub(self.x, log_ratio, out=log_ratio).mul_(self.inv_t).add_(shift)
+            return
         rest = student_max - teacher_max
         plain = student.dtype == teacher.dtype == torch.float32 and self.on_cpu
         if plain and bool((rest.abs() < 0.5).all()):
@@ -511,7 +555,7 @@ class _Block:
         constant = 0.0
         if c_div is not None and alone:
             slope_sum = columns[STUDENT_FIELDS + MEMBER.slope_sum]
-            if self.dropped is not None:
+            if self.guarded:
                 # A weight of 0 leaves nothing of an infinite divergence.
                 unweighted = c_div == 0
                 slope_sum = torch.where(unweighted, 0.0, slope_sum)
@@ -521,23 +565,24 @@ class _Block:
                 c_div = c_div * self.rows.shares[0]
             constant = constant - c_div * slope_sum
         if c_div is not None and alone and family.has_u:
-            inner.mul_(c_div * factor)
+            self._scale(self._of_some(inner), c_div * factor)
         else:
             inner.zero_()
         if c_logp is not None:
             constant = constant - c_logp
         if c_ent is not None:
-            inner.sub_(self.x.mul_(c_ent * factor * self.inv_t))
+            inner.sub_(self._scale(self._of_some(self.x), c_ent * factor * self.inv_t))
             constant = constant + c_ent * (columns[FIELDS.student_lse] - columns[FIELDS.entropy])
         inner.add_(constant * factor)
-        out = self.gradient if self.gradient.dtype == torch.float32 else inner
+        out = self.gradient if self.gradient.dtype == inner.dtype else inner
         torch.mul(p, inner, out=out)
         if c_div is not None and alone and family.has_v:
             out.sub_(self.q.mul_(c_div))
         if c_div is not None and self.pull is not None:
             out.add_(weighted(c_div, self.pull))
         if c_logp is not None and self.ids is not None:
-            out.scatter_add_(1, self.ids, torch.where(self.outside, 0.0, c_logp))
+            own_term = torch.where(self.outside, 0.0, c_logp)
+            out.scatter_add_(1, self.ids, own_term.to(out.dtype))
         if out is not self.gradient:
             self.gradient.copy_(out)
 
@@ -565,9 +610,17 @@ class _Block:
             out.mul_(inner)
         supports.write(out, self.range)
         if c_logp is not None and self.ids is not None:
-            out.scatter_add_(1, self.ids, torch.where(self.outside, 0.0, c_logp))
+            own_term = torch.where(self.outside, 0.0, c_logp)
+            out.scatter_add_(1, self.ids, own_term.to(out.dtype))
         if out is not self.gradient:
             self.gradient.copy_(out)
 
     def _own(self, column: Tensor | None) -> Tensor | None:
         return None if column is None else column[self.range]
+
+
+def _keep_some(probability: Tensor, log_probability: Tensor) -> None:
+    """Leaves something of a probability that is 0 in its dtype, and not in double precision."""
+    if probability.dtype != torch.float64:
+        hidden = (probability == 0) & (log_probability > LEAST)
+        probability.masked_fill_(hidden, 2.0**-149)

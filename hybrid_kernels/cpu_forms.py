@@ -11,36 +11,57 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels.divergences import Family
-from hybrid_kernels.rows import LOWEST
 
 Sums: TypeAlias = tuple[Tensor, Tensor]  # of terms and slopes, each `[r, 1]`
 
 
+class Entries(NamedTuple):
+    """Both distributions, on block buffers.
+
+    Attributes:
+        p, q: the probabilities.
+        log_ratio: l = log p - log q, 0 where both are -inf.
+        log_p: log p. Without guards only Renyi's divergence has it, and others NaN.
+        log_q: log q. Without guards there is none: all is finite then, or becomes NaN.
+    """
+
+    p: Tensor
+    q: Tensor
+    log_ratio: Tensor
+    log_p: Tensor
+    log_q: Tensor | None = None
+
+    def of_some(self, probability: Tensor, value: Tensor) -> Tensor:
+        """A value that is a factor of a probability; guarded, 0 where that is 0."""
+        return value if self.log_q is None else value.masked_fill(probability == 0, 0.0)
+
+    def dot(self, probability: Tensor, value: Tensor) -> Tensor:
+        return row_dot(probability, self.of_some(probability, value))
+
+
 class Form(NamedTuple):
-    """A divergence on block buffers, in terms of p, q and the log-ratio l.
+    """A divergence on block buffers.
 
     The slopes of its terms are dt/dlog p = p u + v, up to a multiple of p (which changes no logit
     gradient). `Family` says which of the two there are, and all else that holds of a divergence.
 
     Attributes:
-        sums: (p, q, l, parameter, log p) -> the value and the sum of the slopes, each `[r, 1]`;
-            leaves u in the buffer of l and -v in that of q. Of a tilted family S - 1 and log S, as
-            `settle` wants them, with the buffers left alone: `tilt` fills them later.
-        small_value: (p, q, l) -> `[r, 1]`, the value as a sum of positive terms, right near p = q.
-        lost_sign: the sign with which 1 - sum q of the entries that take part enters it.
+        sums: (entries, parameter) -> the value and the sum of the slopes, each `[r, 1]`; leaves u
+            in the buffer of l and -v in that of q. Of a tilted family S - 1 and log S, as `settle`
+            wants them, with the buffers left alone: `tilt` fills them later.
+        small_value: entries -> `[r, 1]`, the value as a sum of positive terms, right near p = q.
+        lost_sign: the sign with which 1 - sum q, of a q raised to a floor, enters it.
         lost_share: parameter -> the factor with which it enters the value of `sums`.
     """
 
-    sums: Callable[[Tensor, Tensor, Tensor, float, Tensor], Sums]
-    small_value: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    sums: Callable[[Entries, float], Sums]
+    small_value: Callable[[Entries], Tensor] | None = None
     lost_sign: float = 0.0
     lost_share: Callable[[float], float] | None = None
 
-    def compare(
-        self, p: Tensor, q: Tensor, log_ratio: Tensor, a: float, log_p: Tensor, lost: Tensor | float
-    ) -> Sums:
-        """As `sums`, with what 1 - sum q of the entries that take part does to the value."""
-        value, slope_sum = self.sums(p, q, log_ratio, a, log_p)
+    def compare(self, entries: Entries, a: float, lost: Tensor | float) -> Sums:
+        """As `sums`, with what 1 - sum q does to the value."""
+        value, slope_sum = self.sums(entries, a)
         if self.lost_share is not None:
             value = value + self.lost_share(a) * lost
         return value, slope_sum
@@ -55,28 +76,19 @@ def settle(
     S is 1 + sum (p^a q^(1-a) - p) where it is near 1; elsewhere a log-sum-exp, which stands in the
     place of the slopes' sum.
 
-    Where both normalisers are `finite`, a NaN is the 0 * inf of a p that underflows, and means that
-    the teacher forbids what the student may still say.
+    Where both normalisers are `finite`, a NaN is the 0 * inf of a probability that underflows, and
+    means that one side forbids what the other may still say.
     """
     log_s = torch.zeros_like(value)
     if family.tilted:
         near = value.abs() < 0.5
         log_s = torch.where(near, value.clamp(-0.5, 0.5).log1p(), slope_sum)
-        # Where the teacher forbids an entry the log-ratio is a huge number, for infinity.
-        log_s = log_s.masked_fill(log_s > 1e20, math.inf)
         value, slope_sum = log_s / (a - 1), torch.where(log_s == math.inf, math.inf, 0.0)
-    if family.diverges:
-        infinite = (value.isnan() & finite) | (value == math.inf)
-        value = torch.where(infinite, math.inf, value)
-        slope_sum = torch.where(infinite, math.inf, slope_sum)
+    if family.one_sweep:
+        value, slope_sum = (torch.where(x.isnan(), math.inf, x) for x in (value, slope_sum))
     # Comparisons lose sight of a NaN.
     value, slope_sum = (torch.where(finite, x, math.nan) for x in (value, slope_sum))
     return value, slope_sum, log_s
-
-
-def weighted(weight: Tensor, value: Tensor) -> Tensor:
-    """weight * value; a weight of 0 leaves nothing of an infinity."""
-    return torch.where(weight == 0, 0.0, weight * value)
 
 
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
@@ -84,55 +96,62 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a, b)[:, None]
 
 
-def _reverse_kl(p: Tensor, q: Tensor, log_ratio: Tensor, *_: object) -> Sums:
-    value = row_dot(p, log_ratio)
+def _reverse_kl(entries: Entries, _: float) -> Sums:
+    value = entries.dot(entries.p, entries.log_ratio)
     return value, value
 
 
-def _forward_kl(p: Tensor, q: Tensor, log_ratio: Tensor, *_: object) -> Sums:
-    return -row_dot(q, log_ratio), -q.sum(-1, keepdim=True)
+def _forward_kl(entries: Entries, _: float) -> Sums:
+    return -entries.dot(entries.q, entries.log_ratio), -entries.q.sum(-1, keepdim=True)
 
 
-def _jeffreys(p: Tensor, q: Tensor, log_ratio: Tensor, *_: object) -> Sums:
-    reverse = row_dot(p, log_ratio)
-    return reverse - row_dot(q, log_ratio), reverse - q.sum(-1, keepdim=True)
+def _jeffreys(entries: Entries, _: float) -> Sums:
+    reverse, slope_sum = _reverse_kl(entries, 0.0)[0], -entries.q.sum(-1, keepdim=True)
+    return reverse - entries.dot(entries.q, entries.log_ratio), reverse + slope_sum
 
 
-def _mixture_log_ratio(log_ratio: Tensor, beta: float) -> Tensor:
-    """log(m/p) = log(beta e^-l + 1 - beta), from the side where the exponential is at most 1."""
-    weight = torch.where(log_ratio > 0, beta, 1 - beta)
-    return log_ratio.abs().neg_().expm1_().mul_(weight).log1p_().sub_(log_ratio.clamp(max=0.0))
+def _mixture_log_ratios(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log(m/p), in the buffer of l, and log(m/q) of m = beta q + (1-beta) p.
+
+    Of the larger of p and q it is s = log(c e^-|l| + 1 - c), where c is the weight of the other.
+    The other one's is |l| + s, which would leave nothing of s to be found again where l is large.
+    """
+    c = torch.where(log_ratio > 0, beta, 1 - beta)
+    s = log_ratio.abs().neg_().expm1_().mul_(c).log1p_()
+    above = log_ratio.clamp(min=0.0)
+    below = log_ratio.clamp_(max=0.0)
+    return torch.sub(s, below, out=log_ratio), above.add_(s)
 
 
-def _jsd(p: Tensor, q: Tensor, log_ratio: Tensor, beta: float, _: Tensor) -> Sums:
-    log_m_over_p = _mixture_log_ratio(log_ratio, beta)
-    teacher_side = row_dot(q, log_ratio.add_(log_m_over_p))
-    u = torch.mul(log_m_over_p, beta - 1, out=log_ratio)
-    student_side = row_dot(p, u)
-    return student_side - beta * teacher_side, student_side
+def _jsd(entries: Entries, beta: float) -> Sums:
+    log_m_over_p, log_m_over_q = _mixture_log_ratios(entries.log_ratio, beta)
+    u = log_m_over_p.mul_(beta - 1)
+    student_side = entries.dot(entries.p, u)
+    return student_side - beta * entries.dot(entries.q, log_m_over_q), student_side
 
 
-def _skew_reverse_kl(p: Tensor, q: Tensor, log_ratio: Tensor, a: float, _: Tensor) -> Sums:
-    log_p_over_m = _mixture_log_ratio(log_ratio, 1 - a).neg_()
-    value = row_dot(p, log_p_over_m)
+def _skew_reverse_kl(entries: Entries, a: float) -> Sums:
+    log_p_over_m = _mixture_log_ratios(entries.log_ratio, 1 - a)[0].neg_()
+    value = entries.dot(entries.p, log_p_over_m)
     # log(p/m) - a p/m, which is 0 at p = q once a is added.
-    u = torch.expm1(log_p_over_m, out=log_ratio).mul_(-a).add_(log_p_over_m)
-    return value, row_dot(p, u)
+    u = log_p_over_m.add_(log_p_over_m.expm1(), alpha=-a)
+    return value, entries.dot(entries.p, u)
 
 
-def _skew_forward_kl(p: Tensor, q: Tensor, log_ratio: Tensor, a: float, _: Tensor) -> Sums:
-    log_q_over_m = _mixture_log_ratio(log_ratio, a).add_(log_ratio).neg_()
-    value = row_dot(q, log_q_over_m)
-    u = torch.expm1(log_q_over_m, out=log_ratio).mul_(a - 1)  # -(1-a) q/m, but for 1-a
-    return value, row_dot(p, u)
+def _skew_forward_kl(entries: Entries, a: float) -> Sums:
+    log_q_over_m = _mixture_log_ratios(entries.log_ratio, a)[1].neg_()
+    value = entries.dot(entries.q, log_q_over_m)
+    u = torch.expm1(log_q_over_m, out=entries.log_ratio).mul_(a - 1)  # -(1-a) q/m, but for 1-a
+    return value, entries.dot(entries.p, u)
 
 
-def _alpha_terms(p: Tensor, q: Tensor, log_ratio: Tensor, a: float) -> Tensor:
+def _alpha_terms(entries: Entries, a: float) -> Tensor:
     """The sum of a p + (1-a) q - p^a q^(1-a), over a (1-a): of positive terms.
 
     With x = -|l| a term is c (e^x - 1) - (e^(cx) - 1) times the larger of p and q, where c is a or
     1-a; near x = 0 less the parts of first order, which cancel.
     """
+    p, q, log_ratio = entries[:3]
     below = log_ratio < 0
     c = torch.where(below, a, 1 - a)
     x = log_ratio.abs().neg_()
@@ -142,11 +161,9 @@ def _alpha_terms(p: Tensor, q: Tensor, log_ratio: Tensor, a: float) -> Tensor:
     if bool(near.any()) if near.device.type == "cpu" else True:
         x, cx = torch.where(near, x, 0.0), torch.where(near, cx, 0.0)
         terms = torch.where(near, _square(x).mul_(c).sub_(_square(cx)), terms)
-    base = torch.where(below, q, p)
-    terms = torch.where(base > 0, terms.mul_(base), 0.0)
-    if a > 1:
-        # Where the teacher forbids an entry, however small p, there is no limit.
-        terms.masked_fill_(log_ratio > -LOWEST / 2, -math.inf)
+    terms.mul_(torch.where(below, q, p))
+    if not 0 < a < 1:
+        terms = torch.where(_is_hidden(entries, a), -_log_geometric(entries, a).exp_(), terms)
     return terms.sum(-1, keepdim=True) / (a * (1 - a))
 
 
@@ -174,50 +191,76 @@ def _tilted(q: Tensor, exponent: Tensor, whole: Callable[[], Tensor]) -> None:
     exponent.copy_(torch.where(plain, torch.where(plain, exponent, 0.0).expm1_(), -1.0))
 
 
-def _geometric(p: Tensor, q: Tensor, log_ratio: Tensor, a: float) -> Tensor:
-    """p^a q^(1-a), from the side on which the exponential of 0 < a < 1 is at most 1."""
-    below = log_ratio < 0
-    base = torch.where(below, q, p)
-    product = base * (torch.where(below, a, a - 1) * log_ratio).exp_()
-    product = torch.where(base > 0, product, 0.0)
-    # Where the teacher forbids an entry, however small p, a limit that no product has.
-    return product.masked_fill_(log_ratio > -LOWEST / 2, math.inf if a > 1 else 0.0)
+def _from_larger(entries: Entries, a: float) -> tuple[Tensor, Tensor]:
+    """The larger of p and q, and what log p^a q^(1-a) has more than its logarithm: at most 0 for
+    0 < a < 1."""
+    below = entries.log_ratio < 0
+    larger = torch.where(below, entries.q, entries.p)
+    return larger, torch.where(below, a, a - 1) * entries.log_ratio
 
 
-def _alpha(p: Tensor, q: Tensor, log_ratio: Tensor, a: float, _: Tensor) -> Sums:
-    value = _alpha_terms(p, q, log_ratio, a)
-    raw = log_ratio.clone()
-    _tilted(q, log_ratio.mul_(a - 1), lambda: _geometric(p, q, raw, a))
+def _is_hidden(entries: Entries, a: float) -> Tensor:
+    """Where p^a q^(1-a) may be large and the larger of p and q too small to tell."""
+    larger, added = _from_larger(entries, a)
+    return (larger < 1e-30) & (added > 20)
+
+
+def _log_geometric(entries: Entries, a: float) -> Tensor:
+    """log p^a q^(1-a). Without guards infinities make it NaN."""
+    _, _, log_ratio, log_p, log_q = entries
+    if log_q is None:
+        return (a - 1) * log_ratio + log_p
+    log_larger = torch.where(log_ratio < 0, log_q, log_p)
+    return log_larger.clamp_(min=torch.finfo(log_p.dtype).min) + _from_larger(entries, a)[1]
+
+
+def _geometric(entries: Entries, a: float) -> Tensor:
+    """p^a q^(1-a)."""
+    larger, added = _from_larger(entries, a)
+    product = larger * added.exp_()
+    if 0 < a < 1:
+        return product
+    return torch.where(_is_hidden(entries, a), _log_geometric(entries, a).exp_(), product)
+
+
+def _alpha(entries: Entries, a: float) -> Sums:
+    value = _alpha_terms(entries, a)
+    p, q, log_ratio = entries[:3]
+    raw = entries._replace(log_ratio=log_ratio.clone())
+    _tilted(q, log_ratio.mul_(a - 1), lambda: _geometric(raw, a))
     log_ratio.div_(a - 1)
     q.div_(a - 1)
-    return value, row_dot(p, log_ratio) - q.sum(-1, keepdim=True)
+    return value, entries.dot(p, log_ratio) - q.sum(-1, keepdim=True)
 
 
-def _renyi(p: Tensor, q: Tensor, log_ratio: Tensor, a: float, log_p: Tensor) -> Sums:
+def _renyi(entries: Entries, a: float) -> Sums:
     """sum (p^a q^(1-a) - p), which is S - 1, and log S as a log-sum-exp."""
-    exponent = (a - 1) * log_ratio
+    exponent = (a - 1) * entries.log_ratio
     plain = exponent.abs() < 30
-    log_s = (exponent + log_p).logsumexp(-1, keepdim=True)
-    terms = p * torch.where(plain, exponent, 0.0).expm1_()
+    log_s = _log_geometric(entries, a).logsumexp(-1, keepdim=True)
+    terms = entries.p * torch.where(plain, exponent, 0.0).expm1_()
     if not (plain.device.type == "cpu" and bool(plain.all())):
-        terms = torch.where(plain, terms, _geometric(p, q, log_ratio, a) - p)
+        terms = torch.where(plain, terms, _geometric(entries, a) - entries.p)
     return terms.sum(-1, keepdim=True), log_s
 
 
-def tilt(p: Tensor, q: Tensor, log_ratio: Tensor, a: float, log_p: Tensor, log_s: Tensor) -> None:
+def tilt(entries: Entries, a: float, log_s: Tensor) -> None:
     """Leaves u and -v of a tilted family in the buffers: of slopes a/(a-1) (p^a q^(1-a)/S - p),
     which sum to 0."""
+    q, log_ratio = entries.q, entries.log_ratio
+    raw = entries._replace(log_ratio=log_ratio.clone())
     exponent = log_ratio.mul_(a - 1).sub_(log_s)
-    _tilted(q, exponent, lambda: (exponent + log_p).exp_())
+    _tilted(q, exponent, lambda: (_log_geometric(raw, a) - log_s).exp_())
     log_ratio.mul_(a / (a - 1))
     q.mul_(a / (a - 1))
 
 
-def _tv(p: Tensor, q: Tensor, log_ratio: Tensor, *_: object) -> Sums:
+def _tv(entries: Entries, _: float) -> Sums:
+    p, q, log_ratio = entries[:3]
     near = log_ratio.abs() < 0.5
     terms = torch.where(near, p * torch.where(near, -log_ratio, 0.0).expm1_(), p - q).abs_()
     u = log_ratio.sign_().mul_(0.5)
-    return 0.5 * terms.sum(-1, keepdim=True), row_dot(p, u)
+    return 0.5 * terms.sum(-1, keepdim=True), entries.dot(p, u)
 
 
 def _excess(log_ratio: Tensor) -> Tensor:
@@ -228,19 +271,23 @@ def _excess(log_ratio: Tensor) -> Tensor:
     return series.mul_(log_ratio).mul_(log_ratio)
 
 
-def _reverse_small(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
-    near = log_ratio.abs() < 0.5
-    return torch.where(near, p * _excess(log_ratio), q - p + p * log_ratio).sum(-1, keepdim=True)
+def _reverse_small(entries: Entries) -> Tensor:
+    p, q, log_ratio = entries[:3]
+    far = q - p + p * entries.of_some(p, log_ratio)
+    terms = torch.where(log_ratio.abs() < 0.5, p * _excess(log_ratio), far)
+    return terms.sum(-1, keepdim=True)
 
 
-def _forward_small(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
-    return _reverse_small(q, p, -log_ratio)
+def _forward_small(entries: Entries) -> Tensor:
+    p, q, log_ratio = entries[:3]
+    return _reverse_small(entries._replace(p=q, q=p, log_ratio=-log_ratio))
 
 
-def _jeffreys_small(p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
-    near = log_ratio.abs() < 0.5
-    difference = torch.where(near, -p * torch.expm1(-log_ratio), p - q)
-    return (difference * log_ratio).sum(-1, keepdim=True)
+def _jeffreys_small(entries: Entries) -> Tensor:
+    p, q, log_ratio = entries[:3]
+    far = p * entries.of_some(p, log_ratio) - q * entries.of_some(q, log_ratio)
+    terms = torch.where(log_ratio.abs() < 0.5, -p * torch.expm1(-log_ratio) * log_ratio, far)
+    return terms.sum(-1, keepdim=True)
 
 
 FORMS = {

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybrid_kernels.cpu_forms import FORMS, settle, tilt, weighted
+from hybrid_kernels.cpu_forms import FORMS, Entries, settle, tilt
 from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.rows import (
     FIELDS,
@@ -21,6 +21,7 @@ from hybrid_kernels.rows import (
     SMALLEST_TAIL,
     Coefficients,
     Rows,
+    weighted,
 )
 
 # Rows that are compared at once, on the CPU; and entries elsewhere, where launches are what costs.
@@ -55,6 +56,7 @@ class Supports:
 
     Attributes:
         kept: `[N, K]` bool, the ids that count.
+        full: `[N, 1]` bool, whether nothing is outside.
         index: `[N, K]` int64, those ids; 0 where none counts.
         x: `[N, K]`, z - max z on the support.
         outside: `[N, 1]`, sum exp((z - max z)/T) outside.
@@ -72,6 +74,7 @@ class Supports:
         self.rows = rows
         self.impossible = (ids < -1) | (ids >= size)
         self.kept = first_of_each(ids) & ~self.impossible
+        self.full = self.kept.sum(-1, keepdim=True) >= size
         self.index = torch.where(self.kept, ids, 0)
         self.x = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
         self.outside = torch.zeros((len(ids), 1), dtype=torch.float32, device=ids.device)
@@ -92,6 +95,7 @@ class Supports:
                 own[FIELDS.student_lse][:, None],
                 self.outside[span],
                 self.kept[span],
+                self.full[span],
                 None if ids is None else ids[span, None],
                 None if ids is None else own[FIELDS.log_prob][:, None],
             )
@@ -179,6 +183,7 @@ def compare(
     lse: Tensor,
     tail_sum: Tensor,
     kept: Tensor,
+    full: Tensor,
     token: Tensor | None,
     token_log_p: Tensor | None,
 ) -> Comparison:
@@ -191,58 +196,59 @@ def compare(
         lse: log sum exp((z - max z)/T).
         tail_sum: sum exp((z - max z)/T) outside the support.
         kept: `[r, K]`, which of the support count.
+        full: `[r, 1]`, whether nothing is outside.
         token: `[r, 1]` sampled ids, or None.
         token_log_p: log p of them.
     """
     assert rows.support is not None
     inv_t, floor, tail = 1.0 / rows.temperature_of(span), rows.teacher_floor, rows.tail
     family = FAMILIES[rows.divergence]
-    log_p = torch.where(kept & (x > LOWEST), x * inv_t - lse, -torch.inf)
-    log_tail = tail_sum.log() - lse
-    part = torch.cat([log_p > -torch.inf, log_tail.exp() >= SMALLEST_TAIL], -1)
-    own = torch.cat([log_p, log_tail], -1)
+    # In which the lowest logit over the smallest temperature is a number. Not all devices have it.
+    dtype = torch.float64 if x.device.type == "cpu" else torch.float32
+    x, lse, tail_sum = x.to(dtype), lse.to(dtype), tail_sum.to(dtype)
+    log_p = torch.where(kept, x * inv_t - lse, -torch.inf)
+    own = torch.cat([log_p, tail_sum.log() - lse], -1)
     student_mass = log_p.exp().sum(-1, keepdim=True) + 0.0 * lse  # NaN where the row is
+    part = torch.cat([kept, ~full], -1)
     if tail == "renormalize":
-        own[:, -1] = -torch.inf
-        own -= log_p.logsumexp(-1, keepdim=True)
+        own = torch.where(part, own - log_p.logsumexp(-1, keepdim=True), -torch.inf)
         part[:, -1] = False
+    own = torch.where(part, own, -torch.inf)
     found = None
     if token is not None:
         found = (rows.support[span] == token) & kept
     total = sum(rows.shares)
     value = pull = tail_pull = teacher_mass = log_q_token = rho = 0.0
     for share, log_probs in zip(rows.shares, rows.teachers, strict=True):
-        log_q = torch.where(kept, log_probs[span], -torch.inf)
+        log_q = torch.where(kept, log_probs[span].to(dtype), -torch.inf)
         q = log_q.exp()
         raw_tail, tail_q, mass = tail_of_teacher(log_q, q, rows.resolution)
-        raw_q = torch.cat([q, raw_tail], -1)
-        if floor is not None:
-            log_q = torch.where(kept, log_q.clamp(min=floor), -torch.inf)
         their = torch.cat([log_q, tail_q.log()], -1)
+        # (Not under what both sides forbid.)
+        some = part & ((own > -torch.inf) | (their > -torch.inf))
         if floor is not None:
-            their[:, -1:].clamp_(min=floor)
+            their = torch.where(some, their.clamp(min=floor), -torch.inf)
+            log_q = log_q.clamp(min=floor)
         if found is not None:
             log_q_token = log_q_token + share * torch.where(found, log_q, 0.0).sum(-1, True)
+        raw_q = torch.cat([q, raw_tail], -1)
         if tail == "renormalize":
-            their = their - log_q.logsumexp(-1, keepdim=True)
-            their[:, -1] = -torch.inf
+            their = their - their[:, :-1].logsumexp(-1, keepdim=True)
             raw_q = torch.where(part, their.exp(), 0.0)
-        log_ratio = torch.where(part, own - their, 0.0)
-        # (A NaN of the teacher stays one; an infinite ratio is one where it forbids an entry.)
-        if not family.diverges:
-            log_ratio.clamp_(max=-LOWEST)
-        p = torch.where(part, own.exp(), 0.0)
-        q = torch.where(part, their.exp(), 0.0)
-        rho = rho + share * log_ratio[:, -1:]
-        log_p_part = torch.where(part, own, -torch.inf)
-        finite = (mass + lse).isfinite()
-        one, slope_sum = _sums(rows, p, q, raw_q, log_ratio, log_p_part, finite)
-        slopes = p * log_ratio if family.has_u else torch.zeros_like(p)
+        p, q = own.exp(), torch.where(some, their.exp(), 0.0)
+        log_ratio = torch.where(some, own - their, 0.0)
+        entries = Entries(p, q, log_ratio, own, torch.where(some, their, -torch.inf))
+        rho = rho + share * torch.where(p[:, -1:] > 0, log_ratio[:, -1:], 0.0)
+        # (NaN where a renormalised student has no mass on the support.)
+        finite = (mass + lse + p.sum(-1, keepdim=True)).isfinite()
+        lost = (raw_q - q).sum(-1, keepdim=True)
+        one, slope_sum = _sums(rows, entries, lost, finite)
+        slopes = torch.where(p == 0, 0.0, p * log_ratio) if family.has_u else torch.zeros_like(p)
         if family.has_v:
             slopes = slopes - q
         slopes = slopes - p * slope_sum
         # Of an empty tail no entry is left to have a slope.
-        per_p = torch.where(part[:, -1:], slopes[:, -1:] / p[:, -1:], 0.0)
+        per_p = torch.where(p[:, -1:] >= SMALLEST_TAIL, slopes[:, -1:] / p[:, -1:], 0.0)
         value = value + share * one
         pull = pull + share * slopes[:, :-1]
         tail_pull = tail_pull + share * per_p
@@ -254,28 +260,27 @@ def compare(
     assert isinstance(pull, Tensor)
     assert isinstance(tail_pull, Tensor)
     assert isinstance(teacher_mass, Tensor)
-    return Comparison(value, log_q_token, correction, student_mass, teacher_mass, pull, tail_pull)
+    return Comparison(
+        value.float(),
+        None if log_q_token is None else log_q_token.float(),
+        None if correction is None else correction.float(),
+        student_mass.float(),
+        teacher_mass.float(),
+        pull.float(),
+        tail_pull.float(),
+    )
 
 
-def _sums(
-    rows: Rows,
-    p: Tensor,
-    q: Tensor,
-    raw_q: Tensor,
-    log_ratio: Tensor,
-    log_p: Tensor,
-    finite: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _sums(rows: Rows, entries: Entries, lost: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
     """Value and sum of slopes; leaves u and -v as `Form.sums` does."""
     form, family, a = FORMS[rows.divergence], FAMILIES[rows.divergence], rows.parameter
-    lost = (raw_q - q).sum(-1, keepdim=True)
     small = None
     if form.small_value is not None:
-        small = form.small_value(p, q, log_ratio) + form.lost_sign * lost
-    value, slope_sum = form.compare(p, q, log_ratio, a, log_p, lost)
+        small = form.small_value(entries) + form.lost_sign * lost
+    value, slope_sum = form.compare(entries, a, lost)
     value, slope_sum, log_s = settle(family, value, slope_sum, finite, a)
     if family.tilted:
-        tilt(p, q, log_ratio, a, log_p, log_s)
+        tilt(entries, a, log_s)
     if small is not None:
         value = torch.where(value < SMALL_DIVERGENCE, small, value)
     return value, slope_sum

@@ -42,8 +42,8 @@ class Family:
     Attributes:
         parameter: its parameter, if it has one.
         student_d: whether it is found in one sweep and KL(p||q), unweighted, is in it: the sweep
-            adds up sum p d.
-        teacher_d: the same of KL(q||p): the sweep adds up sum q d.
+            adds up sum p d, which is infinite where q = 0 < p.
+        teacher_d: the same of KL(q||p): the sweep adds up sum q d, infinite where p = 0 < q.
         has_u: whether the slopes of its terms, s = dt/dlog p = p u + v, have a u.
         has_v: whether they have a v.
         tilted: whether its slopes wait for log S of the whole row, S = sum p^a q^(1-a).
@@ -81,11 +81,6 @@ class Family:
         """Whether it is KL(p||q) alone: its sums do not read q, and p may be unnormalised."""
         return self.student_d and not self.teacher_d
 
-    @property
-    def diverges(self) -> bool:
-        """Whether a term is infinite where q = 0 < p, for every parameter."""
-        return self.student_d
-
 
 FAMILIES = {
     "reverse_kl": Family(student_d=True, chained=math.inf, resident=True, exponentials=3),
@@ -110,14 +105,14 @@ FAMILIES = {
         Parameter("alpha", 0.5, limits={0: "forward_kl", 1: "reverse_kl"}),
         has_v=True,
         room=4,
-        exponentials=8,
+        exponentials=6,
     ),
     "renyi": Family(
         Parameter("alpha", 0.5, low=0, open_low=True, limits={1: "reverse_kl"}),
         has_v=True,
         tilted=True,
         room=4,
-        exponentials=9,
+        exponentials=8,
     ),
     "tv": Family(exponentials=4),
 }

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels import validate
-from hybrid_kernels.rows import COEFFICIENTS, FIELDS, ROWS, Coefficients, Rows, per_row
+from hybrid_kernels.rows import COEFFICIENTS, FIELDS, ROWS, Coefficients, Rows, per_row, weighted
 from hybrid_kernels.sharded import Sharded
 
 
@@ -326,18 +326,14 @@ def row_losses(statistics: Tensor, weights: Weights, valid: Tensor | None) -> Te
     )
     loss = None
     if dense is not None:
-        tail = statistics[FIELDS.tail_correction]
-        # (Not 0 * -inf, of a token that the student forbids.)
-        corrected = torch.where(tail == 0, 0.0, tail * statistics[FIELDS.log_prob])
-        loss = dense * (statistics[FIELDS.divergence] + corrected)
-        if isinstance(dense, Tensor):
-            # A weight of 0 leaves 0 of an infinite divergence.
-            loss = torch.where(dense == 0, 0.0, loss)
+        corrected = weighted(statistics[FIELDS.tail_correction], statistics[FIELDS.log_prob])
+        loss = statistics[FIELDS.divergence] + corrected
+        loss = weighted(dense, loss)
     if advantages is not None:
-        sparse = advantages * statistics[FIELDS.log_prob]
+        sparse = weighted(advantages, statistics[FIELDS.log_prob])
         loss = -sparse if loss is None else loss - sparse
     if entropy is not None:
-        bonus = entropy * statistics[FIELDS.entropy]
+        bonus = weighted(entropy, statistics[FIELDS.entropy])
         loss = -bonus if loss is None else loss - bonus
     if loss is None:
         return torch.zeros_like(statistics[0])

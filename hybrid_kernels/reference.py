@@ -6,6 +6,7 @@ appears, so that this file stays an independent check on those that have them.
 Formulas: arXiv 2512.23097 and, for the Jensen-Shannon convention, arXiv 2306.13649.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,40 +37,43 @@ def valid_rows(shape: torch.Size, mask: Tensor | None, token_ids: Tensor | None,
 def divergence_value(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
     """D(p, q) per row from log-probabilities `[..., V]`.
 
-    An entry with log p = -inf takes no part. Where q = 0 < p the term is its limit: +inf for the
-    divergences that contain p log(p/q), finite for the others.
+    Where one of p and q is 0, a term is its limit as that logarithm falls to -inf: +inf where it
+    has no other, as p log(p/q) where q = 0 < p. Where both are -inf there is nothing to compare.
     """
     name, parameter = divergence.canonical()
-    taking_part = log_p != -torch.inf
-    log_p = torch.where(taking_part, log_p, 0.0)
+    some = (log_p != -torch.inf) | (log_q != -torch.inf)
+    log_p, log_q = torch.where(some, log_p, -torch.inf), torch.where(some, log_q, -torch.inf)
     p, q = log_p.exp(), log_q.exp()
-    has_q = log_q != -torch.inf
-    finite_log_q = torch.where(has_q, log_q, 0.0)
 
-    def q_times(value: Tensor) -> Tensor:
-        return torch.where(has_q, q * value, 0.0)
+    def times(probability: Tensor, value: Tensor) -> Tensor:
+        """Their product; 0 of no probability, however infinite the value."""
+        positive = ~(probability == 0)  # or NaN
+        return torch.where(positive, probability * torch.where(positive, value, 0.0), 0.0)
 
     def log_mixture(weight: float) -> Tensor:
         """log of weight q + (1 - weight) p."""
-        m = weight * q + (1 - weight) * p
-        return torch.where(taking_part, m, 1.0).log()
+        mixed = torch.logaddexp(
+            torch.where(some, log_q, 0.0) + math.log(weight),
+            torch.where(some, log_p, 0.0) + math.log1p(-weight),
+        )
+        return torch.where(some, mixed, -torch.inf)
 
     if name == "reverse_kl":
-        terms = p * (log_p - log_q)
+        terms = times(p, log_p - log_q)
     elif name == "forward_kl":
-        terms = q_times(finite_log_q - log_p)
+        terms = times(q, log_q - log_p)
     elif name == "jeffreys":
-        terms = p * (log_p - log_q) + q_times(finite_log_q - log_p)
+        terms = times(p, log_p - log_q) + times(q, log_q - log_p)
     elif name == "jsd":
         log_m = log_mixture(parameter)
-        terms = parameter * q_times(finite_log_q - log_m) + (1 - parameter) * p * (log_p - log_m)
+        terms = parameter * times(q, log_q - log_m) + (1 - parameter) * times(p, log_p - log_m)
     elif name == "skew_reverse_kl":
-        terms = p * (log_p - log_mixture(1 - parameter))
+        terms = times(p, log_p - log_mixture(1 - parameter))
     elif name == "skew_forward_kl":
-        terms = q_times(finite_log_q - log_mixture(parameter))
+        terms = times(q, log_q - log_mixture(parameter))
     elif name in ("alpha", "renyi"):
         tilted = parameter * log_p + (1 - parameter) * log_q
-        log_s = torch.where(taking_part, tilted, -torch.inf).logsumexp(-1)
+        log_s = torch.where(some, tilted, -torch.inf).logsumexp(-1)
         if name == "renyi":
             return log_s / (parameter - 1)
         return -torch.expm1(log_s) / (parameter * (1 - parameter))
@@ -77,7 +81,7 @@ def divergence_value(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Te
         terms = (p - q).abs() / 2
     else:
         raise ValueError(f"divergence: no reference value for {name!r}")
-    return torch.where(taking_part, terms, 0.0).sum(-1)
+    return terms.sum(-1)
 
 
 def log_tail_mass(log_probs: Tensor, resolution: float) -> Tensor:
@@ -106,23 +110,29 @@ class Support(NamedTuple):
         ids, kept = teacher.ids, distinct(teacher.ids)
         log_q = torch.where(kept, teacher.log_probs.to(log_p.dtype), -torch.inf)
         log_q = torch.cat([log_q, log_tail_mass(log_q, teacher.resolution)[..., None]], -1)
-        if floor is not None:
-            log_q = log_q.clamp(min=floor)
-            log_q = torch.where(
-                torch.nn.functional.pad(kept, (0, 1), value=True), log_q, -torch.inf
-            )
         own = torch.where(kept, log_p.gather(-1, ids.clamp(min=0)), -torch.inf)
         outside = torch.ones_like(log_p, dtype=torch.int32)
         outside = outside.scatter_add(-1, ids.clamp(min=0), -kept.to(torch.int32)) > 0
-        present = (outside & (log_p > -torch.inf)).any(-1)
-        # Where nothing is outside, the tail takes no part (and a logsumexp of nothing no gradient).
-        tail = torch.where(outside | ~present[..., None], log_p, -torch.inf).logsumexp(-1)
-        tail = torch.where(present, tail, -torch.inf)
-        return cls(torch.cat([own, tail[..., None]], -1), log_q)
+        possible = (outside & (log_p > -torch.inf)).any(-1)
+        # (A logsumexp of nothing but -inf has no gradient.)
+        tail = torch.where(outside | ~possible[..., None], log_p, -torch.inf).logsumexp(-1)
+        tail = torch.where(possible, tail, -torch.inf)
+        # A tail without entries takes no part.
+        kept = torch.cat([kept, outside.any(-1, keepdim=True)], -1)
+        log_p = torch.cat([own, tail[..., None]], -1)
+        return cls(log_p, torch.where(kept, raised(log_q, log_p, floor), -torch.inf))
 
     def renormalised(self) -> "Support":
         log_p, log_q = self.log_p[..., :-1], self.log_q[..., :-1]
         return Support(log_p - log_p.logsumexp(-1, True), log_q - log_q.logsumexp(-1, True))
+
+
+def raised(log_q: Tensor, log_p: Tensor, floor: float | None) -> Tensor:
+    """log q, at least the floor, but for what both sides forbid."""
+    if floor is None:
+        return log_q
+    none = (log_q == -torch.inf) & (log_p == -torch.inf)
+    return torch.where(none, log_q, log_q.clamp(min=floor))
 
 
 def distinct(ids: Tensor) -> Tensor:
@@ -153,8 +163,8 @@ def _compare(z, teacher, ids, keep, divergence, temperature, floor, tail) -> _Co
     log_p = z.log_softmax(-1)
     if not isinstance(teacher, TopK):
         log_q = (torch.where(keep, teacher, 0.0).to(z.dtype) / temperature).log_softmax(-1)
+        value = divergence_value(log_p, raised(log_q, log_p, floor), divergence)
         log_q = log_q if floor is None else log_q.clamp(min=floor)
-        value = divergence_value(log_p, log_q, divergence)
         return _Comparison(value, None if ids is None else log_q.gather(-1, ids)[..., 0])
     first = torch.arange(teacher.ids.shape[-1], device=z.device)
     teacher = TopK(
@@ -185,13 +195,15 @@ def _compare(z, teacher, ids, keep, divergence, temperature, floor, tail) -> _Co
     found = (teacher.ids == ids) & kept
     outside = ~found.any(-1)
     log_q = torch.where(found, support.log_q[..., :-1], 0.0).sum(-1)
+    log_q = log_q if floor is None else log_q.clamp(min=floor)
     elsewhere = torch.full_like(log_q, torch.nan)
     correction = None
     if teacher.token_log_prob is not None:
         elsewhere = teacher.token_log_prob.to(log_q.dtype)
         elsewhere = elsewhere if floor is None else elsewhere.clamp(min=floor)
         if tail == "bucket" and divergence.canonical()[0] == "reverse_kl":
-            rho = support.log_p[..., -1] - support.log_q[..., -1]
+            log_tail = support.log_p[..., -1]
+            rho = torch.where(log_tail == -torch.inf, 0.0, log_tail - support.log_q[..., -1])
             correction = log_p.gather(-1, ids)[..., 0] - elsewhere - rho
             correction = torch.where(outside, correction.detach(), 0.0)
     log_q = torch.where(outside, elsewhere, log_q)
@@ -287,18 +299,15 @@ def hybrid_loss(
     valid = valid_rows(student_logits.shape[:-1], mask, token_ids, student_logits.device)
     loss = torch.zeros_like(terms.entropy)
     if terms.divergence is not None and not _is_zero(dense_weight):
-        dense = dense_weight * terms.divergence
-        if isinstance(dense_weight, Tensor):
-            dense = torch.where(dense_weight == 0, 0.0, dense)  # even of an infinite divergence
-        loss = loss + dense
+        loss = loss + _weighted(dense_weight, terms.divergence)
     if advantages is not None and terms.log_prob is not None:
         if callable(advantages):
             advantages = advantages(detached)
-        loss = loss - torch.where(valid, advantages, 0.0) * terms.log_prob
+        loss = loss - _weighted(torch.where(valid, advantages, 0.0), terms.log_prob)
     if correction is not None and terms.log_prob is not None:
-        loss = loss + dense_weight * correction * terms.log_prob
+        loss = loss + _weighted(dense_weight * correction, terms.log_prob)
     if not _is_zero(entropy_weight):
-        loss = loss - entropy_weight * terms.entropy
+        loss = loss - _weighted(entropy_weight, terms.entropy)
     loss = torch.where(valid, loss, 0.0)
     if reduction == "mean":
         count = valid.sum().clamp(min=1) if num_tokens is None else num_tokens
@@ -314,6 +323,12 @@ def hybrid_loss(
         detached.student_mass,
         detached.teacher_mass,
     )
+
+
+def _weighted(weight: float | Tensor, value: Tensor) -> Tensor:
+    """weight * value; a weight of 0 makes 0 of an infinite value, and of its gradient."""
+    nothing = torch.as_tensor(weight, device=value.device) == 0
+    return torch.where(nothing, 0.0, weight * torch.where(nothing, 0.0, value))
 
 
 def _is_zero(weight: float | Tensor) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels import validate
+from hybrid_kernels.rows import weighted
 
 BASELINES = ("none", "leave_one_out", "group_mean", "per_token_leave_one_out")
 
@@ -106,7 +107,7 @@ def sparse_advantages(
     reward = _total_reward(rewards, log_ratio)
     keep = mask != 0
     costs = torch.where(keep, log_ratio.detach().float(), 0.0)
-    scaled_reward = reward_weight * reward[:, None]
+    scaled_reward = weighted(reward_weight, reward)[:, None]
     own = scaled_reward - returns_to_go(costs, keep, gamma)
     if dense_weight != 1:
         own = own - (1.0 - dense_weight) * costs
@@ -153,7 +154,7 @@ def _total_reward(rewards: Tensor | Mapping[str, tuple[Tensor, float]], like: Te
         value, weight = entry
         validate.per_sequence(f"rewards[{name!r}]", value, batch, like.device)
         validate.number(f"rewards[{name!r}] weight", weight)
-        total = total + weight * value.detach().float()
+        total = total + weighted(weight, value.detach().float())
     return total
 
 

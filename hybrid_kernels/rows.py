@@ -13,9 +13,12 @@ from torch import Tensor
 
 from hybrid_kernels.divergences import FAMILIES
 
-# Stands for -inf in a log-ratio: 0 times it is 0, where 0 * -inf would be NaN. (About -1e30, and a
-# power of two, which bf16 holds exactly.)
+# Stands for -inf in a log-ratio: 0 times it is 0, where 0 * -inf would be NaN.
 LOWEST = -(2.0**100)
+
+# Of a log-probability. Below it no double is left, so that the probability is 0, and with it what
+# it is a factor of, however infinite.
+LEAST = -745.13
 
 # Below this many nats the swept value of a KL, a difference of large sums with an absolute error of
 # a few 1e-7, is replaced by a sum of positive terms, which keeps its relative precision.
@@ -81,6 +84,13 @@ def repeat_of(values: Tensor, count: int) -> int:
 def per_row(values: Tensor, count: int) -> Tensor:
     """`[R]` as `[N]`, see `repeat_of`."""
     return values.reshape(-1, 1).expand(-1, repeat_of(values, count)).reshape(-1)
+
+
+def weighted(weight: float | Tensor, value: Tensor) -> Tensor:
+    """weight * value; a weight of 0 leaves nothing of an infinity."""
+    if not isinstance(weight, Tensor):
+        return weight * value if weight else torch.zeros_like(value)
+    return torch.where(weight == 0, 0.0, weight * value)
 
 
 # The fields of `Rows` and `Coefficients` as the operators declare them. The student's logits come

@@ -11,9 +11,9 @@ statistics of rows follow from those of shards by the chain rule:
 
     H(p)      = sum_s P_s (H(p_s) - log P_s)
     KL(p||q)  = sum_s P_s (KL(p_s||q_s) + log P_s/Q_s)
-    KL(q||p)  = sum_s Q_s (KL(q_s||p_s) - k_s log P_s/Q_s)
+    KL(q||p)  = sum_s Q_s (KL(q_s||p_s) - log P_s/Q_s)
 
-where k_s is q_s of the entries that the student allows. So one sweep and one small collective are
+So one sweep and one small collective are
 enough for these. Other divergences take a second sweep, about the normalisers of whole rows
 (`row_values`), whose sums just add up. A top-K support is a shard of its own: its entries are taken
 out of the others, which then tell the mass outside without a difference of masses.
@@ -44,6 +44,7 @@ from hybrid_kernels.rows import (
     Rows,
     per_row,
     statistics_size,
+    weighted,
 )
 
 # Logits that are copied at once where a support is taken out of them and no gradient has room.
@@ -241,10 +242,8 @@ class Sharded:
                 shift = statistics[first + MEMBER.teacher_lse] - statistics[FIELDS.student_lse]
                 slope_sum = student.mean(means) + shift
             else:
-                value = value + share * torch.where(student.empty, 0.0, slope_sums * log_ratio)
-                value = torch.where(student.empty, 0.0, value)
-                slope_sum = teacher.mean(torch.where(student.empty, 0.0, slope_sums))
-                slope_sum = slope_sum + 0.0 * student.lse
+                value = torch.where(student.empty, torch.inf, value - share * log_ratio)
+                slope_sum = teacher.mean(slope_sums) + 0.0 * student.lse
             statistics[first + MEMBER.slope_sum] = slope_sum
             forbidden = forbidden | teacher.empty
             log_q = log_q + share / sum(rows.shares) * teacher.log_mass
@@ -393,8 +392,8 @@ class _Side:
     """
 
     def __init__(self, top: Tensor, lse: Tensor, rows: Rows) -> None:
-        # (Triton's maxima begin at a finite number, or are that of what fills up a tile.)
-        self.empty = top <= LOWEST
+        # (Triton's maxima begin at the lowest number, which may be a logit, too.)
+        self.empty = (top <= torch.finfo(torch.float32).min) & lse.isnan()
         top = torch.where(self.empty, -torch.inf, top.double())
         self.top = top.amax(0)
         self.above = torch.where(self.empty, 0.0, _over_t(top - self.top, rows))
@@ -404,11 +403,9 @@ class _Side:
         self.log_mass = lse - self.lse
 
     def mean(self, values: Tensor) -> Tensor:
-        """sum_s P_s x_s; shards without mass have no say, any other of +inf has."""
-        infinite = values == torch.inf
-        products = torch.where(infinite, values, self.log_mass.exp() * values)
+        """sum_s P_s x_s; shards without mass have no say."""
         # (NaN where the side is unsound, also if no shard is left to say so.)
-        return torch.where(self.empty, 0.0, products).sum(0) + 0.0 * self.lse
+        return weighted(self.log_mass.exp(), values).sum(0) + 0.0 * self.lse
 
 
 def _over_t(values: Tensor, rows: Rows) -> Tensor:

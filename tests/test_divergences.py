@@ -8,7 +8,7 @@ import torch
 import cases
 from cases import DIVERGENCES, every_divergence
 from hybrid_kernels import Divergence
-from hybrid_kernels.cpu_forms import FORMS, settle, tilt
+from hybrid_kernels.cpu_forms import FORMS, Entries, settle, tilt
 from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.reference import divergence_value
 
@@ -30,10 +30,11 @@ def form_of(divergence):
     form, family = FORMS[name], FAMILIES[name]
     log_p, log_q = STUDENT.log_softmax(-1), TEACHER.log_softmax(-1)
     p, q, u = log_p.exp(), log_q.exp(), log_p - log_q
-    value, slope_sum = form.compare(p, q, u, a, log_p, 0.0)
+    entries = Entries(p, q, u, log_p)
+    value, slope_sum = form.compare(entries, a, 0.0)
     value, slope_sum, log_s = settle(family, value, slope_sum, value.isfinite(), a)
     if family.tilted:
-        tilt(p, q, u, a, log_p, log_s)
+        tilt(entries, a, log_s)
     slopes = (p * u if family.has_u else 0) - (q if family.has_v else 0)
     return value[:, 0], slopes - p * slope_sum
 
@@ -60,17 +61,22 @@ def test_one_sweep_adds_up_what_the_table_says(divergence):
 
 @each_family
 def test_terms_are_infinite_where_the_table_says(name):
-    teacher = TEACHER.clone()
-    teacher[:, 2] = -math.inf
-    values = [value_of(d, teacher=teacher) for d in DIVERGENCES if d.name == name]
-    assert all((value == math.inf).all() for value in values) == FAMILIES[name].diverges
+    forbidding = STUDENT.clone(), TEACHER.clone()
+    for side in forbidding:
+        side[:, 2] = -math.inf
+    divergences = [d for d in DIVERGENCES if d.name == name]
+    by_teacher = [value_of(d, teacher=forbidding[1]) for d in divergences]
+    by_student = [value_of(d, student=forbidding[0]) for d in divergences]
+    family = FAMILIES[name]
+    assert all((value == math.inf).all() for value in by_teacher) == family.student_d
+    assert all((value == math.inf).all() for value in by_student) == family.teacher_d
 
 
 @each_family
 def test_a_linear_divergence_takes_an_unnormalised_p_and_no_q(name):
     if FAMILIES[name].linear:
         p, log_ratio = STUDENT.softmax(-1), STUDENT.log_softmax(-1) - TEACHER.log_softmax(-1)
-        sums = FORMS[name].sums(3 * p, p * math.nan, log_ratio, 0.0, p)
+        sums = FORMS[name].sums(Entries(3 * p, p * math.nan, log_ratio, p), 0.0)
         for x in sums:
             torch.testing.assert_close(x[:, 0], 3 * value_of(Divergence(name)))
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_tiles")
 
 def diverges(divergence):
     """Whether a token that the teacher alone forbids makes it infinite."""
-    return FAMILIES[divergence.name].diverges or divergence.params.get("alpha", 0) > 1
+    return FAMILIES[divergence.name].student_d or divergence.params.get("alpha", 0) > 1
 
 
 DIVERGING = [d for d in DIVERGENCES if diverges(d)]
@@ -35,19 +35,26 @@ def run(student, teacher, backend, **options):
 
 @every_divergence
 @pytest.mark.parametrize("teacher_value", [0.5, -INF], ids=["allowed", "forbidden"])
-def test_an_entry_that_the_student_forbids_takes_no_part(
-    teacher_value, divergence, backend, device
-):
-    """The same as without the entry, but for the teacher's mass on it, which stays lost."""
+def test_an_entry_that_the_student_forbids(teacher_value, divergence, backend, device):
+    """The limit as its logit falls to -inf: no gradient but -q, of the divergences that ask for
+    log p where q > 0. Without the entry nothing changes, if the teacher forbids it, too."""
     case = cases.make(7, (3,), device=device)
     case.student[:, 2] = -INF
     case.teacher[:, 2] = teacher_value
     case.token_ids[:] = 1
     options = {"divergence": divergence, "entropy_weight": 0.3, "reduction": "none"}
     outcome = assert_matches_reference(case, backend, **options)
-    assert not outcome.gradient[:, 2].any()
+    endless = FAMILIES[divergence.name].teacher_d and teacher_value > -INF
+    assert outcome.gradient[:, 2].any() == endless
     assert outcome.gradient.isfinite().all()
-    assert outcome.result.loss.isfinite().all()
+    assert (outcome.result.loss == INF).all() if endless else outcome.result.loss.isfinite().all()
+    almost = cases.make(7, (3,), device=device)
+    almost.student[:, 2], almost.teacher[:, 2] = -1e4, max(teacher_value, -1e4)
+    almost.token_ids[:] = 1
+    nearby = almost.hybrid_loss(backend=backend, **options)
+    torch.testing.assert_close(outcome.gradient, nearby.gradient)
+    if not endless:
+        torch.testing.assert_close(outcome.result.loss, nearby.result.loss)
     if teacher_value == -INF:
         rest = [0, 1, 3, 4, 5, 6]
         case.student, case.teacher = case.student[:, rest], case.teacher[:, rest]
@@ -65,6 +72,40 @@ def test_a_sampled_token_that_the_student_forbids(backend, device):
     assert terms.log_prob[1] == -INF
     assert terms.log_prob[[0, 2]].isfinite().all()
     assert terms.divergence.isfinite().all()
+
+
+@pytest.mark.parametrize("given", ["tensor", "callable"])
+def test_a_weight_of_zero_leaves_nothing_of_a_token_that_the_student_forbids(
+    given, backend, device
+):
+    case = cases.make(7, (3,), device=device)
+    case.student[:, 2] = -INF
+    case.token_ids[:] = 2
+    case.advantages = torch.tensor([0.0, 1.0, -1.0], device=device)
+    options = {}
+    if given == "callable":
+        options["advantages"] = lambda terms: case.advantages
+    outcome = assert_matches_reference(case, backend, reduction="none", **options)
+    assert outcome.result.loss[0].isfinite()
+    assert outcome.result.loss[1:].tolist() == [INF, -INF]
+    assert outcome.gradient.isfinite().all()
+
+
+@every_divergence
+def test_an_upstream_gradient_of_zero_leaves_nothing(divergence, backend, device):
+    """A row that `torch.where` took out of the loss has no gradient, whatever it would have."""
+    student, teacher = torch.randn(2, 3, 127, device=device)
+    teacher[1, 5] = -INF
+    for dtype in (torch.float32, torch.float16):
+        leaf = student.to(dtype, copy=True).requires_grad_()
+        result = hybrid_loss(
+            leaf, teacher, divergence=divergence, reduction="none", backend=backend
+        )
+        kept = torch.tensor([True, False, True], device=device)
+        torch.where(kept, result.loss, 0.0).sum().backward()
+        assert not leaf.grad[1].any()
+        assert leaf.grad[[0, 2]].isfinite().all()
+        assert leaf.grad[[0, 2]].any()
 
 
 @pytest.mark.parametrize("divergence", DIVERGING, ids=divergence_id)

@@ -8,6 +8,9 @@ constexpr parameter: (entry, parameter, log_s, SMALL) -> (t, u, v) with s = p u 
   where p = q: a difference of numbers around 1 would have lost its digits there.
 - `log_s` is for Renyi's divergence: log sum p^a q^(1-a) of the whole row.
 - SMALL asks the KL family for terms whose sum is right where p is close to q, too.
+- Logits may be -inf, or so low that l is infinite or, where both are, NaN. What has a limit is
+  taken from the larger of p and q, of an l that is bounded. What has none is selected: an infinite
+  l times a probability is 0 where that is 0 (`LEAST`), and else an infinity or NaN (`sums.settle`).
 
 A kernel uses some of the three results; the compiler removes what the others would cost.
 `reference.py` has the values that these must give, `sums.py` the conventions for entries that are
@@ -26,6 +29,9 @@ from hybrid_kernels.triton_backend.reduce import INTERPRETED
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(rows.LOWEST)
+LEAST = tl.constexpr(rows.LEAST)
+# In a unit of `Entry.scaled`.
+NATS = tl.constexpr(2.0**28)
 # Where a running maximum starts: finite, so that differences with it are never inf - inf.
 START = tl.constexpr(-3.4028234663852886e38)
 
@@ -33,83 +39,91 @@ START = tl.constexpr(-3.4028234663852886e38)
 class Entry(NamedTuple):
     """Entries of both distributions.
 
-    p, q: probabilities; q is raised to the teacher's floor, and 0 where z = -inf.
+    p, q: probabilities; q is raised to the teacher's floor.
     raw_q: the teacher's own probability.
-    log_p: log p.
-    log_ratio: l = log p - log q; `LOWEST` in place of -inf.
+    log_p, log_q: their logarithms.
+    log_ratio: l = log p - log q; NaN where both are -inf.
+    scaled: the same in units of 2^28 nats, finite for all finite logits.
     """
 
     p: tl.tensor
     q: tl.tensor
     raw_q: tl.tensor
     log_p: tl.tensor
+    log_q: tl.tensor
     log_ratio: tl.tensor
+    scaled: tl.tensor
 
 
 @triton.jit
 def reverse_kl(entry, parameter, log_s, SMALL: tl.constexpr):
-    p, log_ratio = entry.p, entry.log_ratio
-    t = p * log_ratio
+    p, log_ratio = entry.p, tl.where(entry.log_p > LEAST, entry.log_ratio, 0.0)
+    t = _times(entry, p, entry.log_p)
     if SMALL:
-        near, bounded, far = _split(log_ratio)
+        near, close = _near(entry)
         missing = entry.raw_q - entry.q
-        t = tl.where(near, p * excess(bounded), entry.q - p + p * far) + missing
+        t = tl.where(near, p * excess(close), entry.q - p + t) + missing
     return t, log_ratio, tl.zeros_like(log_ratio)
 
 
 @triton.jit
 def forward_kl(entry, parameter, log_s, SMALL: tl.constexpr):
     p, q = entry.p, entry.q
-    t = -q * tl.minimum(entry.log_ratio, -LOWEST)
+    t = -_times(entry, q, entry.log_q)
     if SMALL:
-        near, bounded, far = _split(entry.log_ratio)
+        near, close = _near(entry)
         missing = entry.raw_q - q
-        t = tl.where(near, q * excess(-bounded), p - q - q * tl.minimum(far, -LOWEST)) - missing
+        t = tl.where(near, q * excess(-close), p - q + t) - missing
     return t, tl.zeros_like(entry.log_ratio), -q
 
 
 @triton.jit
+def _times(entry, probability, log_probability):
+    """The product of a probability and l, which may be a number where l overflows."""
+    return tl.where(log_probability > LEAST, probability * NATS * entry.scaled, 0.0)
+
+
+@triton.jit
 def jeffreys(entry, parameter, log_s, SMALL: tl.constexpr):
-    p, q, log_ratio = entry.p, entry.q, entry.log_ratio
-    t = (p - q) * log_ratio
+    p, q = entry.p, entry.q
+    t, log_ratio, _ = reverse_kl(entry, parameter, log_s, False)
+    t -= _times(entry, q, entry.log_q)
     if SMALL:
-        near, bounded, far = _split(log_ratio)
-        t = tl.where(near, p * (bounded - excess(bounded)) * bounded, (p - q) * far)
+        near, close = _near(entry)
+        t = tl.where(near, p * (close - excess(close)) * close, t)
     return t, log_ratio, -q
 
 
 @triton.jit
-def _split(log_ratio):
-    """Which log-ratios are near 0, those (else 0), and the others (else 0).
+def _near(entry):
+    """Which log-ratios are near 0, and those (else 0).
 
-    The terms of a small KL are positive, by the identities sum p = sum q = 1. So an entry with
-    z = -inf gives back the teacher's mass there, and a raised one the mass that it was raised by.
+    The terms of a small KL are positive, by the identities sum p = sum q = 1. So an entry that is
+    raised gives back the mass that it was raised by.
     """
-    near = tl.abs(log_ratio) < 0.5
-    return near, tl.where(near, log_ratio, 0.0), tl.where(near, 0.0, log_ratio)
+    near = tl.abs(entry.log_ratio) < 0.5
+    return near, tl.where(near, entry.log_ratio, 0.0)
 
 
 @triton.jit
 def jsd(entry, beta, log_s, SMALL: tl.constexpr):
-    log_m_over_p = mixture_log_ratio(entry.log_ratio, beta)
-    below = tl.minimum(entry.log_ratio, -LOWEST)
-    t = (beta - 1.0) * entry.p * log_m_over_p - beta * entry.q * (below + log_m_over_p)
+    log_m_over_p, log_m_over_q = mixture_log_ratios(entry, beta)
+    t = (beta - 1.0) * entry.p * log_m_over_p - beta * entry.q * log_m_over_q
     return t, (beta - 1.0) * log_m_over_p, tl.zeros_like(entry.p)
 
 
 @triton.jit
 def skew_reverse_kl(entry, alpha, log_s, SMALL: tl.constexpr):
-    log_m_over_p = mixture_log_ratio(entry.log_ratio, 1.0 - alpha)
+    log_m_over_p, _ = mixture_log_ratios(entry, 1.0 - alpha)
     u = -log_m_over_p - alpha * expm1(-log_m_over_p)
     return -entry.p * log_m_over_p, u, tl.zeros_like(entry.p)
 
 
 @triton.jit
 def skew_forward_kl(entry, alpha, log_s, SMALL: tl.constexpr):
-    log_m_over_p = mixture_log_ratio(entry.log_ratio, alpha)
-    t = -entry.q * (tl.minimum(entry.log_ratio, -LOWEST) + log_m_over_p)
-    u = (alpha - 1.0) * expm1(-(entry.log_ratio + log_m_over_p))
-    return t, u, tl.zeros_like(entry.p)
+    _, log_m_over_q = mixture_log_ratios(entry, alpha)
+    u = (alpha - 1.0) * expm1(-log_m_over_q)
+    return -entry.q * log_m_over_q, u, tl.zeros_like(entry.p)
 
 
 @triton.jit
@@ -117,23 +131,20 @@ def alpha(entry, a, log_s, SMALL: tl.constexpr):
     # a p + (1-a) q - p^a q^(1-a) over a (1-a): positive, with the sum (1 - S)/(a (1-a)). With
     # x = -|l| that is c (e^x - 1) - (e^(cx) - 1) times the larger of p and q, where c is a or 1-a;
     # near x = 0 less the parts of first order, which cancel.
-    p, q, log_ratio = entry.p, entry.q, entry.log_ratio
+    p, q = entry.p, entry.q
+    log_ratio = _zero_of_none(entry.log_ratio)
     below = log_ratio < 0.0
     base = tl.where(below, q, p)
     c = tl.where(below, a, 1.0 - a)
     x = -tl.abs(log_ratio)
     near = tl.maximum(tl.abs(x), tl.abs(c * x)) < 0.5
-    bounded = tl.where(near, x, 0.0)
-    t = c * expm1(x) - expm1(c * x)
-    t = tl.where(near, c * excess(-bounded) - excess(-c * bounded), t)
-    t = tl.where(base > 0.0, base * t, 0.0)
-    # Where the teacher forbids an entry, however small p, there is no limit for a > 1.
-    endless = tl.where(a > 1.0, -float("inf"), t)
-    t = tl.where(log_ratio > -LOWEST * 0.5, endless, t) / (a * (1.0 - a))
+    close = tl.where(near, x, 0.0)
+    whole = _geometric(entry, base, a)
+    t = c * (tl.where(below, p, q) - base) - (whole - base)
+    t = tl.where(near, base * (c * excess(-close) - excess(-c * close)), t) / (a * (1.0 - a))
     t += (entry.raw_q - q) / a
     # (p^a q^(1-a) - p) over a-1.
-    exponent = (a - 1.0) * log_ratio - log_s
-    whole = geometric(p, q, log_ratio, a)
+    exponent = (a - 1.0) * log_ratio
     u, v = _tilted_slope(exponent, whole, 1.0 / (a - 1.0))
     return t, u, v
 
@@ -141,13 +152,13 @@ def alpha(entry, a, log_s, SMALL: tl.constexpr):
 @triton.jit
 def renyi(entry, a, log_s, SMALL: tl.constexpr):
     # p^a q^(1-a) - p, with the sum S - 1.
-    exponent = (a - 1.0) * entry.log_ratio
+    exponent = (a - 1.0) * tl.maximum(entry.log_ratio, LOWEST)
     plain = tl.abs(exponent) < 30.0
     t = entry.p * expm1(tl.where(plain, exponent, 0.0))
-    t = tl.where(plain, t, geometric(entry.p, entry.q, entry.log_ratio, a) - entry.p)
+    t = tl.where(plain, t, tl.exp2(log_geometric(entry, a) * LOG2E) - entry.p)
     # (p^a q^(1-a) / S - p) a/(a-1).
     exponent = exponent - log_s
-    whole = tl.exp2((entry.log_p + exponent) * LOG2E)
+    whole = tl.exp2((log_geometric(entry, a) - log_s) * LOG2E)
     u, v = _tilted_slope(exponent, whole, a * (1.0 / (a - 1.0)))
     return t, u, v
 
@@ -164,8 +175,8 @@ def _tilted_slope(exponent, whole, factor):
 @triton.jit
 def tv(entry, parameter, log_s, SMALL: tl.constexpr):
     p, q, log_ratio = entry.p, entry.q, entry.log_ratio
-    near, bounded, _ = _split(log_ratio)
-    t = 0.5 * tl.where(near, p * tl.abs(excess(bounded) - bounded), tl.abs(p - q))
+    near, close = _near(entry)
+    t = 0.5 * tl.where(near, p * tl.abs(excess(close) - close), tl.abs(p - q))
     u = tl.where(log_ratio > 0.0, 0.5, tl.where(log_ratio < 0.0, -0.5, 0.0))
     return t, u, tl.zeros_like(p)
 
@@ -181,7 +192,7 @@ def together(a, b, P: tl.constexpr):
         top = tl.maximum(a, b)
         low = tl.minimum(a, b)
         added = top + log1p(tl.exp2(tl.where(low > -float("inf"), low - top, low) * LOG2E))
-        return tl.where(low > -float("inf"), added, top)
+        return tl.where((low > -float("inf")) & (low < float("inf")), added, top)
     else:
         return a + b
 
@@ -208,25 +219,43 @@ def no_slopes(P: tl.constexpr):
 
 
 @triton.jit
-def geometric(p, q, log_ratio, a):
-    """p^a q^(1-a), from the side on which the exponential of 0 < a < 1 is at most 1."""
-    below = log_ratio < 0.0
-    base = tl.where(below, q, p)
-    power = tl.exp2(tl.where(below, a, a - 1.0) * log_ratio * LOG2E)
-    product = tl.where(base > 0.0, base * power, 0.0)
-    # Where the teacher forbids an entry, however small p, a limit that no product has.
-    forbidden = tl.where(a > 1.0, float("inf"), 0.0)
-    return tl.where(log_ratio > -LOWEST * 0.5, forbidden, product)
+def _zero_of_none(log_ratio):
+    """l, and 0 where both sides are -inf."""
+    return tl.where(log_ratio == log_ratio, log_ratio, 0.0)
 
 
 @triton.jit
-def mixture_log_ratio(log_ratio, beta):
-    """log(m/p) = log(beta e^-l + 1 - beta), with m = beta q + (1-beta) p.
+def log_geometric(entry, a):
+    """log p^a q^(1-a) for a > 0: far below all numbers where p = 0, and so the first of the sum."""
+    log_ratio = tl.maximum(entry.log_ratio, LOWEST)
+    return tl.maximum(entry.log_p, 4.0 * LOWEST) + (a - 1.0) * log_ratio
+
+
+@triton.jit
+def _geometric(entry, larger, a):
+    """p^a q^(1-a) for any a, from the larger of p and q, from where what is added to its logarithm
+    is at most 0 for 0 < a < 1; or from that logarithm, where it underflows."""
+    log_ratio = _zero_of_none(entry.log_ratio)
+    below = log_ratio < 0.0
+    log_larger = tl.maximum(tl.where(below, entry.log_q, entry.log_p), LOWEST)
+    added = tl.where(below, a, a - 1.0) * log_ratio
+    is_number = larger > 1e-30
+    exponent = tl.where(is_number, 0.0, log_larger) + added
+    return tl.where(is_number, larger, 1.0) * tl.exp2(exponent * LOG2E)
+
+
+@triton.jit
+def mixture_log_ratios(entry, beta):
+    """log(m/p) and log(m/q) of m = beta q + (1-beta) p, from the larger of p and q.
+
+    Of that one it is s = log(c e^-|l| + 1 - c), where c is the weight of the other. The other one's
+    is |l| + s, which would leave nothing of s to be found again where l is large.
 
     Near p = q it is a series in l, whose first term carries the relative precision: the cumulants
-    of a coin that falls to 1 with probability beta. Elsewhere it is taken from the side where the
-    exponential is at most 1.
+    of a coin that falls to 1 with probability beta.
     """
+    # (Of a NaN, too, where neither is asked for.)
+    log_ratio = tl.maximum(entry.log_ratio, LOWEST)
     v = beta * (1.0 - beta)
     skew = 1.0 - 2.0 * beta
     t = -log_ratio
@@ -237,11 +266,13 @@ def mixture_log_ratio(log_ratio, beta):
     series = v * (1.0 - 6.0 * v) / 24.0 + t * series
     series = v * skew / 6.0 + t * series
     series = v * 0.5 + t * series
-    series = t * (beta + t * series)
-    near = tl.where(log_ratio > 0.0, 1.0 - beta, beta)
-    ratio = near + (1.0 - near) * tl.exp2(-tl.abs(log_ratio) * LOG2E)
-    far = _fast_log2(ratio) * LN2 - tl.minimum(log_ratio, 0.0)
-    return tl.where(tl.abs(log_ratio) < 0.5, series, far)
+    c = tl.where(log_ratio > 0.0, beta, 1.0 - beta)
+    distance = tl.abs(log_ratio)
+    series = distance * (distance * series - c)
+    far = _fast_log2(1.0 - c + c * tl.exp2(-distance * LOG2E)) * LN2
+    s = tl.where(distance < 0.5, series, far)
+    above = tl.maximum(tl.minimum(log_ratio, -LOWEST), 0.0)
+    return s - tl.minimum(log_ratio, 0.0), s + above
 
 
 @triton.jit

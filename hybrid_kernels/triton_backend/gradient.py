@@ -5,13 +5,16 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from hybrid_kernels.triton_backend.divergences import LOWEST
 from hybrid_kernels.triton_backend.memory import number_of
 from hybrid_kernels.triton_backend.sums import (
     Statistics,
-    at_least_lowest,
+    centred,
     difference,
     entry_of,
+    nats,
     student_probability,
+    unit,
 )
 
 
@@ -61,8 +64,7 @@ def tile_gradient(
 
     c_div (s - p sum s) - c_logp p - c_ent p (log p + H), with s = p u + v,
 
-    where the first is a weighted sum over the members. Not GUARDED, it is for finite entries and
-    a c_div other than 0.
+    where the first is a weighted sum over the members. Not GUARDED, it is for ordinary entries.
     """
     gradient = _member_gradient(tile, 0, stats, weights, constants, P, D, GUARDED)
     PULLS: tl.constexpr = P.pulls
@@ -86,39 +88,44 @@ def _member_gradient(
     z = tile[0]
     stat = Statistics(*stats[i])
     weight = weights.divergence * constants.shares[i]
+    # A weight of 0 makes 0 of an infinite divergence.
+    silent = weight == 0.0
+    # Guarded, the log-ratio of ordinary probabilities may be so large that only its product with p
+    # is a number. So what multiplies p is kept in units of 2^28, too.
+    LARGE: tl.constexpr = GUARDED and P.pulls > 0 and P.student_d and not P.floor
+    UNIT: tl.constexpr = unit(True) if LARGE else 1.0
     inner = tl.full((), -0.0, tl.float32)  # which the compiler leaves out of a sum
     if i == 0:
-        inner = -weights.rest
+        inner = -weights.rest * UNIT
         if P.entropy:
-            inner += weights.entropy * (stat.student_lse - stat.entropy)
+            inner += weights.entropy * (stat.student_lse - stat.entropy) * UNIT
     if P.pulls > 0:
-        # A weight of 0 makes 0 of an infinite divergence.
-        silent = weight == 0.0
         w = tile[1][i]
         entry = entry_of(z, w, stat, constants, P, GUARDED)
         p = entry.p
         v = -entry.q
         if P.student_d and not P.floor:
             # u = l: what is the same for all entries is added once.
-            constant = weight * (stat.shift - stat.slope_sum)
+            constant = weight * UNIT * (stat.shift - stat.slope_sum)
             inner += tl.where(silent, 0.0, constant)
-            d = difference(z, w, stat.student_max, stat.teacher_max, GUARDED)
-            pull = (weight * constants.inv_t) * d
+            d = difference(z, w, stat.student_max, stat.teacher_max, GUARDED, GUARDED)
+            inner = (weight * constants.inv_t * (nats(GUARDED) * UNIT)) * d + inner
         else:
             _, u, v = D(entry, constants.parameter, stat.log_s, False)
-            pull = weight * (u - stat.slope_sum)
-        if GUARDED:
-            pull = tl.where(silent, 0.0, pull)
-        inner = pull + inner
+            inner = weight * (u - tl.where(silent, 0.0, stat.slope_sum)) + inner
     else:
-        p = student_probability(z, stat, constants)
+        p = student_probability(z, stat, constants, GUARDED)
     if i == 0 and P.entropy:
-        log_p = at_least_lowest(z.to(tl.float32) - stat.student_max, GUARDED)
-        inner -= (weights.entropy * constants.inv_t) * log_p
+        x = centred(z, stat.student_max, GUARDED)
+        if GUARDED:
+            x = tl.maximum(x, LOWEST * unit(True))
+        inner -= (weights.entropy * constants.inv_t * (nats(GUARDED) * UNIT)) * x
     gradient = p * inner
+    if LARGE:
+        gradient *= nats(True)
     if P.pulls > 0 and P.has_v:
         pull = weight * v
-        if GUARDED:
+        if not P.kl_family:
             pull = tl.where(silent, 0.0, pull)
         gradient += pull
     return gradient

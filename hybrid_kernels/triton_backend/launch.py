@@ -1,6 +1,5 @@
 """The launchers of the row kernels, and the choice between their forms."""
 
-import math
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +11,7 @@ from torch import Tensor
 from triton import JITFunction
 
 from hybrid_kernels.divergences import FAMILIES
-from hybrid_kernels.rows import LOWEST, Coefficients, Rows, repeat_of
+from hybrid_kernels.rows import Coefficients, Rows, repeat_of
 from hybrid_kernels.triton_backend import divergences, plan
 from hybrid_kernels.triton_backend.meeting import PUBLISHED, SLOTS
 from hybrid_kernels.triton_backend.memory import (
@@ -144,12 +143,12 @@ def held(rows: Rows) -> float:
     Those that it holds, and more where registers go elsewhere: to supports, to a floor, to the
     scalars of several teachers, to the intermediate results of the alpha divergences. What more is
     the least with which the compiler keeps all but a few scalars in registers (`python -m bench
-    aot`): slices of 9,216 entries with a small support, of 6,144 with a floor.
+    aot`): slices of 9,216 entries with a small support, of 4,096 with a floor.
     """
     if rows.support is not None:
         several = 16 / 9 if rows.support.shape[-1] <= SMALL_SUPPORT else 2.0
     else:
-        least = 1.0 if rows.teacher_floor is None else 8 / 3
+        least = 1.0 if rows.teacher_floor is None else 4.0
         several = max(least, 2.0 * len(rows.teachers))
     return several * FAMILIES[rows.divergence].room
 
@@ -302,12 +301,11 @@ def _plan(rows: Rows, coefficients: Coefficients | None, gradient: Tensor | None
     family, members = FAMILIES[rows.divergence], len(rows.teachers)
     k = 0 if rows.support is None else rows.support.shape[-1]
     full = 0 if k else members
-    fp16 = any(t.dtype == torch.float16 for t in rows.logits)
     c_div, c_logp, c_ent = coefficients or (None, None, None)
     return Plan(
         vocabulary=rows.student.shape[-1],
         edges=has_edges(rows.logits if gradient is None else [*rows.logits, gradient]),
-        pad=-math.inf if fp16 else LOWEST,
+        pad=max(plan.PAD, *(torch.finfo(t.dtype).min for t in rows.logits)),
         members=members,
         full=full,
         sums=max(full, 1),
@@ -322,7 +320,6 @@ def _plan(rows: Rows, coefficients: Coefficients | None, gradient: Tensor | None
         kl_family=family.one_sweep,
         student_d=family.student_d and full > 0,
         teacher_d=family.teacher_d and full > 0,
-        diverges=family.diverges,
         has_v=family.has_v,
         tilted=family.tilted,
         pulls=0 if c_div is None else full,

@@ -206,12 +206,15 @@ def _body_ptr(row_ptr, head, P: tl.constexpr):
 
 
 @triton.jit
-def load_tile(where, start, limit, P: tl.constexpr):
-    """A tile of a row's body, up to a limit, on all sides as stored; padded alike on all sides, so
-    that they differ by nothing there. Of a support the marks."""
+def load_tile(where, start, limit, P: tl.constexpr, GUARDED: tl.constexpr = True):
+    """A tile of a row's body, up to a limit, on all sides as stored. Of a support the marks.
+
+    Lanes outside hold -inf on all sides or, where they are not guarded, the plan's padding.
+    """
+    PAD: tl.constexpr = -float("inf") if GUARDED else P.pad
     offsets = start + tl.arange(0, P.block)
     inside = offsets < limit
-    z = tl.load(_body_ptr(where.student, where.head, P) + offsets, mask=inside, other=P.pad)
+    z = tl.load(_body_ptr(where.student, where.head, P) + offsets, mask=inside, other=PAD)
     ws = ()
     if P.k > 0:
         byte = start // 8 + tl.arange(0, P.block // 8)
@@ -219,7 +222,7 @@ def load_tile(where, start, limit, P: tl.constexpr):
         ws = ((marks[:, None] >> tl.arange(0, 8)[None, :] & 1).reshape((P.block,)),)
     for i in tl.static_range(len(where.teachers)):
         ptr = _body_ptr(where.teachers[i], where.head, P)
-        ws = ws + (tl.load(ptr + offsets, mask=inside, other=P.pad),)
+        ws = ws + (tl.load(ptr + offsets, mask=inside, other=PAD),)
     return z, ws
 
 
@@ -244,14 +247,15 @@ def load_edges(where, is_read, P: tl.constexpr):
     """The edges of a row, as a tile; nothing is loaded unless it `is_read`."""
     offsets, inside = _edge_lanes(where, P)
     inside = inside & (offsets < tl.where(is_read, P.vocabulary, 0))
-    z = tl.load(where.student + offsets, mask=inside, other=P.pad)
+    z = tl.load(where.student + offsets, mask=inside, other=-float("inf"))
     ws = ()
     if P.k > 0:
         lane = tl.arange(0, _EDGES)
         ptr = where.marks + edge_byte(P.vocabulary) + lane // 8
         ws = (tl.load(ptr, mask=inside, other=0).to(tl.int32) >> lane % 8 & 1,)
     for i in tl.static_range(len(where.teachers)):
-        ws = ws + (tl.load(where.teachers[i] + offsets, mask=inside, other=P.pad),)
+        w = tl.load(where.teachers[i] + offsets, mask=inside, other=-float("inf"))
+        ws = ws + (w,)
     return z, ws
 
 

@@ -43,6 +43,9 @@ INTERPRETED_SLICE = 2**31
 INTERPRETED_GROUPS = 2
 INTERPRETED_PREFETCH = False
 
+# An ordinary number (`sums.py`) below all others of a row, or nearly all rows.
+PAD = -(2.0**90)
+
 # Slices are cut at multiples of this many entries, so that they move in 128-bit pieces.
 SLICE_MULTIPLE = 8
 # Entries of a tile that a thread of the row-resident form holds. A program works tile by tile,
@@ -61,7 +64,7 @@ class Plan(NamedTuple):
     Attributes:
         vocabulary: V.
         edges: whether rows are split at 16-byte boundaries (`memory.py`).
-        pad: what lanes outside a row hold.
+        pad: what lanes outside a row hold where they are not guarded (`sums.py`).
         members: how many teachers there are.
         full: how many of them are known by their logits; all or none.
         sums: how many `Sums` a sweep has.
@@ -76,7 +79,7 @@ class Plan(NamedTuple):
         small: whether a small divergence is summed a second time: of full teachers.
         kl_family: whether the divergence is a one-sweep one, whose function knows SMALL terms.
         student_d, teacher_d: which sums a sweep over full teachers needs for the divergence.
-        diverges, has_v, tilted: of the divergence, see `hybrid_kernels/divergences.py`.
+        has_v, tilted: of the divergence, see `hybrid_kernels/divergences.py`.
         pulls: how many full teachers the gradient has a coefficient for; all or none.
         log_prob, entropy: whether the gradient has a coefficient for them.
         measure: whether statistics are measured; otherwise they are read.
@@ -106,7 +109,6 @@ class Plan(NamedTuple):
     kl_family: bool = False
     student_d: bool = False
     teacher_d: bool = False
-    diverges: bool = False
     has_v: bool = False
     tilted: bool = False
     pulls: int = 0

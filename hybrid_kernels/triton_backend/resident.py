@@ -5,9 +5,8 @@ once and keeps it in registers as loaded; it publishes the sums of its slice, me
 (`meeting.py`), merges all sums, and writes its slice of the gradient. Divergences that need both
 normalisers first meet twice. Where a row fits into one program, nothing is published.
 
-Of the guards of infinite entries (`sums.py`) a slice needs none unless its sums come out infinite
-or NaN. The slice is then read again, tile by tile, with the guards on. (So is every slice of fp16
-logits that does not fill its last tile: its padding is infinite.)
+Of the guards of entries that are no ordinary numbers (`sums.py`) a slice needs none unless its sums
+show that it has some. The slice is then read again, tile by tile, with the guards on.
 
 The grid is persistent: groups take rows in turn, and it must be resident as a whole, because
 siblings wait for each other (hence the cooperative launch). To hide the meeting, `Plan.prefetch`
@@ -44,7 +43,7 @@ from hybrid_kernels.triton_backend.reduce import agreed
 from hybrid_kernels.triton_backend.row import conclude, finish_gradient
 from hybrid_kernels.triton_backend.sums import (
     add_values_and_slopes,
-    is_finite,
+    is_ordinary,
     is_small,
     merge,
     no_sums,
@@ -78,11 +77,12 @@ def _limit(where, body, P: tl.constexpr):
 @triton.jit
 def _load(where, is_read, P: tl.constexpr):
     """The tiles of a slice, as stored; nothing is loaded unless it `is_read`."""
+    GUARDED: tl.constexpr = not P.one_sweep
     limit = _limit(where, tl.where(is_read, where.body, 0), P)
     tiles = ()
     TILES: tl.constexpr = P.tiles
     for i in tl.static_range(TILES):
-        tiles = tiles + (load_tile(where, _start(where, i, P), limit, P),)
+        tiles = tiles + (load_tile(where, _start(where, i, P), limit, P, GUARDED),)
     return tiles
 
 
@@ -93,7 +93,7 @@ def _store(where, i, gradient, P: tl.constexpr):
 
 @triton.jit
 def _guarded_sums(where, constants, P: tl.constexpr):
-    """The sums of a slice with infinite entries. A case so rare must not keep registers: it reads
+    """The sums of a slice that is not ordinary. A case so rare must not keep registers: it reads
     the slice again, tile by tile, in a loop that is not unrolled."""
     sums = no_sums(P)
     for i in range(P.tiles):
@@ -125,16 +125,31 @@ def _values_and_slopes(group, meetings, held, stats, constants, P: tl.constexpr,
 
 
 @triton.jit
-def _write_small_value(args, group, row, held, stats, constants, P: tl.constexpr, D: tl.constexpr):
+def _guarded_small_value(where, stats, constants, P: tl.constexpr, D: tl.constexpr):
+    """As `_guarded_sums`, for a small divergence."""
+    value = tl.full((), 0.0, tl.float32)
+    for i in range(P.tiles):
+        tile = load_tile(where, _start(where, i, P), _limit(where, where.body, P), P)
+        value += small_value((tile,), stats, constants, P, D)
+    return value
+
+
+@triton.jit
+def _write_small_value(
+    args, group, where, ordinary, held, stats, constants, P: tl.constexpr, D: tl.constexpr
+):
     """A small divergence, summed a second time, over what the first sum has written."""
-    value = small_value(held.tiles, stats, constants, P, D)
+    if ordinary:
+        value = small_value(held.tiles, stats, constants, P, D)
+    else:
+        value = _guarded_small_value(where, stats, constants, P, D)
     if P.edges:
         if group.part == 0:
             value += small_value((held.edges,), stats, constants, P, D)
     if P.splits > 1:
-        write_small(args, group, row, value, P)
+        write_small(args, group, where.row, value, P)
     else:
-        write_divergence(args, row, value)
+        write_divergence(args, where.row, value)
 
 
 @triton.jit
@@ -149,7 +164,7 @@ def _is_read(args, row):
 @triton.jit
 def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
     """Statistics and gradient of the rows of a group."""
-    # Only the sums of one sweep show that a slice is without infinities.
+    # Only the sums of one sweep show that a slice is ordinary.
     GUARDED: tl.constexpr = not P.one_sweep
     group, row = group_of(args, P)
     meetings = tl.full((), 0, tl.int32)
@@ -159,7 +174,7 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
     while row < args.count:
         # What this program has to say of its slice, before it waits for anything.
         sums = no_sums(P)
-        finite = group.part < 0
+        ordinary = group.part < 0
         token = no_token(P)
         edges = tiles[0]  # replaced where there are edges
         if P.edges:
@@ -168,10 +183,10 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
             constants = constants_of(args, row, P)
             token = sampled_token(args, where, P)
             sums = sums_of(tiles, constants, P, GUARDED)
-            finite = group.part >= 0
+            ordinary = group.part >= 0
             if not GUARDED:
-                finite = agreed(is_finite(sums, P))
-                if not finite:
+                ordinary = agreed(is_ordinary(sums, constants, P))
+                if not ordinary:
                     sums = _guarded_sums(where, constants, P)
             if P.edges:
                 if group.part == 0:
@@ -202,11 +217,9 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
             value, stats, token = conclude(args, where, token, stats, divergences, constants, P, D)
             if P.small:
                 if agreed(is_small(value, constants)):
-                    _write_small_value(args, group, row, held, stats, constants, P, D)
+                    _write_small_value(args, group, where, ordinary, held, stats, constants, P, D)
             weights = weights_of(args, where, token, stats, constants, P)
-            if P.pulls > 0 and P.one_sweep:
-                finite = finite & (weights.divergence != 0.0)
-            if finite:
+            if ordinary:
                 for i in tl.static_range(len(tiles)):
                     gradient = tile_gradient(tiles[i], stats, weights, constants, P, D, GUARDED)
                     _store(where, i, gradient, P)

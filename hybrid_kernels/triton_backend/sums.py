@@ -5,15 +5,18 @@ softmaxes at temperature T, l = log p - log q, x = z - m and d = (z - m) - (w - 
 
 - Exponentials are base 2 of `x * scale` with scale = log2(e)/T. The difference is taken first:
   scaling z and m separately would cost four digits at |z| = 1e4.
-- An entry with z = -inf is left out of a divergence, and one with w = -inf makes some of them
-  infinite. In place of -inf a logarithm then holds `LOWEST`, because 0 * -inf would be NaN. These
-  guards are a tenth of the instructions, so there is a version of the functions without them
-  (`GUARDED` False), for tiles that hold finite numbers only.
+- Logits may be -inf, or stand for it: -1e9, a dtype's lowest number. 0 times the infinite l of an
+  entry without probability would be NaN, and sums of lowest numbers overflow. So functions have a
+  `GUARDED` version, which selects, and keeps x and d in units of 2^28 nats, where they have room.
+  The other one is for ordinary numbers. It keeps them in units of 2^-28 nats, where any that are
+  beyond 2^100 nats are infinite and leave a NaN: so it knows without a test for each entry that it
+  was the wrong one (`is_ordinary`). Units of powers of two round nothing, and cost nothing: the
+  difference is an FMA then.
 - A tile is (z, ws), with one w for each teacher that is known by its logits, as they were loaded,
   because 16-bit numbers allow for shorter arithmetic. Under a top-K support there is one w, with
   marks that are 1 on the support: a sweep finds the student's mass outside it.
-- Lanes outside the vocabulary hold `LOWEST` on both sides: finite, and adding 0 to every sum. (Both
-  hold -inf where one is fp16, which ends before.)
+- Lanes outside the vocabulary hold -inf on both sides, and add nothing. Where nothing is guarded,
+  they hold `Plan.pad`, an ordinary number so far below others that it adds nothing.
 - All that depends on a teacher is a tuple with one element for each; without a teacher there is one
   element, of the student alone. Triton 3.6 forgets the type of a NamedTuple that is an element of a
   tuple built by addition; hence `Sums(*sums[i])` where a field is wanted.
@@ -27,12 +30,14 @@ import triton.language as tl
 
 from hybrid_kernels import rows
 from hybrid_kernels.triton_backend.divergences import (
+    LEAST,
     LOG2E,
     LOWEST,
     START,
     Entry,
     all_together,
     log1p,
+    log_geometric,
     together,
 )
 from hybrid_kernels.triton_backend.reduce import max_2, sum_each
@@ -53,7 +58,7 @@ class Constants(NamedTuple):
 
 class Sums(NamedTuple):
     """The sums over a part of a row, about the maxima of its entries. `terms` holds those of
-    `Terms` that the plan needs, in that order."""
+    `Terms` that the plan needs, in that order, with x and d in units of 2^28 nats."""
 
     student_max: tl.tensor
     teacher_max: tl.tensor
@@ -66,7 +71,6 @@ class Terms(NamedTuple):
 
     student_sum = sum e^x        student_x = sum e^x x       student_d = sum e^x d
     teacher_sum = sum e^(w-m_w)  teacher_d = sum e^(w-m_w) d
-    teacher_allowed = sum e^(w-m_w) over z > -inf
 
     Under a support teacher_sum is sum e^x outside it, and the teacher's maximum is the student's.
     """
@@ -76,7 +80,6 @@ class Terms(NamedTuple):
     teacher_sum: tl.tensor
     student_d: tl.tensor
     teacher_d: tl.tensor
-    teacher_allowed: tl.tensor
 
 
 class Statistics(NamedTuple):
@@ -97,23 +100,46 @@ class Statistics(NamedTuple):
 # -- the log-ratio ------------------------------------------------------------------------------
 
 
+@triton.constexpr_function
+def unit(guarded):
+    """What x and d are multiplied by."""
+    return 2.0**-28 if guarded else 2.0**28
+
+
+@triton.constexpr_function
+def nats(guarded):
+    """Nats in a unit."""
+    return 1 / unit(guarded)
+
+
+@triton.jit
+def centred(logits, maximum, GUARDED: tl.constexpr = True):
+    """x, or the same of a teacher, in its unit."""
+    UNIT: tl.constexpr = unit(GUARDED)
+    # (Left to itself, the compiler takes the other product into the FMA.)
+    return tl.fma(logits.to(tl.float32), UNIT, -(maximum * UNIT))
+
+
 @triton.jit
 def at_least_lowest(x, GUARDED: tl.constexpr = True):
-    """max(x, LOWEST), and LOWEST for a NaN: (-inf) - (-inf) of an entry that is left out."""
+    """A finite number for the x of -inf, below those of all numbers."""
     if GUARDED:
-        x = tl.where(x > LOWEST, x, LOWEST)
+        x = tl.maximum(x, LOWEST)
     return x
 
 
 @triton.jit
-def difference(z, w, student_max, teacher_max, GUARDED: tl.constexpr):
-    """d of each entry, with hardly a rounding where the models are close or far apart."""
+def difference(
+    z, w, student_max, teacher_max, GUARDED: tl.constexpr = True, BOUNDED: tl.constexpr = False
+):
+    """d of each entry in its unit, with hardly a rounding where the models are close or far apart;
+    infinite, or NaN, where a side is -inf, unless it is BOUNDED."""
     BITS: tl.constexpr = max(z.dtype.primitive_bitwidth, w.dtype.primitive_bitwidth)
-    z = z.to(tl.float32)
-    w = w.to(tl.float32)
     if BITS == 16:
         # Numbers of so few digits are subtracted exactly.
-        d = (z - student_max) - (w - teacher_max)
+        x = centred(z, student_max, GUARDED)
+        u = centred(w, teacher_max, GUARDED)
+        return at_least_lowest(x, BOUNDED) - at_least_lowest(u, BOUNDED)
     else:
         # z - w is exact for close numbers, where z - m and w - m_w would each be rounded. So the
         # integer part of m - m_w is taken off the larger side first (a large offset between the
@@ -123,8 +149,9 @@ def difference(z, w, student_max, teacher_max, GUARDED: tl.constexpr):
         off_student = tl.where(larger, coarse, 0.0)
         off_teacher = tl.where(larger, 0.0, -coarse)
         rest = (student_max - off_student) - (teacher_max - off_teacher)
-        d = (z - off_student) - (w - off_teacher) - rest
-    return at_least_lowest(d, GUARDED)
+        UNIT: tl.constexpr = unit(GUARDED)
+        x = at_least_lowest(centred(z, off_student, GUARDED), BOUNDED)
+        return x - at_least_lowest(centred(w, off_teacher, GUARDED), BOUNDED) - rest * UNIT
 
 
 # -- one online sweep ---------------------------------------------------------------------------
@@ -138,7 +165,7 @@ def _packed(terms, P: tl.constexpr):
     if P.student_d:
         packed = packed + (terms.student_d,)
     if P.teacher_d:
-        packed = packed + (terms.teacher_d, terms.teacher_allowed)
+        packed = packed + (terms.teacher_d,)
     return packed
 
 
@@ -148,15 +175,13 @@ def _unpacked(packed, P: tl.constexpr):
     teacher_sum = zero
     student_d = zero
     teacher_d = zero
-    teacher_allowed = zero
     if P.members > 0:
         teacher_sum = packed[2]
     if P.student_d:
         student_d = packed[3]
     if P.teacher_d:
-        teacher_d = packed[len(packed) - 2]
-        teacher_allowed = packed[len(packed) - 1]
-    return Terms(packed[0], packed[1], teacher_sum, student_d, teacher_d, teacher_allowed)
+        teacher_d = packed[len(packed) - 1]
+    return Terms(packed[0], packed[1], teacher_sum, student_d, teacher_d)
 
 
 @triton.jit
@@ -164,7 +189,7 @@ def no_sums(P: tl.constexpr):
     """The sums of no entries."""
     top = tl.full((), START, tl.float32)
     zero = tl.full((), 0.0, tl.float32)
-    terms = _packed(Terms(zero, zero, zero, zero, zero, zero), P)
+    terms = _packed(Terms(zero, zero, zero, zero, zero), P)
     sums = ()
     SUMS: tl.constexpr = P.sums
     for _ in tl.static_range(SUMS):
@@ -207,7 +232,19 @@ def _member_sums(tiles, i: tl.constexpr, constants, P: tl.constexpr, GUARDED: tl
     for j in tl.static_range(1, len(tiles)):
         tile = _summands(tiles[j], i, student_max, teacher_max, constants, P, GUARDED)
         lanes = _added(lanes, tile)
-    return Sums(student_max, teacher_max, sum_each(lanes))
+    terms = sum_each(lanes)
+    if not GUARDED:
+        few = _unpacked(terms, P)
+        CHANGE: tl.constexpr = unit(True) * nats(False)
+        terms = Terms(
+            few.student_sum,
+            few.student_x * CHANGE,
+            few.teacher_sum,
+            few.student_d * CHANGE,
+            few.teacher_d * CHANGE,
+        )
+        terms = _packed(terms, P)
+    return Sums(student_max, teacher_max, terms)
 
 
 @triton.jit
@@ -226,25 +263,29 @@ def _summands(
     f = zero
     e_d = zero
     f_d = zero
-    allowed = zero
-    x = z.to(tl.float32) - student_max
-    e = tl.exp2(x * constants.scale)
+    scale = constants.scale * nats(GUARDED)
+    x = centred(z, student_max, GUARDED)
+    e = tl.exp2(x * scale)
     if P.k > 0:
         f = tl.where(tile[1][0] != 0, 0.0, e)
     if P.full > 0:
         w = tile[1][i]
-        f = tl.exp2((w.to(tl.float32) - teacher_max) * constants.scale)
+        u = centred(w, teacher_max, GUARDED)
+        f = tl.exp2(u * scale)
         d = difference(z, w, student_max, teacher_max, GUARDED)
         if P.student_d:
-            e_d = e * d
+            e_d = e * _of_some(d, x * scale, GUARDED)
         if P.teacher_d:
-            allowed = f
-            if GUARDED:
-                allowed = tl.where(z.to(tl.float32) > LOWEST, f, 0.0)
-                # q = 0 where the teacher forbids a token: its 0 * inf counts as 0.
-                d = tl.minimum(d, -LOWEST)
-            f_d = allowed * d
-    return _packed(Terms(e, e * at_least_lowest(x, GUARDED), f, e_d, f_d, allowed), P)
+            f_d = f * _of_some(d, u * scale, GUARDED)
+    return _packed(Terms(e, e * _of_some(x, x * scale, GUARDED), f, e_d, f_d), P)
+
+
+@triton.jit
+def _of_some(factor, exponent, GUARDED: tl.constexpr = True):
+    """What a probability of 2^exponent is multiplied by; 0 where it is 0."""
+    if GUARDED:
+        factor = tl.where(exponent > LEAST * LOG2E, factor, 0.0)
+    return factor
 
 
 @triton.jit
@@ -277,40 +318,47 @@ def about(sums, student_max, teacher_max, scale, P: tl.constexpr):
 
     x and d move by a step and the weights by a factor: sum' = factor * (sum + weight * step).
     """
-    student_step = at_least_lowest(sums.student_max - student_max)
-    teacher_step = at_least_lowest(sums.teacher_max - teacher_max)
-    factor = tl.exp2(student_step * scale)
-    teacher_factor = tl.exp2(teacher_step * scale)
+    student_step = at_least_lowest(centred(sums.student_max, student_max))
+    teacher_step = at_least_lowest(centred(sums.teacher_max, teacher_max))
+    student_exponent = student_step * (scale * nats(True))
+    teacher_exponent = teacher_step * (scale * nats(True))
+    factor = tl.exp2(student_exponent)
+    teacher_factor = tl.exp2(teacher_exponent)
     delta = student_step - teacher_step
     terms = _unpacked(sums.terms, P)
+    student_d = terms.student_d + terms.student_sum * delta
+    teacher_d = terms.teacher_d + terms.teacher_sum * delta
     moved = Terms(
         factor * terms.student_sum,
         factor * (terms.student_x + terms.student_sum * student_step),
         teacher_factor * terms.teacher_sum,
-        factor * (terms.student_d + terms.student_sum * delta),
-        teacher_factor * (terms.teacher_d + terms.teacher_allowed * delta),
-        teacher_factor * terms.teacher_allowed,
+        factor * _of_some(student_d, student_exponent),
+        teacher_factor * _of_some(teacher_d, teacher_exponent),
     )
     return _packed(moved, P)
 
 
 @triton.jit
-def is_finite(sums, P: tl.constexpr):
-    """Whether tiles held finite numbers only: an infinite one leaves an infinity or 0 * inf."""
+def is_ordinary(sums, constants, P: tl.constexpr):
+    """Whether sums that nothing guarded are those of ordinary numbers, and lanes outside the row
+    are too far below them to have added anything."""
     probe = _unpacked(Sums(*sums[0]).terms, P).student_x
+    lowest = Sums(*sums[0]).student_max
     for i in tl.static_range(len(sums)):
         terms = _unpacked(Sums(*sums[i]).terms, P)
         probe += terms.student_d + terms.teacher_d
-    return probe - probe == 0.0
+        lowest = tl.minimum(lowest, Sums(*sums[i]).teacher_max)
+    # (2^-160 is 0 in fp32.)
+    return (probe - probe == 0.0) & ((lowest - P.pad) * constants.scale > 160.0)
 
 
 # -- from sums to statistics ---------------------------------------------------------------------
 
 
 @triton.jit
-def _log_sum(maximum, total):
+def _log_sum(total):
     """log of a sum of exponentials; NaN for a row of -inf, and for a NaN."""
-    return tl.where((maximum > LOWEST) & (total > 0.0), tl.log(total), float("nan"))
+    return tl.where(total > 0.0, tl.log(total), float("nan"))
 
 
 @triton.jit
@@ -326,14 +374,15 @@ def normalisers(sums, constants, P: tl.constexpr):
         maxima = Sums(*sums[i])
         terms = _unpacked(maxima.terms, P)
         student_max = maxima.student_max + 0.0 * terms.student_sum
-        student_lse = _log_sum(maxima.student_max, terms.student_sum)
-        entropy = student_lse - terms.student_x / terms.student_sum * constants.inv_t
+        student_lse = _log_sum(terms.student_sum)
+        inv_t = constants.inv_t * nats(True)
+        entropy = student_lse - terms.student_x / terms.student_sum * inv_t
         teacher_max = zero
         teacher_lse = zero
         shift = zero
         if P.full > 0:
             teacher_max = maxima.teacher_max + 0.0 * terms.teacher_sum
-            teacher_lse = _log_sum(teacher_max, terms.teacher_sum)
+            teacher_lse = _log_sum(terms.teacher_sum)
             shift = teacher_lse - student_lse
         if P.k > 0:
             teacher_lse = tl.log(terms.teacher_sum) - student_lse
@@ -369,18 +418,18 @@ def swept_divergences(sums, stats, constants, P: tl.constexpr):
     for i in tl.static_range(len(stats)):
         terms = _unpacked(Sums(*sums[i]).terms, P)
         shift = Statistics(*stats[i]).shift
-        reverse = terms.student_d / terms.student_sum * constants.inv_t + shift
-        allowed = terms.teacher_allowed / terms.teacher_sum
-        forward = -(terms.teacher_d / terms.teacher_sum * constants.inv_t + shift * allowed)
+        inv_t = constants.inv_t * nats(True)
+        reverse = terms.student_d / terms.student_sum * inv_t + shift
+        forward = -(terms.teacher_d / terms.teacher_sum * inv_t + shift)
         if P.student_d and P.teacher_d:
             values = values + (reverse + forward,)
-            slopes = slopes + (reverse - allowed,)
+            slopes = slopes + (reverse - 1.0,)
         elif P.student_d:
             values = values + (reverse,)
             slopes = slopes + (reverse,)
         else:
             values = values + (forward,)
-            slopes = slopes + (-allowed,)
+            slopes = slopes + (tl.full((), -1.0, tl.float32),)
     return values, slopes
 
 
@@ -392,15 +441,14 @@ def settle(value, slope_sum, shift, parameter, P: tl.constexpr):
     Its terms are p^a q^(1-a) - p, which give S - 1 where S is near 1, and in the place of the sum
     of slopes stands log S as a log-sum-exp; its own slopes sum to 0.
 
-    +inf where the teacher forbids what the student may say: there 0 * inf may have made a NaN,
-    which with two finite normalisers can mean nothing else. NaN where a normaliser is NaN, even if
-    a minimum or maximum has dropped the NaN of an entry.
+    +inf where one side forbids what the other may say and a term has no limit: there 0 * inf may
+    have made a NaN, which with two finite normalisers can mean nothing else. NaN where a normaliser
+    is NaN, even if a minimum or maximum has dropped the NaN of an entry.
     """
     log_s = tl.full((), 0.0, tl.float32)
-    if P.diverges:
-        infinite = (value != value) | (value == float("inf"))
-        value = tl.where(infinite, float("inf"), value)
-        slope_sum = tl.where(infinite, float("inf"), slope_sum)
+    if P.kl_family:
+        value = tl.where(value == value, value, float("inf"))
+        slope_sum = tl.where(slope_sum == slope_sum, slope_sum, float("inf"))
     if P.tilted:
         near = tl.abs(value) < 0.5
         log_s = tl.where(near, log1p(tl.where(near, value, 0.0)), slope_sum)
@@ -427,42 +475,54 @@ def settled(values, slopes, stats, constants, P: tl.constexpr):
 @triton.jit
 def is_small(value, constants):
     """Whether a weighted sum of divergences is so small that it has to be summed a second time."""
+    return value < SMALL_DIVERGENCE * total_of(constants.shares)
+
+
+@triton.jit
+def total_of(shares):
     total = tl.full((), 0.0, tl.float32)
-    for i in tl.static_range(len(constants.shares)):
-        total += constants.shares[i]
-    return value < SMALL_DIVERGENCE * total
+    for i in tl.static_range(len(shares)):
+        total += shares[i]
+    return total
 
 
 # -- one entry, once both normalisers are known --------------------------------------------------
 
 
 @triton.jit
-def student_probability(z, stat, constants):
-    x = z.to(tl.float32) - stat.student_max
-    return tl.exp2(x * constants.scale - stat.student_lse * LOG2E)
+def student_probability(z, stat, constants, GUARDED: tl.constexpr = True):
+    x = centred(z, stat.student_max, GUARDED)
+    return tl.exp2(x * (constants.scale * nats(GUARDED)) - stat.student_lse * LOG2E)
 
 
 @triton.jit
-def student_log_prob(z, stat, constants):
-    return (z.to(tl.float32) - stat.student_max) * constants.inv_t - stat.student_lse
+def student_log_prob(z, stat, constants, GUARDED: tl.constexpr = True):
+    x = centred(z, stat.student_max, GUARDED)
+    return x * (constants.inv_t * nats(GUARDED)) - stat.student_lse
 
 
 @triton.jit
 def entry_of(z, w, stat, constants, P: tl.constexpr, GUARDED: tl.constexpr = True):
-    """Both probabilities and their log-ratio; q = 0 where z = -inf, and outside the row."""
-    p = student_probability(z, stat, constants)
-    x = w.to(tl.float32) - stat.teacher_max
-    raw_q = tl.exp2(x * constants.scale - stat.teacher_lse * LOG2E)
+    """What a divergence asks of an entry."""
+    inv_t = constants.inv_t * nats(GUARDED)
+    p = student_probability(z, stat, constants, GUARDED)
+    log_p = student_log_prob(z, stat, constants, GUARDED)
+    u = centred(w, stat.teacher_max, GUARDED)
+    raw_q = tl.exp2(u * (constants.scale * nats(GUARDED)) - stat.teacher_lse * LOG2E)
     q = raw_q
+    log_q = u * inv_t - stat.teacher_lse
     d = difference(z, w, stat.student_max, stat.teacher_max, GUARDED)
-    log_ratio = d * constants.inv_t + stat.shift
-    log_p = student_log_prob(z, stat, constants)
+    log_ratio = d * inv_t + stat.shift
+    scaled = d * constants.inv_t + stat.shift * unit(GUARDED)
     if P.floor:
-        log_ratio = tl.minimum(log_ratio, tl.maximum(log_p - constants.floor, LOWEST))
-        q = tl.maximum(q, tl.exp2(constants.floor * LOG2E))
-    if GUARDED:
-        q = tl.where(z.to(tl.float32) > LOWEST, q, 0.0)
-    return Entry(p, q, raw_q, log_p, log_ratio)
+        # Not under what both sides forbid.
+        x = centred(z, stat.student_max, GUARDED)
+        some = (x > -float("inf")) | (u > -float("inf"))
+        q = tl.where(some, tl.maximum(q, tl.exp2(constants.floor * LOG2E)), 0.0)
+        log_q = tl.where(some, tl.maximum(log_q, constants.floor), log_q)
+        log_ratio = tl.minimum(log_ratio, log_p - constants.floor)
+        scaled = log_ratio * unit(True)
+    return Entry(p, q, raw_q, log_p, log_q, log_ratio, scaled)
 
 
 @triton.jit
@@ -475,7 +535,7 @@ def _term_and_slope(
     t, u, v = D(entry, parameter, 0.0, SMALL)
     s = entry.p * u + v
     if P.tilted:
-        s = entry.log_p + (parameter - 1.0) * entry.log_ratio
+        s = log_geometric(entry, parameter)
     return t, s
 
 
@@ -532,13 +592,13 @@ def small_value(tiles, stats, constants, P: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def teacher_log_prob(w_token, stats, constants, P: tl.constexpr):
     """log q(y): the weighted mean over the members."""
-    total = tl.full((), 0.0, tl.float32)
+    total = total_of(constants.shares)
     mean = tl.full((), 0.0, tl.float32)
     for i in tl.static_range(len(w_token)):
         stat = Statistics(*stats[i])
         log_q = (w_token[i] - stat.teacher_max) * constants.inv_t - stat.teacher_lse
         if P.floor:
             log_q = tl.where(log_q < constants.floor, constants.floor, log_q)
-        total += constants.shares[i]
-        mean += constants.shares[i] * log_q
-    return mean / total
+        # (A share of the lowest number is a number; the sum of several may be none.)
+        mean += constants.shares[i] / total * log_q
+    return mean

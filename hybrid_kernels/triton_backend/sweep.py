@@ -32,6 +32,7 @@ from hybrid_kernels.triton_backend.reduce import agreed
 from hybrid_kernels.triton_backend.row import conclude, finish_gradient
 from hybrid_kernels.triton_backend.sums import (
     add_values_and_slopes,
+    is_ordinary,
     is_small,
     merge,
     no_sums,
@@ -45,9 +46,9 @@ from hybrid_kernels.triton_backend.sums import (
 
 
 @triton.jit
-def _load(where, start, P: tl.constexpr):
+def _load(where, start, P: tl.constexpr, GUARDED: tl.constexpr = True):
     """A tile, as the only one of its part of the row."""
-    return (load_tile(where, start, where.body, P),)
+    return (load_tile(where, start, where.body, P, GUARDED),)
 
 
 @triton.jit
@@ -56,12 +57,21 @@ def _load_edges(where, P: tl.constexpr):
 
 
 @triton.jit
-def _first_sweep(where, constants, P: tl.constexpr):
+def _sums(where, constants, P: tl.constexpr, GUARDED: tl.constexpr):
     sums = no_sums(P)
     if P.edges:
         sums = sums_of(_load_edges(where, P), constants, P)
     for start in range(0, P.vocabulary, P.block):
-        sums = merge(sums, sums_of(_load(where, start, P), constants, P), constants.scale, P)
+        tiles = _load(where, start, P, GUARDED)
+        sums = merge(sums, sums_of(tiles, constants, P, GUARDED), constants.scale, P)
+    return sums
+
+
+@triton.jit
+def _first_sweep(where, constants, P: tl.constexpr):
+    sums = _sums(where, constants, P, False)
+    if not agreed(is_ordinary(sums, constants, P)):
+        sums = _sums(where, constants, P, True)
     return sums
 
 
@@ -172,14 +182,17 @@ def values_kernel(args, P: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def scale_kernel(args, P: tl.constexpr):
-    """Multiplies a row by its factor; a factor of 1 reads nothing else."""
+    """Multiplies a row by its factor; one of 0 or 1 reads nothing else, and 0 leaves nothing of an
+    infinity."""
     row = tl.program_id(0)
     factor = number_of(args.factor, row)
     if factor != 1.0:
         where = locate(args, row, tl.full((), 0, tl.int32), P)
+        is_read = factor != 0.0
+        limit = tl.where(is_read, where.body, 0)
         for start in range(0, P.vocabulary, P.block):
-            z = _load(where, start, P)[0][0]
+            z, _ = load_tile(where, start, limit, P, False)
             store_tile(where, start, where.body, z.to(tl.float32) * factor, P)
         if P.edges:
-            z = _load_edges(where, P)[0][0]
-            store_edges(where, z.to(tl.float32) * factor, P)
+            z, _ = load_edges(where, is_read, P)
+            store_edges(where, tl.where(is_read, z.to(tl.float32) * factor, 0.0), P)

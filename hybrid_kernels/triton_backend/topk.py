@@ -20,9 +20,11 @@ import triton.language as tl
 from hybrid_kernels.rows import FIELDS, HIDDEN_TAIL, SMALLEST_TAIL
 from hybrid_kernels.triton_backend.divergences import (
     LOG2E,
+    LOWEST,
     START,
     Entry,
     excess,
+    log_geometric,
     log_sum_exp,
     together,
 )
@@ -39,10 +41,13 @@ from hybrid_kernels.triton_backend.reduce import agreed
 from hybrid_kernels.triton_backend.sums import (
     SMALL_DIVERGENCE,
     Statistics,
-    at_least_lowest,
+    centred,
+    nats,
     settle,
     student_log_prob,
     student_probability,
+    total_of,
+    unit,
     with_slopes,
 )
 
@@ -150,46 +155,55 @@ def _tail_of_teacher(log_q, counts, q, resolution):
 @triton.jit
 def _categories(ids, z, log_q, student, log_tail, constants, resolution, P: tl.constexpr):
     counts = ids != DROPPED
-    x = tl.where(counts, z - student.student_max, START)
+    x = tl.where(counts, centred(z, student.student_max), -float("inf"))
     p = tl.where(counts, student_probability(z, student, constants), 0.0)
-    log_p = x * constants.inv_t - student.student_lse
+    inv_t = constants.inv_t * nats(True)
+    log_p = x * inv_t - student.student_lse
+    scaled = x * constants.inv_t - student.student_lse * unit(True)
     raw_q = tl.where(counts, _exp(log_q), 0.0)
     tail_raw_q, tail_q, teacher_mass = _tail_of_teacher(log_q, counts, raw_q, resolution)
     tail_p = tl.exp2(log_tail * LOG2E)
     q = raw_q
     if P.floor:
         lowest = tl.exp2(constants.floor * LOG2E)
+        some = (z > -float("inf")) | (log_q > -float("inf"))
         log_q = tl.where(log_q < constants.floor, constants.floor, log_q)
-        q = tl.where(counts, tl.where(q < lowest, lowest, q), 0.0)
+        q = tl.where(counts & some, tl.where(q < lowest, lowest, q), 0.0)
         tail_q = tl.where(tail_q < lowest, lowest, tail_q)
     own_log_q = log_q
+    if P.floor:
+        # Not under what both sides forbid.
+        log_q = tl.where(some, log_q, -float("inf"))
     if P.tail == "renormalize":
-        top = tl.max(x, 0)
-        total = tl.sum(tl.where(counts, tl.exp2((x - top) * constants.scale), 0.0), 0)
-        log_p = (x - top) * constants.inv_t - tl.log(total)
-        p = tl.where(counts, tl.exp2(log_p * LOG2E), 0.0)
-        top = tl.max(tl.where(counts, log_q, START), 0)
+        x -= tl.max(x, 0)
+        e = tl.where(counts, tl.exp2(x * (constants.scale * nats(True))), 0.0)
+        lse = tl.log(tl.sum(e, 0))
+        log_p = tl.where(counts, x * inv_t - lse, -float("inf"))
+        scaled = tl.where(counts, x * constants.inv_t - lse * unit(True), -float("inf"))
+        p = tl.exp2(log_p * LOG2E)
+        top = tl.max(tl.where(counts, log_q, -float("inf")), 0)
         total = tl.sum(tl.where(counts, tl.exp2((log_q - top) * LOG2E), 0.0), 0)
         log_q = log_q - top - tl.log(total)
         q = tl.where(counts, tl.exp2(log_q * LOG2E), 0.0)
         raw_q = q
-        tail_p *= 0.0
-        tail_q *= 0.0
+    log_q = tl.where(counts, log_q, -float("inf"))
+    support = Entry(p, q, raw_q, log_p, log_q, log_p - log_q, scaled - log_q * unit(True))
+    # A tail without entries takes no part.
+    none = tl.sum(counts.to(tl.int32), 0) >= P.vocabulary
+    if P.tail == "renormalize":
+        none = none | True
         tail_raw_q *= 0.0
-    part = counts & ~(z <= -float("inf"))
-    log_ratio = tl.where(part, at_least_lowest(log_p - log_q) + 0.0 * z, 0.0)
-    support = Entry(
-        p, tl.where(part, q, 0.0), raw_q, tl.where(part, log_p, -float("inf")), log_ratio
-    )
-    # A tail of the student's that is empty is left out, like an entry whose logit is -inf.
-    empty = tail_p < SMALLEST
+    log_tail = tl.where(none, -float("inf"), log_tail)
+    log_tail_q = tl.where(none, -float("inf"), tl.log(tail_q))
     one = tl.zeros((1,), tl.float32)
     tail = Entry(
-        one + tl.where(empty, 0.0, tail_p),
-        one + tl.where(empty, 0.0, tail_q),
+        one + tl.where(none, 0.0, tail_p),
+        one + tl.where(none, 0.0, tail_q),
         one + tail_raw_q,
-        one + tl.where(empty, -float("inf"), log_tail),
-        one + tl.where(empty, 0.0, log_tail - tl.log(tail_q)),
+        one + log_tail,
+        one + log_tail_q,
+        one + (log_tail - log_tail_q),
+        one + (log_tail - log_tail_q) * unit(True),
     )
     return Categories(support, tail, own_log_q, teacher_mass)
 
@@ -210,7 +224,7 @@ def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constex
     log_q_token = tl.full((), 0.0, tl.float32)
     rho = tl.full((), 0.0, tl.float32)
     teacher_mass = tl.full((), 0.0, tl.float32)
-    total = tl.full((), 0.0, tl.float32)
+    total = total_of(constants.shares)
     members = ()
     for i in tl.static_range(len(args.teachers)):
         log_q = _load_teacher(args, i, row, P)
@@ -225,12 +239,13 @@ def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constex
                 member_value < SMALL_DIVERGENCE, tl.sum(t, 0) + tl.sum(tail_t, 0), member_value
             )
         if P.tilted:
-            tilt = constants.parameter - 1.0
-            whole = log_sum_exp(c.support.log_p + tilt * c.support.log_ratio)
-            slope_sum = together(whole, tl.max(c.tail.log_p + tilt * c.tail.log_ratio, 0), P)
+            whole = log_sum_exp(log_geometric(c.support, constants.parameter))
+            tail_whole = tl.max(log_geometric(c.tail, constants.parameter), 0)
+            slope_sum = together(whole, tail_whole, P)
         else:
             slope_sum = tl.sum(c.support.p * u + v, 0) + tl.sum(c.tail.p * tail_u + tail_v, 0)
-        finite = student.student_lse + 0.0 * c.teacher_mass
+        # (NaN where a renormalised student has no mass on the support.)
+        finite = student.student_lse + 0.0 * (c.teacher_mass + tl.sum(c.support.p, 0))
         outside = tl.max((ids == OUTSIDE).to(tl.int32), 0) > 0
         finite = tl.where(outside, float("nan"), finite)
         member_value, slope_sum, log_s = settle(
@@ -241,10 +256,9 @@ def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constex
         per_p = tl.where(c.tail.p > 0.0, tail_v / tl.maximum(c.tail.p, SMALLEST), 0.0)
         share = constants.shares[i]
         value += share * member_value
-        total += share
-        log_q_token += share * tl.sum(tl.where(is_token, c.log_q, 0.0), 0)
-        rho += share * tl.sum(c.tail.log_ratio, 0)
-        teacher_mass += share * c.teacher_mass
+        log_q_token += share / total * tl.sum(tl.where(is_token, c.log_q, 0.0), 0)
+        rho += share * tl.sum(tl.where(c.tail.p > 0.0, c.tail.log_ratio, 0.0), 0)
+        teacher_mass += share / total * c.teacher_mass
         tail_slope = tl.sum(tail_u + per_p, 0)
         members = members + (with_slopes(student, student, slope_sum, log_s, tail_slope),)
     elsewhere = float("nan")
@@ -252,7 +266,7 @@ def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constex
         elsewhere = tl.load(args.support.token_log_prob + row)
         if P.floor:
             elsewhere = tl.where(elsewhere < constants.floor, constants.floor, elsewhere)
-    teacher_log_prob = tl.where(in_support, log_q_token / total, elsewhere)
+    teacher_log_prob = tl.where(in_support, log_q_token, elsewhere)
     correction = tl.full((), 0.0, tl.float32)
     if P.corrects:
         log_p = student_log_prob(token.z, student, constants)
@@ -264,7 +278,7 @@ def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constex
         ptr = args.statistics + row
         count = tl.cast(args.count, tl.int64)
         tl.store(ptr + STUDENT_MASS * count, tl.sum(p, 0))
-        tl.store(ptr + _TEACHER_MASS * count, teacher_mass / total)
+        tl.store(ptr + _TEACHER_MASS * count, teacher_mass)
         tl.store(ptr + TAIL_CORRECTION * count, correction)
     token = Token(token.id, token.z, token.ws, in_support, correction)
     return value, members, teacher_log_prob, token
@@ -291,7 +305,9 @@ def store_support(args, where, token, stats, weights, constants, P: tl.constexpr
     p = student_probability(z, student, constants)
     inner = -weights.log_prob
     if P.entropy:
-        log_p = at_least_lowest(z - student.student_max) * constants.inv_t
+        # (Where p = 0, any number.)
+        log_p = tl.maximum(centred(z, student.student_max) * constants.inv_t, LOWEST * unit(True))
+        log_p *= nats(True)
         inner += weights.entropy * (student.student_lse - student.entropy - log_p)
     own_term = tl.where((ids == token.id) & (token.id >= 0), weights.log_prob, 0.0)
     gradient = p * inner + own_term

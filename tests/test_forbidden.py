@@ -1,0 +1,169 @@
+"""Logits that forbid a token: -inf, and what stands for it, -1e4 to a dtype's lowest number.
+
+Every value and gradient is that of float64, on either side or both, at any temperature.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cases
+from cases import DTYPES
+from hybrid_kernels import Divergence, Mixture, TopK, reference
+from hybrid_kernels.divergences import FAMILIES
+from tolerance import ROUNDING, SUBNORMAL, written_and_scaled
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
+
+DIVERGENCES = [
+    *map(Divergence, FAMILIES),
+    Divergence("jsd", beta=0.3),
+    Divergence("alpha", alpha=1.7),
+    Divergence("alpha", alpha=-0.5),
+    Divergence("renyi", alpha=1.7),
+]
+LOWEST = "lowest"
+MASKS = (-torch.inf, LOWEST, -1e9, -1e4)
+TEMPERATURES = (0.05, 0.3, 1.0, 1.7)
+# Of ordinary logits, on either side of 0.
+SPREAD = 9.0
+
+
+def problem(masks, dtype, vocabulary, seed, share=0.2):
+    """A row for each pair of a student's and a teacher's mask, None for none: where one forbids a
+    token, and both do. The first token is allowed."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(masks), vocabulary)
+    sides = torch.randn(2, *shape, generator=generator).mul(3).clamp(-SPREAD, SPREAD)
+    hidden = torch.rand(2, *shape, generator=generator) < share
+    hidden[:, :, 0] = False
+    hidden[:, :, vocabulary // 2] |= torch.rand(2, len(masks), generator=generator) < 0.5
+    sides = sides.to(dtype)
+    for row, pair in enumerate(masks):
+        for side, mask in enumerate(pair):
+            if mask is not None:
+                value = torch.finfo(dtype).min if mask == LOWEST else mask
+                sides[side, row, hidden[side, row]] = max(value, torch.finfo(dtype).min, key=abs)
+                if mask != -torch.inf:
+                    sides[side, row].clamp_(min=torch.finfo(dtype).min)
+    tokens = torch.randint(0, vocabulary, (len(masks),), generator=generator)
+    return cases.Case(
+        student=sides[0],
+        teacher=sides[1],
+        view=lambda stored: stored,
+        token_ids=torch.where(hidden[0].gather(1, tokens[:, None])[:, 0], 0, tokens),
+        advantages=torch.randn(len(masks), generator=generator),
+        mask=None,
+        upstream=torch.rand(len(masks), generator=generator) + 0.5,
+    )
+
+
+def check(case, backend, method, divergence, temperature, **options):
+    """Values and gradients are float64's, as far as fp32 can hold them."""
+    options |= {"divergence": divergence, "temperature": temperature}
+    if method == "hybrid_loss":
+        options["reduction"] = "none"
+    run = getattr(case, method)
+    truth = run(getattr(reference, method), torch.float64, **options)
+    got = run(backend=backend, **options)
+    # What fp32 makes of log-probabilities so far apart.
+    rounding = 2e-6 * (1 + 2 * SPREAD / temperature)
+    for name in ("divergence", "log_prob", "teacher_log_prob", "entropy"):
+        value, expected = getattr(got.result, name), getattr(truth.result, name)
+        if expected is not None:
+            torch.testing.assert_close(
+                value.double(),
+                expected.float().double(),
+                rtol=1e-5,
+                atol=rounding,
+                equal_nan=True,
+                msg=lambda message, name=name: f"{name}: {message}",
+            )
+    endless = ~truth.gradient.isfinite().all(-1)
+    assert not got.gradient[endless].isfinite().all(-1).any(), "gradient: finite"
+    # A value that is too large for fp32 may have none.
+    endless |= truth.result.divergence.abs() > torch.finfo(torch.float32).max
+    endless &= ~truth.result.divergence.isinf() | ~truth.gradient.isfinite().all(-1)
+    if divergence == Divergence("renyi", alpha=1.7):
+        # log S is a number beside which fp32 loses the exponents of its terms.
+        endless |= truth.result.divergence > 1e3
+    dtype = got.gradient.dtype
+    expected = truth.gradient[~endless]
+    # A gradient is written before the upstream one scales it.
+    finite = expected.abs() < torch.finfo(dtype).max / 4
+    error = torch.where(finite, got.gradient[~endless].double() - expected, 0.0).abs()
+    roundings = written_and_scaled(backend, got.gradient)
+    bound = roundings * (ROUNDING[dtype] * expected.abs() + SUBNORMAL[dtype])
+    bound += 1e-5 * expected.abs().amax(-1, keepdim=True) + rounding / temperature
+    # It is a difference with the value, which is kept in fp32 between two launches.
+    bound += 3e-7 * truth.result.divergence[~endless, None].abs().nan_to_num(posinf=0) / temperature
+    mine, off = got.gradient[~endless], (error > bound).nonzero().tolist()
+    worst = [(i, j, float(mine[i, j]), float(expected[i, j])) for i, j in off[:4]]
+    assert not off, f"gradient: {len(off)} entries are off (row, entry, got, truth): {worst}"
+
+
+@pytest.mark.parametrize("method", ["hybrid_loss", "token_terms"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=cases.divergence_id)
+def test_each_mask_on_each_side(divergence, temperature, dtype, method, backend, device):
+    masks = [(mask, None) for mask in MASKS] + [(None, mask) for mask in MASKS]
+    masks += [(mask, mask) for mask in MASKS]
+    check(problem(masks, DTYPES[dtype], 150, 0), backend, method, divergence, temperature)
+
+
+masks = st.sampled_from([None, *MASKS, -1e5, -1e7])
+
+
+@given(
+    masks=st.lists(st.tuples(masks, masks), min_size=1, max_size=4),
+    divergence=st.sampled_from(DIVERGENCES),
+    temperature=st.one_of(st.sampled_from(TEMPERATURES), st.floats(0.05, 2.0)),
+    dtype=st.sampled_from(list(DTYPES.values())),
+    vocabulary=st.integers(2, 160),
+    share=st.sampled_from([0.05, 0.3, 0.95]),
+    members=st.integers(1, 3),
+    method=st.sampled_from(["hybrid_loss", "token_terms"]),
+    seed=st.integers(0, 2**32),
+)
+def test_any_masks(
+    backend, masks, divergence, temperature, dtype, vocabulary, share, members, method, seed
+):
+    case = problem(masks, dtype, vocabulary, seed, share)
+    if members > 1:
+        others = [problem(masks, dtype, vocabulary, seed + i).teacher for i in range(1, members)]
+        weights = [0.8 + 0.5 * i for i in range(members)]
+        case.given = Mixture(list(zip(weights, [case.teacher, *others], strict=True)))
+    check(case, backend, method, divergence, temperature)
+
+
+@given(
+    masks=st.lists(st.tuples(masks, masks), min_size=1, max_size=4),
+    divergence=st.sampled_from(DIVERGENCES),
+    temperature=st.one_of(st.sampled_from(TEMPERATURES), st.floats(0.05, 2.0)),
+    dtype=st.sampled_from(list(DTYPES.values())),
+    vocabulary=st.integers(9, 160),
+    share=st.sampled_from([0.05, 0.3, 0.95]),
+    size=st.integers(1, 8),
+    tail=st.sampled_from(["bucket", "renormalize", "mask"]),
+    method=st.sampled_from(["hybrid_loss", "token_terms"]),
+    seed=st.integers(0, 2**32),
+)
+def test_any_masks_under_a_support(
+    backend, masks, divergence, temperature, dtype, vocabulary, share, size, tail, method, seed
+):
+    """The first token, which is allowed, is outside, and an allowed one in the support: of what is
+    as good as forbidden altogether fp32 finds no logarithm."""
+    case = problem(masks, dtype, vocabulary, seed, share)
+    case.student[:, 1] = 0.0
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand((len(masks), vocabulary - 1), generator=generator)
+    scores[:, 0] = 1.0
+    case.given = TopK.from_logits(
+        case.teacher,
+        ids=scores.topk(size).indices + 1,
+        token_ids=case.token_ids,
+        temperature=temperature,
+    )
+    check(case, backend, method, divergence, temperature, tail=tail)
