@@ -616,7 +616,7 @@ class _Block:
             self.gradient.copy_(out)
 
     def _own(self, column: Tensor | None) -> Tensor | None:
-        return None if column is None else column[self.range]
+        return None if column is None else column[self.range].to(self.p.dtype)
 
 
 def _keep_some(probability: Tensor, log_probability: Tensor) -> None:

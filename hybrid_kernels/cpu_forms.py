@@ -241,7 +241,9 @@ def _renyi(entries: Entries, a: float) -> Sums:
     terms = entries.p * torch.where(plain, exponent, 0.0).expm1_()
     if not (plain.device.type == "cpu" and bool(plain.all())):
         terms = torch.where(plain, terms, _geometric(entries, a) - entries.p)
-    return terms.sum(-1, keepdim=True), log_s
+    value = terms.sum(-1, keepdim=True)
+    # (Without guards an infinity shows in log S alone.)
+    return value if entries.log_q is not None else value + 0.0 * log_s, log_s
 
 
 def tilt(entries: Entries, a: float, log_s: Tensor) -> None:

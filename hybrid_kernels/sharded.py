@@ -243,6 +243,8 @@ class Sharded:
                 slope_sum = student.mean(means) + shift
             else:
                 value = torch.where(student.empty, torch.inf, value - share * log_ratio)
+                # (Also of shards of which the student forbids all.)
+                slope_sums = torch.where(student.empty, -1.0, slope_sums)
                 slope_sum = teacher.mean(slope_sums) + 0.0 * student.lse
             statistics[first + MEMBER.slope_sum] = slope_sum
             forbidden = forbidden | teacher.empty

@@ -1,6 +1,6 @@
 """The inputs of the tests, from one factory, and the ways to run a function on them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ VOCABULARIES = (1, 7, 127, 128, 1000, 50257, 151936)
 STYLES = ("typical", "close", "offset", "one_hot", "ties", "forbidden_by_student")
 LAYOUTS = ("contiguous", "sliced", "expanded", "one_row")
 LINEAR_TEACHERS = ("linear", "logits", "two-strides", "top-k", "mixture", "mixed")
+# What forbids a token in `forbidding`: the lowest number of a dtype. And how far from 0 others are.
+LOWEST, SPREAD = "lowest", 9.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _PARAMETERS = {
@@ -218,6 +220,41 @@ def make(
         advantages=advantages.to(device),
         mask=None if mask is None else mask.to(device),
         upstream=upstream.to(device),
+    )
+
+
+def forbidding(
+    masks: Sequence[tuple[float | str | None, float | str | None]],
+    dtype: torch.dtype,
+    vocabulary: int,
+    seed: int,
+    share: float = 0.2,
+) -> Case:
+    """A row for each pair of what stands on the student's and the teacher's side for tokens that
+    are forbidden, a number or `LOWEST`; None where none is. Each side forbids some of its own, and
+    neither the first."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(masks), vocabulary)
+    sides = torch.randn(2, *shape, generator=generator).mul(3).clamp(-SPREAD, SPREAD).to(dtype)
+    hidden = torch.rand(2, *shape, generator=generator) < share
+    hidden[:, :, 0] = False
+    lowest = torch.finfo(dtype).min
+    for row, pair in enumerate(masks):
+        for side, mask in enumerate(pair):
+            if mask is not None:
+                finite = mask != -torch.inf
+                value = max(lowest, lowest if mask == LOWEST else mask) if finite else mask
+                sides[side, row, hidden[side, row]] = value
+    tokens = torch.randint(0, vocabulary, (len(masks),), generator=generator)
+    is_hidden = hidden[0].gather(1, tokens[:, None])[:, 0]
+    return Case(
+        student=sides[0],
+        teacher=sides[1],
+        view=lambda stored: stored,
+        token_ids=tokens.masked_fill(is_hidden, 0),
+        advantages=torch.randn(len(masks), generator=generator),
+        mask=None,
+        upstream=torch.rand(len(masks), generator=generator) + 0.5,
     )
 
 

@@ -17,6 +17,7 @@ from hybrid_kernels import (
     reference,
     token_terms,
 )
+from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.linear import Hidden
 from tolerance import assert_close, assert_linear_matches
 
@@ -34,6 +35,17 @@ def test_every_teacher_and_chunk(teacher, chunk_rows, backend, device):
 def test_every_divergence(divergence, backend, device):
     case = make_linear(rows=(5,), device=device)
     assert_linear_matches(case, backend, chunk_rows=4, divergence=divergence, entropy_weight=0.2)
+
+
+@every_divergence
+@pytest.mark.parametrize("mask", [-torch.inf, -1e9], ids=str)
+def test_a_bias_that_forbids_tokens(mask, divergence, backend, device):
+    case = make_linear(bias=True, device=device)
+    case.head.bias[100:110] = case.teacher_head.bias[100:120] = mask
+    case.token_ids.clamp_(max=99)
+    if FAMILIES[divergence.name].student_d or 1.7 in divergence.params.values():
+        case.teacher_head.bias[110:120] = 0  # which would make it infinite
+    assert_linear_matches(case, backend, chunk_rows=3, divergence=divergence, entropy_weight=0.2)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

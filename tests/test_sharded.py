@@ -288,6 +288,22 @@ def test_a_maximum_that_is_another_ranks_far_away(ranks, divergence):
 
 
 @native
+@each_divergence("reverse_kl", "forward_kl")
+@on_ranks
+def test_tokens_that_are_forbidden_by_numbers(ranks, divergence):
+    """Of a rank's entries all, on one side or both, or some."""
+    masks = (-torch.inf, cases.LOWEST, -1e9, -1e4)
+    # (Beside -1e9 fp32 loses the exponents of this one's terms.)
+    theirs = masks[:1] if divergence == Divergence("renyi", alpha=1.7) else masks
+    made = cases.forbidding([(a, b) for a in masks for b in theirs], torch.float32, 127, 0)
+    first, last = ranks.bounds(127, EMPTY)
+    made.student[3:12, first:last] = made.student[3:12, :, None].amin(1)
+    made.teacher[6:, first:last] = made.teacher[6:, :, None].amin(1)
+    made.token_ids[:] = 0
+    ranks.assert_equals_whole(made, divergence=divergence, temperature=1.7, **ALL_TERMS)
+
+
+@native
 @pytest.mark.parametrize(
     ("divergence", "floor"),
     [("reverse_kl", None), ("forward_kl", None), ("jeffreys", None), ("reverse_kl", -30.0)],

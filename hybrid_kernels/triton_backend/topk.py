@@ -244,8 +244,9 @@ def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constex
             slope_sum = together(whole, tail_whole, P)
         else:
             slope_sum = tl.sum(c.support.p * u + v, 0) + tl.sum(c.tail.p * tail_u + tail_v, 0)
-        # (NaN where a renormalised student has no mass on the support.)
-        finite = student.student_lse + 0.0 * (c.teacher_mass + tl.sum(c.support.p, 0))
+        # (NaN where a side that is renormalised has no mass on the support.)
+        masses = c.teacher_mass + tl.sum(c.support.p + c.support.q, 0)
+        finite = student.student_lse + 0.0 * masses
         outside = tl.max((ids == OUTSIDE).to(tl.int32), 0) > 0
         finite = tl.where(outside, float("nan"), finite)
         member_value, slope_sum, log_s = settle(
