@@ -111,11 +111,11 @@ def hybrid_loss(
 
         Logits may forbid tokens, by -inf, -1e9 or a dtype's lowest number, on either side or both:
         values and gradients are those of float64. What both sides forbid by -inf takes no part;
-        where one does, every divergence is its limit. That is +inf where the teacher forbids what
-        the student may say (reverse KL, Jeffreys, alpha and Renyi from 1 on), with a gradient that
-        is not finite, see `teacher_floor`; and where the student forbids what the teacher may say
-        (forward KL, Jeffreys, alpha from 0 down), with a finite gradient for the first two. A
-        weight of 0 leaves nothing of either. NaN or +inf makes its own row NaN.
+        where only one does, every divergence is its limit. The limit is +inf where q = 0 < p for
+        the reverse KL, Jeffreys, and alpha and Renyi with alpha >= 1, with a non-finite gradient
+        (see `teacher_floor`); and where p = 0 < q for the forward KL and Jeffreys, with a finite
+        gradient, and for alpha <= 0. A probability counts as 0 where float64 has no number for it.
+        A term whose weight is 0 is ignored. NaN or +inf makes its own row NaN.
     """
     context = Context(
         teacher, token_ids, mask, divergence, temperature, tail, teacher_floor, process_group,

@@ -83,7 +83,7 @@ def settle(
     if family.tilted:
         near = value.abs() < 0.5
         log_s = torch.where(near, value.clamp(-0.5, 0.5).log1p(), slope_sum)
-        value, slope_sum = log_s / (a - 1), torch.where(log_s == math.inf, math.inf, 0.0)
+        value, slope_sum = log_s / (a - 1), torch.where(log_s.isinf(), math.inf, 0.0)
     if family.one_sweep:
         value, slope_sum = (torch.where(x.isnan(), math.inf, x) for x in (value, slope_sum))
     # Comparisons lose sight of a NaN.
@@ -252,7 +252,8 @@ def tilt(entries: Entries, a: float, log_s: Tensor) -> None:
     q, log_ratio = entries.q, entries.log_ratio
     raw = entries._replace(log_ratio=log_ratio.clone())
     exponent = log_ratio.mul_(a - 1).sub_(log_s)
-    _tilted(q, exponent, lambda: (_log_geometric(raw, a) - log_s).exp_())
+    # (At most 1, whatever the rounding of large logarithms.)
+    _tilted(q, exponent, lambda: (_log_geometric(raw, a) - log_s).clamp_(max=0.0).exp_())
     log_ratio.mul_(a / (a - 1))
     q.mul_(a / (a - 1))
 

@@ -238,7 +238,7 @@ def compare(
         p, q = own.exp(), torch.where(some, their.exp(), 0.0)
         log_ratio = torch.where(some, own - their, 0.0)
         entries = Entries(p, q, log_ratio, own, torch.where(some, their, -torch.inf))
-        rho = rho + share * torch.where(p[:, -1:] > 0, log_ratio[:, -1:], 0.0)
+        rho = rho + share * torch.where(p[:, -1:] > 0, log_ratio[:, -1:], torch.nan)
         # (NaN where a side that is renormalised has no mass on the support.)
         finite = (mass + lse + (p + q).sum(-1, keepdim=True)).isfinite()
         lost = (raw_q - q).sum(-1, keepdim=True)
@@ -305,6 +305,7 @@ def _token(
         elsewhere = elsewhere.clamp(min=rows.teacher_floor)
     correction = None
     if rows.corrects_tail:
-        corrected = outside & ~elsewhere.isnan()
+        # (Not in a tail that the student forbids.)
+        corrected = outside & ~(elsewhere + rho).isnan()
         correction = torch.where(corrected, total * (log_p - elsewhere) - rho, 0.0)
     return torch.where(outside, elsewhere, log_q / total), correction

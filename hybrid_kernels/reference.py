@@ -203,9 +203,9 @@ def _compare(z, teacher, ids, keep, divergence, temperature, floor, tail) -> _Co
         elsewhere = elsewhere if floor is None else elsewhere.clamp(min=floor)
         if tail == "bucket" and divergence.canonical()[0] == "reverse_kl":
             log_tail = support.log_p[..., -1]
-            rho = torch.where(log_tail == -torch.inf, 0.0, log_tail - support.log_q[..., -1])
-            correction = log_p.gather(-1, ids)[..., 0] - elsewhere - rho
-            correction = torch.where(outside, correction.detach(), 0.0)
+            correction = log_p.gather(-1, ids)[..., 0] - elsewhere
+            correction = (correction - log_tail + support.log_q[..., -1]).detach()
+            correction = torch.where(outside & (log_tail > -torch.inf), correction, 0.0)
     log_q = torch.where(outside, elsewhere, log_q)
     return _Comparison(value, log_q, correction, *masses)
 
@@ -326,7 +326,7 @@ def hybrid_loss(
 
 
 def _weighted(weight: float | Tensor, value: Tensor) -> Tensor:
-    """weight * value; a weight of 0 makes 0 of an infinite value, and of its gradient."""
+    """weight * value; a weight of 0 makes 0 of an infinite value."""
     nothing = torch.as_tensor(weight, device=value.device) == 0
     return torch.where(nothing, 0.0, weight * torch.where(nothing, 0.0, value))
 

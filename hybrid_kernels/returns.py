@@ -130,7 +130,8 @@ def _inclusive_returns(costs: Tensor, keep: Tensor, gamma: float) -> Tensor:
     """S_t = sum_{k >= t} gamma^(k-t) c_k by doubling: S covers a window twice as long each step."""
     total = torch.where(keep, costs.detach().float(), 0.0)
     length, step = total.shape[1], 1
-    while step < length and gamma**step > 0:
+    # Not to where fp32 makes 0 of the discount, and NaN of an infinite cost.
+    while step < length and gamma**step >= torch.finfo(total.dtype).tiny:
         shifted = torch.zeros_like(total)
         shifted[:, :-step] = total[:, step:]
         total = total + gamma**step * shifted

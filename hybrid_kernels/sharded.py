@@ -13,10 +13,10 @@ statistics of rows follow from those of shards by the chain rule:
     KL(p||q)  = sum_s P_s (KL(p_s||q_s) + log P_s/Q_s)
     KL(q||p)  = sum_s Q_s (KL(q_s||p_s) - log P_s/Q_s)
 
-So one sweep and one small collective are
-enough for these. Other divergences take a second sweep, about the normalisers of whole rows
-(`row_values`), whose sums just add up. A top-K support is a shard of its own: its entries are taken
-out of the others, which then tell the mass outside without a difference of masses.
+So one sweep and one small collective are enough for these. Other divergences take a second sweep,
+about the normalisers of whole rows (`row_values`), whose sums just add up. A top-K support is a
+shard of its own: its entries are taken out of the others, which then tell the mass outside without
+a difference of masses.
 
 A shard may have no mass at all, as where the vocabulary is padded. All ranks compute the same
 numbers from the same numbers, in float64.

@@ -9,8 +9,8 @@ constexpr parameter: (entry, parameter, log_s, SMALL) -> (t, u, v) with s = p u 
 - `log_s` is for Renyi's divergence: log sum p^a q^(1-a) of the whole row.
 - SMALL asks the KL family for terms whose sum is right where p is close to q, too.
 - Logits may be -inf, or so low that l is infinite or, where both are, NaN. What has a limit is
-  taken from the larger of p and q, of an l that is bounded. What has none is selected: an infinite
-  l times a probability is 0 where that is 0 (`LEAST`), and else an infinity or NaN (`sums.settle`).
+  taken from the larger of p and q, with l bounded. Where there is no limit, p l and q l are 0 if
+  the probability is 0 (`LEAST`), and else an infinity or a NaN, see `sums.settle`.
 
 A kernel uses some of the three results; the compiler removes what the others would cost.
 `reference.py` has the values that these must give, `sums.py` the conventions for entries that are
@@ -158,7 +158,8 @@ def renyi(entry, a, log_s, SMALL: tl.constexpr):
     t = tl.where(plain, t, tl.exp2(log_geometric(entry, a) * LOG2E) - entry.p)
     # (p^a q^(1-a) / S - p) a/(a-1).
     exponent = exponent - log_s
-    whole = tl.exp2((log_geometric(entry, a) - log_s) * LOG2E)
+    # (At most 1, whatever the rounding of large logarithms.)
+    whole = tl.exp2(tl.minimum(log_geometric(entry, a) - log_s, 0.0) * LOG2E)
     u, v = _tilted_slope(exponent, whole, a * (1.0 / (a - 1.0)))
     return t, u, v
 
@@ -226,9 +227,10 @@ def _zero_of_none(log_ratio):
 
 @triton.jit
 def log_geometric(entry, a):
-    """log p^a q^(1-a) for a > 0: far below all numbers where p = 0, and so the first of the sum."""
-    log_ratio = tl.maximum(entry.log_ratio, LOWEST)
-    return tl.maximum(entry.log_p, 4.0 * LOWEST) + (a - 1.0) * log_ratio
+    """log p^a q^(1-a) for a > 0; -inf where p = 0."""
+    # Not the -inf of l, which would meet that of log p.
+    exponent = entry.log_p + (a - 1.0) * tl.maximum(entry.log_ratio, START)
+    return tl.maximum(exponent, -float("inf"))  # which drops a NaN
 
 
 @triton.jit

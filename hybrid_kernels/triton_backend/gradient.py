@@ -108,11 +108,15 @@ def _member_gradient(
             # u = l: what is the same for all entries is added once.
             constant = weight * UNIT * (stat.shift - stat.slope_sum)
             inner += tl.where(silent, 0.0, constant)
-            d = difference(z, w, stat.student_max, stat.teacher_max, GUARDED, GUARDED)
+            teacher_max = tl.where(silent, 0.0, stat.teacher_max)  # which may be NaN
+            d = difference(z, w, stat.student_max, teacher_max, GUARDED, GUARDED)
             inner = (weight * constants.inv_t * (nats(GUARDED) * UNIT)) * d + inner
         else:
             _, u, v = D(entry, constants.parameter, stat.log_s, False)
-            inner = weight * (u - tl.where(silent, 0.0, stat.slope_sum)) + inner
+            pull = weight * (u - stat.slope_sum)
+            if GUARDED:
+                pull = tl.where(silent, 0.0, pull)
+            inner = pull + inner
     else:
         p = student_probability(z, stat, constants, GUARDED)
     if i == 0 and P.entropy:
@@ -125,7 +129,7 @@ def _member_gradient(
         gradient *= nats(True)
     if P.pulls > 0 and P.has_v:
         pull = weight * v
-        if not P.kl_family:
+        if GUARDED:
             pull = tl.where(silent, 0.0, pull)
         gradient += pull
     return gradient

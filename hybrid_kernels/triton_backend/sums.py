@@ -8,10 +8,10 @@ softmaxes at temperature T, l = log p - log q, x = z - m and d = (z - m) - (w - 
 - Logits may be -inf, or stand for it: -1e9, a dtype's lowest number. 0 times the infinite l of an
   entry without probability would be NaN, and sums of lowest numbers overflow. So functions have a
   `GUARDED` version, which selects, and keeps x and d in units of 2^28 nats, where they have room.
-  The other one is for ordinary numbers. It keeps them in units of 2^-28 nats, where any that are
-  beyond 2^100 nats are infinite and leave a NaN: so it knows without a test for each entry that it
-  was the wrong one (`is_ordinary`). Units of powers of two round nothing, and cost nothing: the
-  difference is an FMA then.
+  The other version is for ordinary numbers. It keeps x and d in units of 2^-28 nats, so that
+  anything beyond 2^100 nats overflows and leaves a NaN in a sum: that shows, without a test for
+  each entry, that the guarded version is needed (`is_ordinary`). A unit that is a power of two
+  rounds nothing, and costs nothing: the difference becomes an FMA.
 - A tile is (z, ws), with one w for each teacher that is known by its logits, as they were loaded,
   because 16-bit numbers allow for shorter arithmetic. Under a top-K support there is one w, with
   marks that are 1 on the support: a sweep finds the student's mass outside it.
@@ -453,7 +453,7 @@ def settle(value, slope_sum, shift, parameter, P: tl.constexpr):
         near = tl.abs(value) < 0.5
         log_s = tl.where(near, log1p(tl.where(near, value, 0.0)), slope_sum)
         value = log_s / (parameter - 1.0)
-        slope_sum = tl.where(log_s == float("inf"), log_s, 0.0)
+        slope_sum = tl.where(tl.abs(log_s) == float("inf"), float("inf"), 0.0)
     finite = shift == shift
     value = tl.where(finite, value, float("nan"))
     return value, tl.where(finite, slope_sum, float("nan")), log_s
@@ -520,8 +520,9 @@ def entry_of(z, w, stat, constants, P: tl.constexpr, GUARDED: tl.constexpr = Tru
         some = (x > -float("inf")) | (u > -float("inf"))
         q = tl.where(some, tl.maximum(q, tl.exp2(constants.floor * LOG2E)), 0.0)
         log_q = tl.where(some, tl.maximum(log_q, constants.floor), log_q)
-        log_ratio = tl.minimum(log_ratio, log_p - constants.floor)
-        scaled = log_ratio * unit(True)
+        log_ratio = tl.where(some, tl.minimum(log_ratio, log_p - constants.floor), float("nan"))
+        least = x * constants.inv_t - (stat.student_lse + constants.floor) * unit(GUARDED)
+        scaled = tl.minimum(scaled, least)
     return Entry(p, q, raw_q, log_p, log_q, log_ratio, scaled)
 
 
@@ -599,6 +600,6 @@ def teacher_log_prob(w_token, stats, constants, P: tl.constexpr):
         log_q = (w_token[i] - stat.teacher_max) * constants.inv_t - stat.teacher_lse
         if P.floor:
             log_q = tl.where(log_q < constants.floor, constants.floor, log_q)
-        # (A share of the lowest number is a number; the sum of several may be none.)
+        # (Divided first: a sum of shares of the lowest number might overflow.)
         mean += constants.shares[i] / total * log_q
     return mean

@@ -272,7 +272,7 @@ def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constex
     if P.corrects:
         log_p = student_log_prob(token.z, student, constants)
         # log q(y) may be NaN, for one that is not known.
-        corrected = ~in_support & (elsewhere == elsewhere)
+        corrected = ~in_support & (elsewhere == elsewhere) & (log_tail > -float("inf"))
         correction = tl.where(corrected, total * (log_p - elsewhere) - rho, 0.0)
     if where.part == 0:
         p = tl.where(ids != DROPPED, student_probability(z, student, constants), 0.0)
