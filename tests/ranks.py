@@ -128,7 +128,7 @@ class Ranks:
             got = getattr(own, name)
             assert (got is None) == (expected is None), name
             if got is not None:
-                # (In the loss log p(y) is multiplied by a correction, a difference of large numbers.)
+                # (In the loss a correction, a difference of large numbers, is multiplied.)
                 allowed = 4 * tolerance if name == "loss" else tolerance
                 assert_values(got, expected, name, allowed)
         told = torch.stack([t.mean() if t.ndim else t for t in own if t is not None])

@@ -68,8 +68,11 @@ def check(case, backend, method, divergence, temperature, **others):
     roundings = written_and_scaled(backend, got.gradient)
     bound = roundings * (ROUNDING[dtype] * expected.abs() + SUBNORMAL[dtype])
     bound += 1e-5 * expected.abs().amax(-1, keepdim=True) + rounding / temperature
-    # It is a difference with the value, which is kept in fp32 between two launches.
-    bound += 3e-7 * values[-1][~left_out, None].abs().nan_to_num(posinf=0) / temperature
+    # It is a difference with the value, which is kept in fp32 between two launches, and of an alpha
+    # above 1 is a sum of exponentials of large numbers.
+    relative = 1e-5 if divergence.name == "alpha" else 3e-7
+    bound += relative * values[-1][~left_out, None].abs().nan_to_num(posinf=0) / temperature
+    error[bound > torch.finfo(dtype).max / 4] = 0
     mine, off = got.gradient[~left_out], (~(error <= bound)).nonzero().tolist()
     worst = [(i, j, float(mine[i, j]), float(expected[i, j])) for i, j in off[:4]]
     assert not off, f"gradient: {len(off)} entries are off (row, entry, got, truth): {worst}"

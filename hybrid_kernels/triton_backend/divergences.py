@@ -241,7 +241,7 @@ def _geometric(entry, larger, a):
     below = log_ratio < 0.0
     log_larger = tl.maximum(tl.where(below, entry.log_q, entry.log_p), LOWEST)
     added = tl.where(below, a, a - 1.0) * log_ratio
-    is_number = larger > 1e-30
+    is_number = (larger > 1e-30) & (added < 80.0)
     exponent = tl.where(is_number, 0.0, log_larger) + added
     return tl.where(is_number, larger, 1.0) * tl.exp2(exponent * LOG2E)
 
