@@ -119,7 +119,7 @@ def test_any_masks(
 @given(
     masks=st.lists(st.tuples(masks, masks), min_size=1, max_size=4),
     divergence=st.sampled_from(DIVERGENCES),
-    temperature=st.one_of(st.sampled_from(TEMPERATURES), st.floats(0.05, 2.0)),
+    temperature=st.one_of(st.sampled_from(TEMPERATURES[1:]), st.floats(0.3, 2.0)),
     dtype=st.sampled_from(list(DTYPES.values())),
     vocabulary=st.integers(9, 160),
     share=st.sampled_from([0.05, 0.3, 0.95]),
