@@ -43,6 +43,7 @@ from hybrid_kernels.triton_backend.reduce import agreed
 from hybrid_kernels.triton_backend.row import conclude, finish_gradient
 from hybrid_kernels.triton_backend.sums import (
     add_values_and_slopes,
+    is_above_padding,
     is_ordinary,
     is_small,
     merge,
@@ -125,31 +126,16 @@ def _values_and_slopes(group, meetings, held, stats, constants, P: tl.constexpr,
 
 
 @triton.jit
-def _guarded_small_value(where, stats, constants, P: tl.constexpr, D: tl.constexpr):
-    """As `_guarded_sums`, for a small divergence."""
-    value = tl.full((), 0.0, tl.float32)
-    for i in range(P.tiles):
-        tile = load_tile(where, _start(where, i, P), _limit(where, where.body, P), P)
-        value += small_value((tile,), stats, constants, P, D)
-    return value
-
-
-@triton.jit
-def _write_small_value(
-    args, group, where, ordinary, held, stats, constants, P: tl.constexpr, D: tl.constexpr
-):
+def _write_small_value(args, group, row, held, stats, constants, P: tl.constexpr, D: tl.constexpr):
     """A small divergence, summed a second time, over what the first sum has written."""
-    if ordinary:
-        value = small_value(held.tiles, stats, constants, P, D)
-    else:
-        value = _guarded_small_value(where, stats, constants, P, D)
+    value = small_value(held.tiles, stats, constants, P, D)
     if P.edges:
         if group.part == 0:
             value += small_value((held.edges,), stats, constants, P, D)
     if P.splits > 1:
-        write_small(args, group, where.row, value, P)
+        write_small(args, group, row, value, P)
     else:
-        write_divergence(args, where.row, value)
+        write_divergence(args, row, value)
 
 
 @triton.jit
@@ -216,8 +202,9 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
                     meetings += 1
             value, stats, token = conclude(args, where, token, stats, divergences, constants, P, D)
             if P.small:
-                if agreed(is_small(value, constants)):
-                    _write_small_value(args, group, where, ordinary, held, stats, constants, P, D)
+                # (Padding that counts would spoil the sum: the first one stands then.)
+                if agreed(is_small(value, constants) & is_above_padding(stats, constants, P)):
+                    _write_small_value(args, group, row, held, stats, constants, P, D)
             weights = weights_of(args, where, token, stats, constants, P)
             if ordinary:
                 for i in tl.static_range(len(tiles)):

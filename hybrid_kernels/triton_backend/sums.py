@@ -343,13 +343,22 @@ def is_ordinary(sums, constants, P: tl.constexpr):
     """Whether sums that nothing guarded are those of ordinary numbers, and lanes outside the row
     are too far below them to have added anything."""
     probe = _unpacked(Sums(*sums[0]).terms, P).student_x
-    lowest = Sums(*sums[0]).student_max
     for i in tl.static_range(len(sums)):
         terms = _unpacked(Sums(*sums[i]).terms, P)
         probe += terms.student_d + terms.teacher_d
-        lowest = tl.minimum(lowest, Sums(*sums[i]).teacher_max)
+    return (probe - probe == 0.0) & is_above_padding(sums, constants, P)
+
+
+@triton.jit
+def is_above_padding(parts, constants, P: tl.constexpr):
+    """Whether `Plan.pad` is too far below the maxima of `Sums` or `Statistics` to add anything."""
+    lowest = parts[0][0]
+    for i in tl.static_range(len(parts)):
+        lowest = tl.minimum(lowest, parts[i][0])
+        if P.full > 0:
+            lowest = tl.minimum(lowest, parts[i][1])
     # (2^-160 is 0 in fp32.)
-    return (probe - probe == 0.0) & ((lowest - P.pad) * constants.scale > 160.0)
+    return (lowest - P.pad) * constants.scale > 160.0
 
 
 # -- from sums to statistics ---------------------------------------------------------------------
