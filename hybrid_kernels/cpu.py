@@ -232,8 +232,9 @@ class _Block:
             buffers = tuple(buffer[:count] for buffer in buffers)
         self.x, self.log_ratio, self.p, self.q = buffers[:4]
         self.pull = buffers[4] if len(buffers) > 4 else None
+        self.exponentials: Tensor | None = None  # kept for the gradient
         if supports is not None and supports.exponentials is not None:
-            self.p = supports.exponentials[outer, start:stop]
+            self.exponentials = self.p = supports.exponentials[outer, start:stop]
         self.p_factor: Tensor | None = None
         self.q_factor: Tensor | None = None
         keeps_x = rows.teacher_floor is not None or len(self.teachers) > 1
@@ -363,10 +364,8 @@ class _Block:
         outside = self.p.sum(-1, keepdim=True)
         if self.guarded:
             outside = outside * self.columns[FIELDS.student_lse].exp()
-            if supports.exponentials is not None:
-                outer, start = divmod(self.range.start, self.rows.student.shape[1])
-                kept = supports.exponentials[outer, start : start + len(self.student)]
-                torch.exp(self._over_t(self.x), out=kept)
+            if self.exponentials is not None:
+                torch.exp(self._over_t(self.x), out=self.exponentials)
         supports.outside[self.range] = outside
 
     def _compare(self, member: int) -> None:

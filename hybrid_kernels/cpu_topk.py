@@ -201,8 +201,7 @@ def compare(
         token_log_p: log p of them.
     """
     assert rows.support is not None
-    inv_t, floor, tail = 1.0 / rows.temperature_of(span), rows.teacher_floor, rows.tail
-    family = FAMILIES[rows.divergence]
+    inv_t, total = 1.0 / rows.temperature_of(span), sum(rows.shares)
     # In which the lowest logit over the smallest temperature is a number. Not all devices have it.
     dtype = torch.float64 if x.device.type == "cpu" else torch.float32
     x, lse, tail_sum = x.to(dtype), lse.to(dtype), tail_sum.to(dtype)
@@ -210,51 +209,28 @@ def compare(
     own = torch.cat([log_p, tail_sum.log() - lse], -1)
     student_mass = log_p.exp().sum(-1, keepdim=True) + 0.0 * lse  # NaN where the row is
     part = torch.cat([kept, ~full], -1)
-    if tail == "renormalize":
+    if rows.tail == "renormalize":
         own = torch.where(part, own - log_p.logsumexp(-1, keepdim=True), -torch.inf)
         part[:, -1] = False
     own = torch.where(part, own, -torch.inf)
     found = None
     if token is not None:
         found = (rows.support[span] == token) & kept
-    total = sum(rows.shares)
     value = pull = tail_pull = teacher_mass = log_q_token = rho = 0.0
     for share, log_probs in zip(rows.shares, rows.teachers, strict=True):
         log_q = torch.where(kept, log_probs[span].to(dtype), -torch.inf)
-        q = log_q.exp()
-        raw_tail, tail_q, mass = tail_of_teacher(log_q, q, rows.resolution)
-        their = torch.cat([log_q, tail_q.log()], -1)
-        # (Not under what both sides forbid.)
-        some = part & ((own > -torch.inf) | (their > -torch.inf))
-        if floor is not None:
-            their = torch.where(some, their.clamp(min=floor), -torch.inf)
-            log_q = log_q.clamp(min=floor)
+        member = _compare_member(rows, log_q, own, part, lse)
         if found is not None:
-            log_q_token = log_q_token + share * torch.where(found, log_q, 0.0).sum(-1, True)
-        raw_q = torch.cat([q, raw_tail], -1)
-        if tail == "renormalize":
-            their = their - their[:, :-1].logsumexp(-1, keepdim=True)
-            raw_q = torch.where(part, their.exp(), 0.0)
-        p, q = own.exp(), torch.where(some, their.exp(), 0.0)
-        log_ratio = torch.where(some, own - their, 0.0)
-        entries = Entries(p, q, log_ratio, own, torch.where(some, their, -torch.inf))
-        rho = rho + share * torch.where(p[:, -1:] > 0, log_ratio[:, -1:], torch.nan)
-        # (NaN where a side that is renormalised has no mass on the support.)
-        finite = (mass + lse + (p + q).sum(-1, keepdim=True)).isfinite()
-        lost = (raw_q - q).sum(-1, keepdim=True)
-        one, slope_sum = _sums(rows, entries, lost, finite)
-        slopes = torch.where(p == 0, 0.0, p * log_ratio) if family.has_u else torch.zeros_like(p)
-        if family.has_v:
-            slopes = slopes - q
-        slopes = slopes - p * slope_sum
-        # Of an empty tail no entry is left to have a slope.
-        per_p = torch.where(p[:, -1:] >= SMALLEST_TAIL, slopes[:, -1:] / p[:, -1:], 0.0)
-        value = value + share * one
-        pull = pull + share * slopes[:, :-1]
-        tail_pull = tail_pull + share * per_p
-        teacher_mass = teacher_mass + share / total * mass
+            floor = -torch.inf if rows.teacher_floor is None else rows.teacher_floor
+            of_token = torch.where(found, log_q.clamp(min=floor), 0.0).sum(-1, keepdim=True)
+            log_q_token = log_q_token + share * of_token
+        value = value + share * member.divergence
+        pull = pull + share * member.pull
+        tail_pull = tail_pull + share * member.tail_pull
+        teacher_mass = teacher_mass + share / total * member.mass
+        rho = rho + share * member.rho
     log_q_token, correction = _token(rows, span, found, log_q_token, token_log_p, rho)
-    if tail != "bucket":
+    if rows.tail != "bucket":
         tail_pull = torch.zeros_like(lse)
     assert isinstance(value, Tensor)
     assert isinstance(pull, Tensor)
@@ -269,6 +245,48 @@ def compare(
         pull.float(),
         tail_pull.float(),
     )
+
+
+class _Member(NamedTuple):
+    """What one teacher adds, before its share: as in `Comparison`; the mass on the support; and rho
+    of the tail, NaN where the student forbids it."""
+
+    divergence: Tensor
+    pull: Tensor
+    tail_pull: Tensor
+    mass: Tensor
+    rho: Tensor
+
+
+def _compare_member(rows: Rows, log_q: Tensor, own: Tensor, part: Tensor, lse: Tensor) -> _Member:
+    """Compares log q `[r, K]` with log p `[r, K + 1]`, the last one the tail's; `part` are the
+    categories that take part."""
+    family, floor = FAMILIES[rows.divergence], rows.teacher_floor
+    raw_tail, tail_q, mass = tail_of_teacher(log_q, log_q.exp(), rows.resolution)
+    raw_q = torch.cat([log_q.exp(), raw_tail], -1)
+    their = torch.cat([log_q, tail_q.log()], -1)
+    # What both sides forbid is left out, and not raised to the floor.
+    some = part & ((own > -torch.inf) | (their > -torch.inf))
+    if floor is not None:
+        their = torch.where(some, their.clamp(min=floor), -torch.inf)
+    if rows.tail == "renormalize":
+        their = their - their[:, :-1].logsumexp(-1, keepdim=True)
+        raw_q = torch.where(part, their.exp(), 0.0)
+    p, q = own.exp(), torch.where(some, their.exp(), 0.0)
+    log_ratio = torch.where(some, own - their, 0.0)
+    rho = torch.where(p[:, -1:] > 0, log_ratio[:, -1:], torch.nan)
+    entries = Entries(p, q, log_ratio, own, torch.where(some, their, -torch.inf))
+    # (NaN where a side that is renormalised has no mass on the support.)
+    finite = (mass + lse + (p + q).sum(-1, keepdim=True)).isfinite()
+    lost = (raw_q - q).sum(-1, keepdim=True)
+    value, slope_sum = _sums(rows, entries, lost, finite)
+    slopes = p * entries.of_some(p, log_ratio) if family.has_u else torch.zeros_like(p)
+    if family.has_v:
+        slopes = slopes - q
+    slopes = slopes - p * slope_sum
+    # Of an empty tail no entry is left to have a slope.
+    per_p = torch.where(p[:, -1:] >= SMALLEST_TAIL, slopes[:, -1:] / p[:, -1:], 0.0)
+    return _Member(value, slopes[:, :-1], per_p, mass, rho)
 
 
 def _sums(rows: Rows, entries: Entries, lost: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
