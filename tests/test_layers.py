@@ -14,7 +14,7 @@ PACKAGE = ROOT / "hybrid_kernels"
 
 # What each module may import from the package: those of the lines above it, if named here.
 BELOW = {"triton_backend.reduce", "triton_backend.divergences", "triton_backend.sums"}
-SHARED = {"triton_backend.memory", "triton_backend.gradient"}
+SHARED = {"triton_backend.entries", "triton_backend.memory", "triton_backend.gradient"}
 ALLOWED = {
     "types": set(),
     "divergences": set(),
@@ -27,10 +27,11 @@ ALLOWED = {
     "triton_backend.reduce": {"triton_backend.plan"},
     "triton_backend.divergences": {"rows", "triton_backend.reduce"},
     "triton_backend.sums": {"rows", "triton_backend.reduce", "triton_backend.divergences"},
+    "triton_backend.entries": BELOW,
     "triton_backend.memory": {"rows", "triton_backend.divergences", "triton_backend.sums"},
     "triton_backend.meeting": {"triton_backend.plan", "triton_backend.memory", *BELOW},
-    "triton_backend.gradient": {"triton_backend.memory", *BELOW},
-    "triton_backend.topk": {"rows", *BELOW, "triton_backend.memory"},
+    "triton_backend.gradient": {"triton_backend.entries", "triton_backend.memory", *BELOW},
+    "triton_backend.topk": {"rows", *BELOW, "triton_backend.entries", "triton_backend.memory"},
     "triton_backend.row": {*SHARED, "triton_backend.sums", "triton_backend.topk"},
     "triton_backend.sweep": {*BELOW, *SHARED, "triton_backend.row", "triton_backend.topk"},
     "triton_backend.resident": {*BELOW, *SHARED, "triton_backend.row", "triton_backend.meeting"},

@@ -6,16 +6,9 @@ import triton
 import triton.language as tl
 
 from hybrid_kernels.triton_backend.divergences import LOWEST
+from hybrid_kernels.triton_backend.entries import entry_of, student_probability
 from hybrid_kernels.triton_backend.memory import number_of
-from hybrid_kernels.triton_backend.sums import (
-    Statistics,
-    centred,
-    difference,
-    entry_of,
-    nats,
-    student_probability,
-    unit,
-)
+from hybrid_kernels.triton_backend.sums import Statistics, centred, difference, nats, unit
 
 
 class Weights(NamedTuple):

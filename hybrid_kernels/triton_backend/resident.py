@@ -18,6 +18,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from hybrid_kernels.triton_backend.entries import (
+    add_values_and_slopes,
+    small_value,
+    values_and_slopes,
+)
 from hybrid_kernels.triton_backend.gradient import tile_gradient, weights_of
 from hybrid_kernels.triton_backend.meeting import (
     group_of,
@@ -42,17 +47,14 @@ from hybrid_kernels.triton_backend.memory import (
 from hybrid_kernels.triton_backend.reduce import agreed
 from hybrid_kernels.triton_backend.row import conclude, finish_gradient
 from hybrid_kernels.triton_backend.sums import (
-    add_values_and_slopes,
     is_above_padding,
     is_ordinary,
     is_small,
     merge,
     no_sums,
     normalisers,
-    small_value,
     sums_of,
     swept_divergences,
-    values_and_slopes,
 )
 
 

@@ -4,14 +4,10 @@ import triton
 import triton.language as tl
 
 from hybrid_kernels.triton_backend import topk
+from hybrid_kernels.triton_backend.entries import student_log_prob, teacher_log_prob
 from hybrid_kernels.triton_backend.gradient import store_sampled
 from hybrid_kernels.triton_backend.memory import write_divergence, write_statistics
-from hybrid_kernels.triton_backend.sums import (
-    Statistics,
-    settled,
-    student_log_prob,
-    teacher_log_prob,
-)
+from hybrid_kernels.triton_backend.sums import Statistics, settled
 
 
 @triton.jit

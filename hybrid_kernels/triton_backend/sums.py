@@ -33,12 +33,9 @@ from hybrid_kernels.triton_backend.divergences import (
     LEAST,
     LOG2E,
     LOWEST,
+    NATS,
     START,
-    Entry,
-    all_together,
     log1p,
-    log_geometric,
-    together,
 )
 from hybrid_kernels.triton_backend.reduce import max_2, sum_each
 
@@ -103,7 +100,7 @@ class Statistics(NamedTuple):
 @triton.constexpr_function
 def unit(guarded):
     """What x and d are multiplied by."""
-    return 2.0**-28 if guarded else 2.0**28
+    return 1 / NATS.value if guarded else NATS.value
 
 
 @triton.constexpr_function
@@ -493,122 +490,3 @@ def total_of(shares):
     for i in tl.static_range(len(shares)):
         total += shares[i]
     return total
-
-
-# -- one entry, once both normalisers are known --------------------------------------------------
-
-
-@triton.jit
-def student_probability(z, stat, constants, GUARDED: tl.constexpr = True):
-    x = centred(z, stat.student_max, GUARDED)
-    return tl.exp2(x * (constants.scale * nats(GUARDED)) - stat.student_lse * LOG2E)
-
-
-@triton.jit
-def student_log_prob(z, stat, constants, GUARDED: tl.constexpr = True):
-    x = centred(z, stat.student_max, GUARDED)
-    return x * (constants.inv_t * nats(GUARDED)) - stat.student_lse
-
-
-@triton.jit
-def entry_of(z, w, stat, constants, P: tl.constexpr, GUARDED: tl.constexpr = True):
-    """What a divergence asks of an entry."""
-    inv_t = constants.inv_t * nats(GUARDED)
-    p = student_probability(z, stat, constants, GUARDED)
-    log_p = student_log_prob(z, stat, constants, GUARDED)
-    u = centred(w, stat.teacher_max, GUARDED)
-    raw_q = tl.exp2(u * (constants.scale * nats(GUARDED)) - stat.teacher_lse * LOG2E)
-    q = raw_q
-    log_q = u * inv_t - stat.teacher_lse
-    d = difference(z, w, stat.student_max, stat.teacher_max, GUARDED)
-    log_ratio = d * inv_t + stat.shift
-    scaled = d * constants.inv_t + stat.shift * unit(GUARDED)
-    if P.floor:
-        # Not under what both sides forbid.
-        x = centred(z, stat.student_max, GUARDED)
-        some = (x > -float("inf")) | (u > -float("inf"))
-        q = tl.where(some, tl.maximum(q, tl.exp2(constants.floor * LOG2E)), 0.0)
-        log_q = tl.where(some, tl.maximum(log_q, constants.floor), log_q)
-        log_ratio = tl.where(some, tl.minimum(log_ratio, log_p - constants.floor), float("nan"))
-        least = x * constants.inv_t - (stat.student_lse + constants.floor) * unit(GUARDED)
-        scaled = tl.minimum(scaled, least)
-    return Entry(p, q, raw_q, log_p, log_q, log_ratio, scaled)
-
-
-@triton.jit
-def _term_and_slope(
-    tile, i: tl.constexpr, stat, constants, P: tl.constexpr, D: tl.constexpr, SMALL: tl.constexpr
-):
-    """t and s of each entry; in the place of Renyi's s the exponent whose log-sum-exp is log S."""
-    entry = entry_of(tile[0], tile[1][i], stat, constants, P)
-    parameter = constants.parameter
-    t, u, v = D(entry, parameter, 0.0, SMALL)
-    s = entry.p * u + v
-    if P.tilted:
-        s = log_geometric(entry, parameter)
-    return t, s
-
-
-@triton.jit
-def values_and_slopes(
-    tiles, stats, constants, P: tl.constexpr, D: tl.constexpr, SMALL: tl.constexpr = False
-):
-    """What tiles add to the divergence and the sum of slopes of each member, all normalisers known;
-    under SMALL the divergence is the sum that is right where it is small, too."""
-    values = ()
-    slopes = ()
-    for i in tl.static_range(len(stats)):
-        stat = Statistics(*stats[i])
-        t, s = _term_and_slope(tiles[0], i, stat, constants, P, D, SMALL)
-        for j in tl.static_range(1, len(tiles)):
-            t_j, s_j = _term_and_slope(tiles[j], i, stat, constants, P, D, SMALL)
-            t += t_j
-            s = together(s, s_j, P)
-        if P.tilted:
-            values = values + (tl.sum(t, 0),)
-            slopes = slopes + (all_together(s, P),)
-        else:
-            sums = sum_each((t, s))
-            values = values + (sums[0],)
-            slopes = slopes + (sums[1],)
-    return values, slopes
-
-
-@triton.jit
-def add_values_and_slopes(a, b, P: tl.constexpr):
-    """The results of `values_and_slopes` of the entries of both."""
-    values = ()
-    slopes = ()
-    for i in tl.static_range(len(a[0])):
-        values = values + (a[0][i] + b[0][i],)
-        slopes = slopes + (together(a[1][i], b[1][i], P),)
-    return values, slopes
-
-
-@triton.jit
-def small_value(tiles, stats, constants, P: tl.constexpr, D: tl.constexpr):
-    """What tiles add to the weighted sum of divergences, where that is small."""
-    total = tl.full((), 0.0, tl.float32)
-    for i in tl.static_range(len(stats)):
-        stat = Statistics(*stats[i])
-        t, _ = _term_and_slope(tiles[0], i, stat, constants, P, D, True)
-        for j in tl.static_range(1, len(tiles)):
-            t_j, _ = _term_and_slope(tiles[j], i, stat, constants, P, D, True)
-            t += t_j
-        total += constants.shares[i] * tl.sum(t, 0)
-    return total
-
-
-@triton.jit
-def teacher_log_prob(w_token, stats, constants, P: tl.constexpr):
-    """log q(y): the weighted mean over the members."""
-    total = total_of(constants.shares)
-    mean = tl.full((), 0.0, tl.float32)
-    for i in tl.static_range(len(w_token)):
-        stat = Statistics(*stats[i])
-        log_q = (w_token[i] - stat.teacher_max) * constants.inv_t - stat.teacher_lse
-        if P.floor:
-            log_q = tl.where(log_q < constants.floor, constants.floor, log_q)
-        # (Divided first: a sum of shares of the lowest number might overflow.)
-        mean += constants.shares[i] / total * log_q
-    return mean

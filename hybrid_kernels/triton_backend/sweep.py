@@ -12,6 +12,12 @@ import triton.language as tl
 
 from hybrid_kernels.triton_backend import topk
 from hybrid_kernels.triton_backend.divergences import no_slopes
+from hybrid_kernels.triton_backend.entries import (
+    add_values_and_slopes,
+    small_value,
+    teacher_log_prob,
+    values_and_slopes,
+)
 from hybrid_kernels.triton_backend.gradient import tile_gradient, weights_of
 from hybrid_kernels.triton_backend.memory import (
     clear_edges,
@@ -31,17 +37,13 @@ from hybrid_kernels.triton_backend.memory import (
 from hybrid_kernels.triton_backend.reduce import agreed
 from hybrid_kernels.triton_backend.row import conclude, finish_gradient
 from hybrid_kernels.triton_backend.sums import (
-    add_values_and_slopes,
     is_ordinary,
     is_small,
     merge,
     no_sums,
     normalisers,
-    small_value,
     sums_of,
     swept_divergences,
-    teacher_log_prob,
-    values_and_slopes,
 )
 
 

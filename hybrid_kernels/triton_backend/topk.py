@@ -28,6 +28,7 @@ from hybrid_kernels.triton_backend.divergences import (
     log_sum_exp,
     together,
 )
+from hybrid_kernels.triton_backend.entries import student_log_prob, student_probability
 from hybrid_kernels.triton_backend.memory import (
     STUDENT_MASS,
     TAIL_CORRECTION,
@@ -44,8 +45,6 @@ from hybrid_kernels.triton_backend.sums import (
     centred,
     nats,
     settle,
-    student_log_prob,
-    student_probability,
     total_of,
     unit,
     with_slopes,
