@@ -132,9 +132,11 @@ def teacher_log_prob(w_token, stats, constants, P: tl.constexpr):
     mean = tl.full((), 0.0, tl.float32)
     for i in tl.static_range(len(w_token)):
         stat = Statistics(*stats[i])
-        log_q = (w_token[i] - stat.teacher_max) * constants.inv_t - stat.teacher_lse
+        # (Weighted first: of a lowest logit log q itself might overflow.)
+        weight = constants.shares[i] / total
+        u = w_token[i] - stat.teacher_max
+        log_q = u * (weight * constants.inv_t) - weight * stat.teacher_lse
         if P.floor:
-            log_q = tl.where(log_q < constants.floor, constants.floor, log_q)
-        # (Divided first: a sum of shares of the lowest number might overflow.)
-        mean += constants.shares[i] / total * log_q
+            log_q = tl.where(log_q < weight * constants.floor, weight * constants.floor, log_q)
+        mean += log_q
     return mean
