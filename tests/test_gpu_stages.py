@@ -6,6 +6,7 @@ import json
 import math
 import os
 import runpy
+import signal
 import sys
 import time
 from functools import partial
@@ -90,6 +91,14 @@ def run(tmp_path, monkeypatch):
     found = Simulated(tmp_path / "a-gpu", seconds=60, dry=True)
     found.write({"device": "A GPU", "commit": "0123456789ab", "torch": "2", "triton": "3"})
     return found
+
+
+@pytest.fixture
+def in_the_background():
+    """As a shell leaves what runs there: interrupts are ignored."""
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, former)
 
 
 def test_a_stage_costs_only_itself(run, tmp_path, capsys):
@@ -182,8 +191,8 @@ def test_a_wait_that_ended_itself_is_a_hang(run, error, waits):
     assert [row["health"] for row in rows_of(run.folder) if "health" in row] == [True] * hung
 
 
-def test_what_goes_on_is_no_hang(run, monkeypatch):
-    """And may say a last thing when it is cut off."""
+def test_what_goes_on_is_no_hang(run, monkeypatch, in_the_background):
+    """And may say a last thing when it is cut off, in a shell's background, too."""
     for name in ("SILENCE", "GRACE"):
         monkeypatch.setattr(conductor, name, 1e6)
     run.seconds, run.silent = math.inf, False

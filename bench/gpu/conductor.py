@@ -266,6 +266,8 @@ class Run:
                 cwd=ROOT,
                 env={**os.environ, **self.environment},
                 start_new_session=True,
+                # (A shell has what runs in the background ignore it.)
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             status = self.wait(process, seconds)
             silence = time.time() - self.results.stat().st_mtime
