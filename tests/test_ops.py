@@ -117,9 +117,20 @@ def random_coefficients(*sizes, device):
 
 
 @every_divergence
+@pytest.mark.parametrize("kind", ["full", "bucket"])
+def test_a_temperature_for_each_row(kind, divergence, backend, device):
+    assert_rows_have_their_temperatures(kind, 12, divergence, backend, device)
+
+
 @every_sharing
 @pytest.mark.parametrize("kind", ["full", *TAILS])
-def test_a_temperature_for_each_row(kind, elements, divergence, backend, device):
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_a_temperature_for_several_rows(divergence, kind, elements, backend, device):
+    assert_rows_have_their_temperatures(kind, elements, Divergence(divergence), backend, device)
+
+
+def assert_rows_have_their_temperatures(kind, elements, divergence, backend, device):
+    """Each row is what it is where its temperature is that of all."""
     case = shared_case(kind, device)
     rows = cases.rows_of(
         case,
@@ -129,13 +140,13 @@ def test_a_temperature_for_each_row(kind, elements, divergence, backend, device)
         temperature=100.0,  # which does not count
     )
     coefficients = random_coefficients(12, 1, 4, device=device)
-    values = 0.5 + 0.25 * torch.arange(elements, device=device)
+    values = (0.5 + 0.25 * torch.arange(5, device=device)).repeat(3)[:elements]
     given = values.clone()
     if elements == 12:
         given[~rows.valid] = torch.nan
         given[1] = 0.0  # masked as well
     got = all_operators(rows._replace(row_temperature=given), coefficients)
-    for value in values:
+    for value in values.unique():
         alike = cases.in_runs(values, 12) == value
         alone = rows._replace(temperature=float(value))
         for own, expected in zip(got, all_operators(alone, coefficients), strict=True):
