@@ -76,6 +76,20 @@ def _term_and_slope(
 
 
 @triton.jit
+def _terms_and_slopes(
+    tiles, i: tl.constexpr, stats, constants, P: tl.constexpr, D: tl.constexpr, SMALL: tl.constexpr
+):
+    """t and s of a member, those of all tiles together."""
+    stat = Statistics(*stats[i])
+    t, s = _term_and_slope(tiles[0], i, stat, constants, P, D, SMALL)
+    for j in tl.static_range(1, len(tiles)):
+        t_j, s_j = _term_and_slope(tiles[j], i, stat, constants, P, D, SMALL)
+        t += t_j
+        s = together(s, s_j, P)
+    return t, s
+
+
+@triton.jit
 def values_and_slopes(
     tiles, stats, constants, P: tl.constexpr, D: tl.constexpr, SMALL: tl.constexpr = False
 ):
@@ -84,12 +98,7 @@ def values_and_slopes(
     values = ()
     slopes = ()
     for i in tl.static_range(len(stats)):
-        stat = Statistics(*stats[i])
-        t, s = _term_and_slope(tiles[0], i, stat, constants, P, D, SMALL)
-        for j in tl.static_range(1, len(tiles)):
-            t_j, s_j = _term_and_slope(tiles[j], i, stat, constants, P, D, SMALL)
-            t += t_j
-            s = together(s, s_j, P)
+        t, s = _terms_and_slopes(tiles, i, stats, constants, P, D, SMALL)
         if P.tilted:
             values = values + (tl.sum(t, 0),)
             slopes = slopes + (all_together(s, P),)
@@ -116,11 +125,7 @@ def small_value(tiles, stats, constants, P: tl.constexpr, D: tl.constexpr):
     """What tiles add to the weighted sum of divergences, where that is small."""
     total = tl.full((), 0.0, tl.float32)
     for i in tl.static_range(len(stats)):
-        stat = Statistics(*stats[i])
-        t, _ = _term_and_slope(tiles[0], i, stat, constants, P, D, True)
-        for j in tl.static_range(1, len(tiles)):
-            t_j, _ = _term_and_slope(tiles[j], i, stat, constants, P, D, True)
-            t += t_j
+        t, _ = _terms_and_slopes(tiles, i, stats, constants, P, D, True)
         total += constants.shares[i] * tl.sum(t, 0)
     return total
 
