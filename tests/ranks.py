@@ -128,7 +128,7 @@ class Ranks:
             got = getattr(own, name)
             assert (got is None) == (expected is None), name
             if got is not None:
-                # (The loss multiplies log p(y) with numbers that are themselves only so exact.)
+                # (The loss multiplies log p(y) by numbers that are themselves only so exact.)
                 factor = 1 + _largest(whole.log_prob) if name == "loss" else 1
                 assert_values(got, expected, name, factor * tolerance)
         told = torch.stack([t.mean() if t.ndim else t for t in own if t is not None])

@@ -266,7 +266,7 @@ class Run:
                 cwd=ROOT,
                 env={**os.environ, **self.environment},
                 start_new_session=True,
-                # (A shell has what runs in the background ignore it.)
+                # What a shell runs in the background ignores the signal that cuts a stage off.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             status = self.wait(process, seconds)
