@@ -1,8 +1,8 @@
 """`python -m bench aot`: compiles the shipped kernels for GPUs that are not here, reads the result.
 
-For each shipped configuration, for those that prefetch and for the prototype (`bench/lean.py`), as
-`bench/machine_code.py` reads them: registers, spilled bytes and shared memory; what an entry of the
-vocabulary costs in bytes and instructions; and in what order a row's instructions come.
+For each configuration of the row-resident kernel, as `bench/machine_code.py` reads it: registers,
+spilled bytes and shared memory; what an entry of the vocabulary costs in bytes and instructions;
+and in what order a row's instructions come.
 
 --beside PYTHON  the same under another Python, so that two releases of Triton lie side by side
 --save PATH      the table and how it was made, in markdown
@@ -23,9 +23,9 @@ from unittest import mock
 
 import torch
 import triton
-from triton import JITFunction, knobs
+from triton import knobs
 
-from bench import lean, machine_code, standin
+from bench import machine_code, standin
 from bench.machine_code import Compiled
 from hybrid_kernels import Divergence
 from hybrid_kernels.divergences import FAMILIES
@@ -41,8 +41,8 @@ MODES = {
     "gradient": (False, True),
 }
 KINDS = tuple(name for name, family in FAMILIES.items() if family.resident)
-TOPK_EXPONENTIALS = 2
-LEAN_EXPONENTIALS = 3
+# That an entry needs: one for each side's sum, and those that are computed again.
+EXPONENTIALS = {"reverse_kl": 3, "forward_kl": 4, "jeffreys": 4, "jsd": 4}
 MAIN_VOCABULARY = 151936
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
 DTYPES = (torch.bfloat16, torch.float32)
@@ -110,11 +110,14 @@ def compile_rows(
     seen = launch.empty_support(rows) if support else None
     flags = MODES[mode]
     if flags is None:
-        device, sides = standin.GPUS[target].device, launch.held(rows)
-        form = plan.resident(vocabulary, dtype.itemsize, count, device, tuning, sides)
-        assert form is not None
-        known = (rows, seen, rows.statistics(), coefficients, target_logits)
-        chosen = launch.resident_launch(*known, form)
+        own = standin.GPUS[target].device
+        with (
+            mock.patch.object(plan.Device, "of", return_value=own),
+            mock.patch.object(plan, "tuned", return_value=tuning),
+        ):
+            form = launch.form(rows, target_logits, hip=False)
+        assert isinstance(form, plan.Resident), f"{divergence}: swept"
+        chosen = launch.resident_launch(rows, rows.statistics(), coefficients, target_logits, form)
     else:
         measure, write = flags
         chosen = launch.sweep_launch(
@@ -174,26 +177,6 @@ def compile_scale(target: str, vocabulary: int, dtype: torch.dtype) -> Compiled:
     return _compile(launch.scale_launch(gradient, meta(1)), target, dtype)
 
 
-def compile_lean(shape: lean.Shape, rows: int = 8192) -> Compiled:
-    """The prototype as its launcher would run it on an H100."""
-    logits = meta(rows, shape.vocabulary, dtype=torch.bfloat16)
-    token_ids, own = meta(rows, dtype=torch.int64), meta(rows)
-    kept = _Kept(lean.lean_kernel)
-    with standin.driver_for("sm_90"), mock.patch.object(lean, "lean_kernel", kept):
-        lean.lean(logits, logits, token_ids, (own, own, own), logits, shape)
-    return Compiled(kept.launched[-1], shape, logits.itemsize)
-
-
-class _Kept:
-    """A kernel, and what its launches ran."""
-
-    def __init__(self, kernel: JITFunction) -> None:
-        self.kernel, self.launched = kernel, []
-
-    def __getitem__(self, grid: tuple[int, ...]):
-        return lambda *given, **options: self.launched.append(self.kernel[grid](*given, **options))
-
-
 def _compile(own: Launch, target: str, dtype: torch.dtype) -> Compiled:
     options = own.form.options(hip=standin.GPUS[target].target.backend == "hip")
     kernel: Any = own.kernel  # a method, to type checkers: JITFunction is a descriptor
@@ -206,17 +189,15 @@ def _compile(own: Launch, target: str, dtype: torch.dtype) -> Compiled:
 
 MULTIPROCESSORS = 132  # of an H100
 TITLE = """\
-Of the kernels that meet, on sm_90: per thread, and per entry of the vocabulary in rows that are
-not masked, hold finite numbers and have no small divergence. Bytes are in accesses of 128 bits;
-the floor is both models' entry read once and the gradient's written once; `f2f` are conversions
-one by one. Per row: `bar`, barriers where nobody has to be waited for; `early`, instructions that
-touch what a prefetch loads before the meeting is over (- without one); `late`, loads between the
-meeting and the gradient; `fenced`, whether barriers and fences are there where programs meet
-(- without counters; where a small divergence is summed anew, nothing is looked at). Problems with
-`ahead` are those of `plan.CANDIDATES` that prefetch."""
+Of the row-resident kernel, on sm_90: per thread, and per entry of the vocabulary in rows that are
+not masked, hold finite numbers and have no small divergence (spills are those of the whole). Bytes
+are in accesses of 128 bits; the floor is each model's entry read once and the gradient's written
+once; `f2f` are conversions one by one. Per row: `bar`, barriers where nobody has to be waited for;
+`ahead`, loads of a later row that begin before a meeting; `early`, instructions that touch what
+they load before it is over; `late`, loads between the meeting and the gradient."""
 COLUMNS = (
     "     V type problem                    | Triton | splits slice warps | reg spill shared |   in"
-    "  out floor | exp2 mufu f2f instr | bar early late fenced"
+    "  out floor | exp2 mufu f2f instr | bar ahead early late"
 )
 
 
@@ -227,58 +208,41 @@ class Configuration(NamedTuple):
         name: of the problem.
         vocabulary: V.
         dtype: of logits and gradient.
-        exponentials: that an entry needs.
-        moved: entries read and written for one.
-        divergence: of the shipped kernel; None for the prototype.
-        options: of `compile_rows`, or of `lean.shape`.
+        divergence: that of the kernel.
+        options: of `compile_rows`.
     """
 
     name: str
     vocabulary: int
     dtype: torch.dtype
-    exponentials: int
-    moved: int
-    divergence: str | None
+    divergence: str
     options: dict
 
     @property
-    def meetings(self) -> int:
-        """Of a row, with counters."""
-        if self.divergence is None:
-            return 0 if "words" in self.options else 1
-        return 1 if FAMILIES[self.divergence].one_sweep else 2
+    def one_sided(self) -> bool:
+        return not self.options.get("distil", True)
+
+    @property
+    def exponentials(self) -> int:
+        """That an entry needs."""
+        return 2 if self.one_sided else EXPONENTIALS[self.divergence]
 
     def compile(self, **options) -> Compiled:
-        """`options` are for the shipped kernel, and leave out what rare rows need."""
-        if self.divergence is None:
-            cut = lean.shape(self.vocabulary, 8192, MULTIPROCESSORS, **self.options)
-            return compile_lean(cut)
+        """`options` leave out what rare rows need."""
         case = ("sm_90", self.vocabulary, self.dtype, self.divergence, "resident")
         return compile_rows(*case, **self.options, **options)
 
 
 def configurations() -> Iterator[Configuration]:
-    for vocabulary, dtype, divergence in itertools.product(VOCABULARIES, DTYPES, FAMILIES):
-        if divergence in KINDS or vocabulary == MAIN_VOCABULARY:
-            case = (vocabulary, dtype, FAMILIES[divergence].exponentials, 3, divergence)
-            yield Configuration(divergence, *case, {})
-
-    def main(name: str, exponentials: int, moved: int, divergence: str | None, **options):
-        case = (MAIN_VOCABULARY, torch.bfloat16, exponentials, moved, divergence)
-        return Configuration(name, *case, options)
-
-    # Of a support, what its K entries cost is part of what the others do.
-    for size in (32, 128, 512, 1024):
-        yield main(f"reverse_kl, top-{size}", TOPK_EXPONENTIALS, 2, "reverse_kl", support=size)
-    for count in (2, 3):
-        name = f"reverse_kl, {count} teachers"
-        yield main(name, count + 2, 2 + count, "reverse_kl", teachers=count)
-    for tuning in plan.CANDIDATES:
-        if tuning.prefetch:
-            name = f"reverse_kl, {tuning.slice_v}x{tuning.num_warps}x{tuning.programs} ahead"
-            yield main(name, FAMILIES["reverse_kl"].exponentials, 3, "reverse_kl", tuning=tuning)
-    for way in ({}, {"lag": True}, {"lag": True, "words": True}):
-        yield main(", ".join(["lean", *way]), LEAN_EXPONENTIALS, 3, None, **way)
+    for vocabulary, dtype, divergence in itertools.product(VOCABULARIES, DTYPES, KINDS):
+        yield Configuration(divergence, vocabulary, dtype, divergence, {})
+    main = (MAIN_VOCABULARY, torch.bfloat16, "reverse_kl")
+    yield Configuration("no teacher", *main, {"distil": False})
+    yield Configuration("reverse_kl, floor", *main, {"teacher_floor": -20.0})
+    for tuning in plan.CANDIDATES[1:]:
+        name = f"reverse_kl, {tuning.tiles}x{tuning.num_warps}x{tuning.programs}"
+        name += ", lag" * tuning.lag
+        yield Configuration(name, *main, {"tuning": tuning})
 
 
 def described(configuration: Configuration) -> dict:
@@ -289,7 +253,7 @@ def described(configuration: Configuration) -> dict:
         used = machine_code.resources(configuration.compile())
         compiled = configuration.compile(mask=False, small=False)
         cost = machine_code.cost(compiled, configuration.exponentials)
-        order = machine_code.order(compiled, configuration.exponentials, configuration.meetings)
+        order = machine_code.order(compiled, configuration.exponentials)
     except Exception as error:  # of the compiler, which has many
         root: BaseException = error
         while root.__cause__ is not None:
@@ -299,7 +263,7 @@ def described(configuration: Configuration) -> dict:
     assert not isinstance(form, plan.Sweep)
     return {
         **line,
-        "floor": configuration.moved * configuration.dtype.itemsize,
+        "floor": (2 if configuration.one_sided else 3) * configuration.dtype.itemsize,
         "splits": form.splits,
         "slice_v": form.slice_v,
         "num_warps": form.num_warps,
@@ -333,22 +297,18 @@ def _row(line: dict, version: str) -> str:
     if "error" in line:
         return f"{name} FAILED: {line['error']}"
     early = "-" if line["early"] is None else line["early"]
-    faults = line["faults"]
-    fenced = "-" if faults is None else "NO" if faults else "yes"
-    row = (
+    return (
         f"{name} {line['splits']:6} {line['slice_v']:5} {line['num_warps']:5} | "
         f"{line['registers']:3} {line['spilled']:5} {line['shared']:6} | "
         f"{line['loaded']:4.1f} {line['stored']:4.1f} {line['floor']:5} | "
         f"{line['exponentials']:4.1f} {line['special']:4.1f} {line['converted']:3.1f} "
         f"{line['instructions']:5.1f} | "
-        f"{line['barriers']:3} {early:>5} {line['late']:4} {fenced:>6}"
+        f"{line['barriers']:3} {line['ahead']:5} {early:>5} {line['late']:4}"
     )
-    return "\n".join([row, *(f"{'':14}{fault}" for fault in faults or ())])
 
 
 def main(arguments: list[str]) -> int:
-    """Prints a table. Returns the exit status: 1 if a configuration does not compile or
-    programs meet without a barrier or fence."""
+    """Prints a table. Returns the exit status: 1 if a configuration does not compile."""
     parser = argparse.ArgumentParser(
         prog="python -m bench aot",
         description=__doc__,
@@ -370,11 +330,11 @@ def main(arguments: list[str]) -> int:
     # Each has processes of its own, which run while the other's line is waited for.
     for lines in zip(*reports, strict=True):
         for line, version in zip(lines, versions, strict=True):
-            failed += "error" in line or bool(line["faults"])
+            failed += "error" in line
             table.append(_row(line, version["triton"]))
             print(table[-1], flush=True)
     if failed:
-        print(f"{failed} lines do not compile, or lack a barrier or fence where programs meet.")
+        print(f"{failed} lines do not compile.")
     if options.save:
         _save(options.save, versions, table, arguments)
     return int(failed > 0)

@@ -4,9 +4,8 @@ ptxas assembles; `cuobjdump` lists what came of it. Of a resident kernel the loo
 the cheapest way through it that stores every entry, which is what rows take that are not masked,
 hold finite numbers and have no small divergence.
 
-No test on a CPU can see two of the things that are told here. A barrier or a fence that is missing
-where programs meet is a race on a GPU alone. And a prefetch whose values something touches before
-the meeting is none: the program waits for them there, and meets late.
+No test on a CPU can see the last of these: a prefetch whose values something touches before the
+meeting is none, because the program waits for them there, and meets late.
 """
 
 import functools
@@ -21,11 +20,8 @@ from typing import NamedTuple
 from triton import knobs
 from triton.compiler import CompiledKernel
 
-from bench import lean
 from hybrid_kernels.triton_backend import plan
 
-# What a program tells its siblings with that it has arrived. (ATOMS are of shared memory.)
-ATOMICS = ("ATOM", "ATOMG", "RED", "REDG")
 LEAVES = ("BRA", "EXIT", "RET", "BPT")
 WIDE_LOAD = "LDG.E.128"
 WIDE_STORE = "STG.E.128"
@@ -49,7 +45,7 @@ class Compiled(NamedTuple):
     """A kernel, the launch that it was compiled for and the size of a gradient's entry."""
 
     kernel: CompiledKernel
-    launch: plan.Sweep | plan.Resident | lean.Shape
+    launch: plan.Sweep | plan.Resident
     itemsize: int
 
     @property
@@ -82,10 +78,6 @@ class Instruction(NamedTuple):
     @property
     def goes_back(self) -> bool:
         return self.target is not None and self.target < self.address
-
-    @property
-    def arrives(self) -> bool:
-        return self.name.split(".")[0] in ATOMICS
 
     @property
     def loads_past_l1(self) -> bool:
@@ -133,18 +125,16 @@ class Order(NamedTuple):
     """In what order a row's instructions come, on the way of the thread that arrives.
 
     Attributes:
-        ahead: wide loads of the next row that are begun before a meeting is waited for.
+        ahead: wide loads of a later row that are begun before a meeting is waited for.
         early: instructions that touch what these load before the wait is over: 0 where the
             prefetch is one. None without a prefetch.
         late: loads that are begun between the wait and the gradient's first store, and are not of
             what siblings published: each is a journey to memory while nothing else is done.
-        faults: what is missing where programs meet. None where they meet without counters.
     """
 
     ahead: int
     early: int | None
     late: int
-    faults: tuple[str, ...] | None
 
 
 # -- the listing -----------------------------------------------------------------------------------
@@ -213,14 +203,12 @@ class Way(NamedTuple):
 
     Attributes:
         names: how many instructions of a name it has.
-        arrivals: how often it tells siblings that this program has arrived.
         reads: how often it reads what they published.
         block: where it begins.
         rest: how it goes on.
     """
 
     names: Counter[str]
-    arrivals: int
     reads: int
     block: list[Instruction]
     rest: "Way | None"
@@ -267,11 +255,8 @@ def waits(loop: list[Instruction]) -> list[range]:
         for i in loop
         if i.target is not None and loop[0].address < i.target < i.address
     }
-    return [body for body in bodies.values() if any(_polls(i) for i in loop if i.address in body)]
-
-
-def _polls(instruction: Instruction) -> bool:
-    return instruction.arrives or instruction.loads_past_l1
+    polls = [i.address for i in loop if i.loads_past_l1]
+    return [body for body in bodies.values() if any(address in body for address in polls)]
 
 
 def ways(loop: list[Instruction]) -> list[Way]:
@@ -280,7 +265,6 @@ def ways(loop: list[Instruction]) -> list[Way]:
     Of ways that differ in nothing but their length there is only the shortest. (Lanes for which
     there is no sibling may jump over a read; those that read are wanted.)
     """
-    waiting = waits(loop)
     found: dict[int, list[Way]] = {}
     behind: list[Way] | None = None
     for block in reversed(_blocks(loop)):
@@ -293,12 +277,11 @@ def ways(loop: list[Instruction]) -> list[Way]:
         if end.target is not None and end.target > end.address and not end.diverges:
             rests += found.get(end.target, [])
         names = Counter(i.name for i in block)
-        arrivals = sum(i.arrives and not any(i.address in w for w in waiting) for i in block)
         reads = sum(i.loads_past_l1 for i in block)
         behind = found[block[0].address] = _shortest(
-            Way(names, arrivals, reads, block, None)
+            Way(names, reads, block, None)
             if rest is None
-            else Way(names + rest.names, arrivals + rest.arrivals, reads + rest.reads, block, rest)
+            else Way(names + rest.names, reads + rest.reads, block, rest)
             for rest in rests
         )
     assert behind is not None
@@ -319,7 +302,7 @@ def _blocks(loop: list[Instruction]) -> list[list[Instruction]]:
 def _shortest(ways: Iterable[Way]) -> list[Way]:
     best: dict[tuple, Way] = {}
     for way in ways:
-        kind = (*(way.names[name] for name in ("MUFU.EX2", WIDE_LOAD, WIDE_STORE)), way.arrivals)
+        kind = tuple(way.names[name] for name in ("MUFU.EX2", WIDE_LOAD, WIDE_STORE))
         if kind not in best or _rank(way) < _rank(best[kind]):
             best[kind] = way
     return list(best.values())
@@ -377,39 +360,25 @@ def _cost(names: Counter[str], entries: float) -> Cost:
 
 
 class Meeting(NamedTuple):
-    """Where on a way a program publishes last, arrives, begins to wait, and no longer waits.
-
-    Where numbers tell themselves which meeting they belong to, nobody arrives. `acquires` is
-    whether the wait makes this program forget what its L1 cache holds.
-    """
+    """Where on a way a program publishes last, begins to wait, and no longer waits."""
 
     published: int
-    arrival: int | None
     wait: int
     met: int
-    acquires: bool
 
 
-def order(compiled: Compiled, exponentials: int, meetings: int = 1) -> Order:
-    """In what order the instructions of a row come, which has exponentials as for `cost` and meets
-    so often; 0 where programs meet without counters."""
+def order(compiled: Compiled, exponentials: int) -> Order:
+    """In what order the instructions of a row come, which has exponentials as for `cost`."""
     loop = _row_loop_of(compiled)
-    return order_of(loop, exponentials, meetings, compiled.entries, compiled.itemsize)
+    return order_of(loop, exponentials, compiled.entries, compiled.itemsize)
 
 
 def order_of(
-    loop: list[Instruction],
-    exponentials: int,
-    meetings: int = 1,
-    entries: float = 1.0,
-    itemsize: int = 2,
+    loop: list[Instruction], exponentials: int, entries: float = 1.0, itemsize: int = 2
 ) -> Order:
     """`order`, of a loop of which a thread holds so many entries of so many bytes."""
     full = _full(loop, exponentials, entries, itemsize)
-    # One thread of a program arrives for all.
-    chosen, _ = min(
-        full, key=lambda f: (-min(f[0].arrivals, meetings), f[1].loaded, f[1].instructions)
-    )
+    chosen, _ = min(full, key=lambda f: (f[1].loaded, f[1].instructions))
     way = chosen.sequence()
     found = _meetings(loop, way)
     ahead, touching = _prefetched(way, found)
@@ -417,7 +386,6 @@ def order_of(
         ahead=ahead,
         early=len(touching) if ahead else None,
         late=_late(way, found[-1].met) if found else 0,
-        faults=_faults(way, found, meetings) if meetings else None,
     )
 
 
@@ -428,11 +396,8 @@ def _meetings(loop: list[Instruction], way: list[Instruction]) -> list[Meeting]:
         if not places:
             continue
         start, wait = found[-1].met if found else 0, places[0]
-        arrival = max((k for k in range(start, wait) if way[k].arrives), default=None)
-        until = wait if arrival is None else arrival
-        published = max((k for k in range(start, until) if _stores(way[k])), default=-1)
-        acquires = any(i.name == "CCTL.IVALL" for i in loop if i.address in body)
-        found.append(Meeting(published, arrival, wait, places[-1] + 1, acquires))
+        published = max((k for k in range(start, wait) if _stores(way[k])), default=-1)
+        found.append(Meeting(published, wait, places[-1] + 1))
     return found
 
 
@@ -461,41 +426,3 @@ def _late(way: list[Instruction], met: int) -> int:
     """The gradient may lie at the beginning of the loop, before the meeting."""
     before_gradient = takewhile(lambda i: i.name != WIDE_STORE, way[met:] + way[:met])
     return sum(i.name.startswith("LDG") and not i.loads_past_l1 for i in before_gradient)
-
-
-def _faults(way: list[Instruction], meetings: list[Meeting], expected: int) -> tuple[str, ...]:
-    found = []
-    if len(meetings) != expected:
-        found.append(f"{len(meetings)} waits, not {expected}")
-    for number, meeting in enumerate(meetings, 1):
-        missing = [*_missing_before(way, meeting), *_missing_after(way, meeting)]
-        found += [f"meeting {number}: {what}" for what in missing]
-    return tuple(found)
-
-
-def _missing_before(way: list[Instruction], meeting: Meeting) -> Iterator[str]:
-    """All threads store, then all have stored, then one sees to it that others see that."""
-    if meeting.arrival is None:
-        yield "no arrival"
-        return
-    if meeting.published < 0:
-        yield "nothing published before the arrival"
-    names = [i.name for i in way[meeting.published + 1 : meeting.arrival]]
-    barrier = next((k for k, name in enumerate(names) if name.startswith(BARRIER)), None)
-    if barrier is None:
-        yield "no barrier between what is published and the arrival"
-    if not any(name.startswith("MEMBAR") and "CTA" not in name for name in names[barrier or 0 :]):
-        yield "no fence before the arrival"
-
-
-def _missing_after(way: list[Instruction], meeting: Meeting) -> Iterator[str]:
-    """One has seen that all arrived, then all know, then they read what other programs wrote."""
-    if not meeting.acquires:
-        yield "nothing acquired by the wait"
-    following = list(takewhile(lambda i: not _stores(i), way[meeting.met :]))
-    past_l1 = [k for k, i in enumerate(following) if i.loads_past_l1]
-    loads = past_l1 or [k for k, i in enumerate(following) if i.name.startswith("LDG")]
-    if not past_l1:
-        yield "nothing read past L1 after the wait"
-    if not any(i.name.startswith(BARRIER) for i in following[: loads[0] if loads else None]):
-        yield "no barrier between the wait and what is read"

@@ -98,7 +98,7 @@ def _describe_forms(device: torch.device) -> None:
         # One entry seen many times: nothing is allocated.
         logits = torch.empty(1, dtype=torch.bfloat16, device=device).expand(1, 8192, vocabulary)
         rows = Rows(logits, (logits,), (1.0,))
-        print(f"  V={vocabulary:<12,} {launchers.form(rows).describe()}")
+        print(f"  V={vocabulary:<12,} {launchers.form(rows, logits).describe()}")
 
 
 def _checks(device: torch.device, backend: str) -> list[tuple[str, float]]:

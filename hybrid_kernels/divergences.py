@@ -48,11 +48,8 @@ class Family:
         has_v: whether they have a v.
         tilted: whether its slopes wait for log S of the whole row, S = sum p^a q^(1-a).
         chained: of up to how many teachers the chain rule over shards of the vocabulary gives it.
-        resident: whether benchmarks and tests look at the row-resident kernel with it in every
-            layout. These differ in what a sweep adds up; the others in arithmetic alone.
-        room: the registers that an entry needs in that kernel, as a multiple of a KL's.
-        exponentials: how many an entry needs: one for each side's sum, and those that the gradient
-            computes again.
+        resident: whether a GPU keeps rows in registers, where they would otherwise be read again:
+            where reading takes longer than the arithmetic.
     """
 
     parameter: Parameter | None = None
@@ -64,8 +61,6 @@ class Family:
     tilted: bool = False
     chained: float = 0
     resident: bool = False
-    room: float = 1
-    exponentials: int
 
     @property
     def one_sweep(self) -> bool:
@@ -83,38 +78,29 @@ class Family:
 
 
 FAMILIES = {
-    "reverse_kl": Family(student_d=True, chained=math.inf, resident=True, exponentials=3),
-    "forward_kl": Family(
-        teacher_d=True, has_u=False, has_v=True, chained=1, resident=True, exponentials=4
-    ),
-    "jeffreys": Family(student_d=True, teacher_d=True, has_v=True, resident=True, exponentials=4),
+    "reverse_kl": Family(student_d=True, chained=math.inf, resident=True),
+    "forward_kl": Family(teacher_d=True, has_u=False, has_v=True, chained=1, resident=True),
+    "jeffreys": Family(student_d=True, teacher_d=True, has_v=True, resident=True),
     "jsd": Family(
         Parameter("beta", 0.5, low=0, high=1, limits={0: "forward_kl", 1: "reverse_kl"}),
         resident=True,
-        exponentials=5,
     ),
     "skew_reverse_kl": Family(
         Parameter("alpha", 0.1, low=0, high=1, open_high=True, limits={0: "reverse_kl"}),
-        exponentials=5,
     ),
     "skew_forward_kl": Family(
         Parameter("alpha", 0.1, low=0, high=1, open_high=True, limits={0: "forward_kl"}),
-        exponentials=6,
     ),
     "alpha": Family(
         Parameter("alpha", 0.5, limits={0: "forward_kl", 1: "reverse_kl"}),
         has_v=True,
-        room=4,
-        exponentials=6,
     ),
     "renyi": Family(
         Parameter("alpha", 0.5, low=0, open_low=True, limits={1: "reverse_kl"}),
         has_v=True,
         tilted=True,
-        room=4,
-        exponentials=8,
     ),
-    "tv": Family(exponentials=4),
+    "tv": Family(),
 }
 
 

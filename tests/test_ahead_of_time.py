@@ -46,9 +46,13 @@ ELSEWHERE = [
 every_dtype = pytest.mark.parametrize("dtype", aot.DTYPES, ids=str)
 every_sweep = pytest.mark.parametrize("mode", ["sweeping", "statistics", "gradient"])
 
+SWEEPS = [mode for mode in aot.MODES if mode != "resident"]
 # Bytes of the stack that the row-resident form may use: a few of a row's numbers, not its logits,
 # of which a thread holds hundreds.
-SCALARS = 64
+SCALARS = 80
+# What an entry of 16 bits may cost there in instructions, and a row in barriers.
+INSTRUCTIONS = {"reverse_kl": 32.0, "forward_kl": 36.0, "jeffreys": 36.5, "jsd": 50.0}
+BARRIERS = 10
 
 
 def allowed(mode):
@@ -66,48 +70,40 @@ def test_compiles_for_every_target(gpu, divergence, mode):
     assert assembled(compiled, gpu)
 
 
+elsewhere = pytest.mark.parametrize("gpu", [gpu for gpu in standin.GPUS if gpu != "sm_90"])
+
+
 @full
-@pytest.mark.parametrize(("gpu", "mode"), ONE_MODE)
+@elsewhere
 @pytest.mark.parametrize("divergence", OTHERS)
-def test_other_divergences_compile_for_every_target(gpu, divergence, mode):
-    compiled = aot.compile_rows(gpu, 151936, torch.bfloat16, divergence, mode)
+def test_other_divergences_compile_for_every_target(gpu, divergence):
+    compiled = aot.compile_rows(gpu, 151936, torch.bfloat16, divergence, "sweeping")
     assert assembled(compiled, gpu)
 
 
 @full
-@pytest.mark.parametrize(("gpu", "mode"), ONE_MODE)
+@elsewhere
 @pytest.mark.parametrize("teachers", ["top-128", "three"])
-def test_other_teachers_compile_for_every_target(gpu, teachers, mode):
-    case = (gpu, 151936, torch.bfloat16, "reverse_kl", mode)
+def test_other_teachers_compile_for_every_target(gpu, teachers):
+    case = (gpu, 151936, torch.bfloat16, "reverse_kl", "sweeping")
     assert assembled(aot.compile_rows(*case, **TEACHERS[teachers]), gpu)
     assert assembled(aot.compile_marks(gpu, 151936, torch.bfloat16, 128), gpu)
 
 
 @full
 @pytest.mark.parametrize("teachers", TEACHERS)
-@pytest.mark.parametrize("mode", aot.MODES)
+@pytest.mark.parametrize("mode", SWEEPS)
 @pytest.mark.parametrize("vocabulary", [50257, 151936])
-def test_other_teachers_spill_scalars_at_most(vocabulary, mode, teachers):
+def test_other_teachers_spill_nothing(vocabulary, mode, teachers):
     case = ("sm_90", vocabulary, torch.bfloat16, "reverse_kl", mode)
     compiled = aot.compile_rows(*case, **TEACHERS[teachers])
-    assert machine_code.resources(compiled).spilled <= allowed(mode)
+    assert machine_code.resources(compiled).spilled == 0
 
 
 @pytest.mark.parametrize("size", [32, 128, 1024])
 def test_a_support_is_marked_without_spills(size):
     compiled = aot.compile_marks("sm_90", 151936, torch.bfloat16, size)
     assert machine_code.resources(compiled).spilled == 0
-
-
-def test_a_support_moves_two_thirds_of_a_teacher():
-    """The student's logits once, the gradient once, and a bit for each entry."""
-    case = ("sm_90", 151936, torch.bfloat16, "reverse_kl", "resident")
-    compiled = aot.compile_rows(*case, mask=False, small=False, support=128)
-    cost, launch = machine_code.cost(compiled, aot.TOPK_EXPONENTIALS), compiled.launch
-    room = launch.tiles * launch.block_v / launch.slice_v
-    assert cost.loaded == pytest.approx(2 * room)
-    assert cost.stored == pytest.approx(2 * room)
-    assert cost.narrow < 50
 
 
 @pytest.mark.parametrize("gpu", standin.GPUS)
@@ -121,28 +117,19 @@ def test_scale_kernel_compiles(gpu, vocabulary):
 @pytest.mark.parametrize("vocabulary", [128, 151936, pytest.param(50257, marks=full)])
 @pytest.mark.parametrize("divergence", aot.KINDS)
 def test_the_row_resident_form(divergence, vocabulary, dtype):
-    assert_reads_once(divergence, vocabulary, dtype)
+    assert_lean(divergence, vocabulary, dtype)
 
 
 @full
 @pytest.mark.parametrize("vocabulary", [v for v in aot.VOCABULARIES if v not in (50257, 151936)])
-@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("divergence", aot.KINDS)
 def test_the_row_resident_form_of_other_vocabularies(divergence, vocabulary):
-    assert_reads_once(divergence, vocabulary, torch.bfloat16)
+    assert_lean(divergence, vocabulary, torch.bfloat16)
 
 
-@full
-@pytest.mark.parametrize(
-    ("vocabulary", "dtype"),
-    [(50257, torch.bfloat16), *((151936, dtype) for dtype in aot.DTYPES)],
-)
-@pytest.mark.parametrize("divergence", OTHERS)
-def test_the_row_resident_form_of_others(divergence, vocabulary, dtype):
-    assert_reads_once(divergence, vocabulary, dtype)
-
-
-def assert_reads_once(divergence, vocabulary, dtype):
-    """Each logit read once and each gradient written once, in 128-bit pieces; few spills."""
+def assert_lean(divergence, vocabulary, dtype):
+    """Each logit read once and each gradient written once, in 128-bit pieces; few spills; a later
+    row's loads that nothing touches before the meeting."""
     shipped = aot.compile_rows("sm_90", vocabulary, dtype, divergence, "resident")
     assert machine_code.resources(shipped).spilled <= SCALARS
     if vocabulary == 128:
@@ -150,47 +137,24 @@ def assert_reads_once(divergence, vocabulary, dtype):
     main = aot.compile_rows(
         "sm_90", vocabulary, dtype, divergence, "resident", mask=False, small=False
     )
-    cost = machine_code.cost(main, FAMILIES[divergence].exponentials)
-    # A slice fills its last chunk in part; what is not there is not read.
-    launch = main.launch
-    room = launch.tiles * launch.block_v / launch.slice_v
+    exponentials = aot.EXPONENTIALS[divergence]
+    cost = machine_code.cost(main, exponentials)
+    # A slice fills its last tile in part; what is not there is not read.
+    room = main.launch.room(dtype.itemsize) / main.launch.slice_v
     assert cost.loaded == pytest.approx(2 * dtype.itemsize * room)
-    # (Or not stored: a warp may have nothing of that chunk.)
+    # (Or not stored: a warp may have nothing of that tile.)
     assert dtype.itemsize <= cost.stored <= dtype.itemsize * room + 1e-6
     # A row's scalars and, where it has them, its edges. A slice by single entries would be 20 more.
     assert cost.narrow < 40
-
-
-@pytest.mark.parametrize(
-    ("divergence", "meetings", "barriers"),
-    [("reverse_kl", 1, 13), ("jsd", 2, 20)],
-    ids=["once", "twice"],
-)
-def test_programs_meet_behind_barriers_and_fences(divergence, meetings, barriers):
-    """Where one is missing, programs race, which nothing but a GPU would show."""
-    case = ("sm_90", 151936, torch.bfloat16, divergence, "resident")
-    main = aot.compile_rows(*case, mask=False, small=False)
-    exponentials = FAMILIES[divergence].exponentials
-    order = machine_code.order(main, exponentials, meetings)
-    assert order.faults == ()
-    assert order.early is None, "the default does not prefetch"
-    assert order.late <= 3  # a row's coefficients
-    cost = machine_code.cost(main, exponentials)
-    assert cost.barriers <= barriers  # of which Triton 3.6 needs a quarter less
     assert cost.converted == 0
-
-
-def test_a_prefetch_is_waited_for_where_it_begins():
-    """A fault, which this is to find: the next row's entries are converted as soon as they are
-    loaded, before the meeting. A kernel that keeps them as they are stored has 0 here."""
-    case = ("sm_90", 151936, torch.bfloat16, "reverse_kl", "resident")
-    options = {"mask": False, "small": False, "tuning": plan.Tuning(6144, 4, 2, True)}
-    main = aot.compile_rows(*case, **options)
-    order = machine_code.order(main, FAMILIES["reverse_kl"].exponentials)
-    assert isinstance(main.launch, plan.Resident)
-    assert order.ahead == 2 * main.launch.tiles
-    assert order.early > 0
-    assert order.faults == ()
+    if dtype == torch.bfloat16:
+        assert cost.instructions <= INSTRUCTIONS[divergence]
+        assert cost.barriers <= BARRIERS
+    order = machine_code.order(main, exponentials)
+    if FAMILIES[divergence].one_sweep:
+        assert order.ahead == 2 * main.launch.tiles
+        assert order.early == 0
+        assert order.late <= 3  # the sampled token and its logits, which nothing waits for
 
 
 @every_dtype
@@ -261,15 +225,14 @@ def test_a_gradient_in_fewer_bits_than_the_logits(vocabulary):
     shipped = aot.compile_rows(*case, gradient_dtype=torch.bfloat16)
     assert machine_code.resources(shipped).spilled == 0
     main = aot.compile_rows(*case, gradient_dtype=torch.bfloat16, mask=False, small=False)
-    launch = main.launch
-    room = launch.tiles * launch.block_v / launch.slice_v
-    cost = machine_code.cost(main, FAMILIES["reverse_kl"].exponentials)
+    room = main.launch.room(4) / main.launch.slice_v
+    cost = machine_code.cost(main, aot.EXPONENTIALS["reverse_kl"])
     assert cost.loaded == pytest.approx(8 * room)
     assert cost.stored == pytest.approx(2 * room)
 
 
 def test_what_does_not_compile_is_reported(monkeypatch, capsys, tmp_path):
-    case = ("impossible", 151936, torch.bfloat16, 3, 3, "no divergence", {})
+    case = ("impossible", 151936, torch.bfloat16, "no divergence", {})
     monkeypatch.setattr(aot, "configurations", lambda: [aot.Configuration(*case)])
     path = tmp_path / "table.md"
     assert aot.main([f"--save={path}"]) == 1

@@ -327,7 +327,7 @@ def test_a_case_that_fails_costs_only_itself(on_meta, monkeypatch):
 def test_a_stage_begins_nothing_when_its_time_is_up(on_meta):
     stage, driver = on_meta
     stage.until = 0
-    for name in ("headline", "right", "lean", "tuning", "hangs", "meeting"):
+    for name in ("headline", "right", "tuning", "hangs", "meeting"):
         stages.FUNCTIONS[name](stage)
     assert driver.launches == 0
     rows = [json.loads(line) for line in stage.results.read_text().splitlines()]
@@ -379,11 +379,11 @@ def test_the_profilers_table_is_read():
         '"0","1","resident_kernel(int)","launch__registers_per_thread","register","255"',
         '"0","1","resident_kernel(int)","smsp__issue_active.avg.pct_of_peak_sustained_active","%","n/a"',
         "==PROF== Disconnected",
-        '"1","1","lean_kernel","gpu__time_duration.sum","ns","1,000"',
+        '"1","1","sweep_kernel","gpu__time_duration.sum","ns","1,000"',
     ]
     assert profiler.parse("\n".join(lines)) == [
         {"profiled": "resident_kernel(int)", "ns": 1234567.0, "registers": 255.0},
-        {"profiled": "lean_kernel", "ns": 1000.0},
+        {"profiled": "sweep_kernel", "ns": 1000.0},
     ]
     assert profiler.parse("==ERROR== no permission") == []
 
@@ -413,8 +413,8 @@ def test_the_report_shows_one_commit_and_nothing_wrong(tmp_path):
         case("liger", 1.0, float("nan")),
         wrong,
         later,
-        {"stage": "lean", "tuning": "lean: 8,000", "failed": "gradient error 1e+00"},
-        {"stage": "lean", "tuning": "good", "of": "a problem", "median_ms": 5.0, "floor_bytes": 3},
+        {"stage": "tuning", "tuning": "bad", "failed": "gradient error 1e+00"},
+        {"stage": "tuning", "tuning": "good", "of": "a problem", "median_ms": 5, "floor_bytes": 3},
         {"stage": "profile", "profiled": None},
         {"stage": "hangs", "begun": "two streams", "waits": True},
         {"stage": "headline", "outcome": "cut off after 2 s", "hung": True, "seconds": 2},
@@ -425,7 +425,7 @@ def test_the_report_shows_one_commit_and_nothing_wrong(tmp_path):
     assert "| liger |" not in text
     assert "- liger (8192, 151936, bfloat16, reverse_kl): gradient error nan, no result" in text
     assert "Against float64: 0 of 1 right.\n- WRONG: a check: gradient 5.0e-01" in text
-    assert "- lean: 8,000: gradient error 1e+00" in text
+    assert "- bad: gradient error 1e+00" in text
     assert "failed: " not in text
     assert "- two streams: begun, never ended" in text
     assert "cut off after 2 s, hung" in text

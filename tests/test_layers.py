@@ -34,7 +34,26 @@ ALLOWED = {
     "triton_backend.topk": {"rows", *BELOW, "triton_backend.entries", "triton_backend.memory"},
     "triton_backend.row": {*SHARED, "triton_backend.sums", "triton_backend.topk"},
     "triton_backend.sweep": {*BELOW, *SHARED, "triton_backend.row", "triton_backend.topk"},
-    "triton_backend.resident": {*BELOW, *SHARED, "triton_backend.row", "triton_backend.meeting"},
+    "triton_backend.packed": {"triton_backend.reduce"},
+    "triton_backend.lean": {
+        "triton_backend.reduce",
+        "triton_backend.divergences",
+        "triton_backend.packed",
+    },
+    "triton_backend.slices": {
+        "triton_backend.plan",
+        "triton_backend.reduce",
+        "triton_backend.memory",
+        "triton_backend.packed",
+    },
+    "triton_backend.resident": {
+        *BELOW,
+        "triton_backend.memory",
+        "triton_backend.meeting",
+        "triton_backend.packed",
+        "triton_backend.lean",
+        "triton_backend.slices",
+    },
     "triton_backend.launch": {
         "divergences",
         "rows",

@@ -25,7 +25,7 @@ from triton import knobs
 from triton.runtime import cache
 
 from bench import measure, memory_check, standin
-from bench.gpu import checks, conductor, experiment, hangs, meeting, prebuild, profiler
+from bench.gpu import checks, conductor, hangs, meeting, prebuild, profiler
 from bench.linear import LINEAR_PROVIDERS
 from bench.providers import PROVIDERS
 from bench.suites import (
@@ -214,13 +214,6 @@ def headline(stage: Stage) -> None:
     )
 
 
-def lean(stage: Stage) -> None:
-    """The prototype: right first, then timed."""
-    for name, options in experiment.SHAPES.items():
-        row = {"tuning": f"lean: {name}", "of": str(experiment.case(options))}
-        stage.attempt(row, lambda o=options: experiment.measure(o, stage.device))
-
-
 def tuning(stage: Stage) -> None:
     """Every candidate on a few problems; the best ones of both sizes of logits go into a file."""
     times: dict[Case, dict[plan.Tuning, float]] = {case: {} for case in TUNED}
@@ -356,7 +349,6 @@ FUNCTIONS = {
     "meeting": meeting_alone,
     "right": right,
     "headline": headline,
-    "lean": lean,
     "tuning": tuning,
     "profile": profile,
     "peers": peers,

@@ -271,14 +271,14 @@ def mixture_log_ratios(entry, beta):
     c = tl.where(log_ratio > 0.0, beta, 1.0 - beta)
     distance = tl.abs(log_ratio)
     series = distance * (distance * series - c)
-    far = _fast_log2(1.0 - c + c * tl.exp2(-distance * LOG2E)) * LN2
+    far = fast_log2(1.0 - c + c * tl.exp2(-distance * LOG2E)) * LN2
     s = tl.where(distance < 0.5, series, far)
     above = tl.maximum(tl.minimum(log_ratio, -LOWEST), 0.0)
     return s - tl.minimum(log_ratio, 0.0), s + above
 
 
 @triton.jit
-def _fast_log2(x):
+def fast_log2(x):
     """log2 of positive normal numbers with an absolute error of 2^-22, where the GPU has one."""
     if INTERPRETED:
         return tl.log2(x)

@@ -25,48 +25,48 @@ from hybrid_kernels.triton_backend.sums import (
 
 
 @triton.jit
-def student_probability(z, stat, constants, GUARDED: tl.constexpr = True):
-    x = centred(z, stat.student_max, GUARDED)
-    return tl.exp2(x * (constants.scale * nats(GUARDED)) - stat.student_lse * LOG2E)
+def student_probability(z, stat, constants):
+    x = centred(z, stat.student_max)
+    return tl.exp2(x * (constants.scale * nats(True)) - stat.student_lse * LOG2E)
 
 
 @triton.jit
-def student_log_prob(z, stat, constants, GUARDED: tl.constexpr = True):
-    x = centred(z, stat.student_max, GUARDED)
-    return x * (constants.inv_t * nats(GUARDED)) - stat.student_lse
+def student_log_prob(z, stat, constants):
+    x = centred(z, stat.student_max)
+    return x * (constants.inv_t * nats(True)) - stat.student_lse
 
 
 @triton.jit
-def entry_of(z, w, stat, constants, P: tl.constexpr, GUARDED: tl.constexpr = True):
+def entry_of(z, w, stat, constants, P: tl.constexpr):
     """What a divergence asks of an entry."""
-    inv_t = constants.inv_t * nats(GUARDED)
-    p = student_probability(z, stat, constants, GUARDED)
-    log_p = student_log_prob(z, stat, constants, GUARDED)
-    u = centred(w, stat.teacher_max, GUARDED)
-    raw_q = tl.exp2(u * (constants.scale * nats(GUARDED)) - stat.teacher_lse * LOG2E)
+    inv_t = constants.inv_t * nats(True)
+    p = student_probability(z, stat, constants)
+    log_p = student_log_prob(z, stat, constants)
+    u = centred(w, stat.teacher_max)
+    raw_q = tl.exp2(u * (constants.scale * nats(True)) - stat.teacher_lse * LOG2E)
     q = raw_q
     log_q = u * inv_t - stat.teacher_lse
-    d = difference(z, w, stat.student_max, stat.teacher_max, GUARDED)
+    d = difference(z, w, stat.student_max, stat.teacher_max)
     log_ratio = d * inv_t + stat.shift
-    scaled = d * constants.inv_t + stat.shift * unit(GUARDED)
+    scaled = d * constants.inv_t + stat.shift * unit(True)
     if P.floor:
         # Not under what both sides forbid.
-        x = centred(z, stat.student_max, GUARDED)
+        x = centred(z, stat.student_max)
         some = (x > -float("inf")) | (u > -float("inf"))
         q = tl.where(some, tl.maximum(q, tl.exp2(constants.floor * LOG2E)), 0.0)
         log_q = tl.where(some, tl.maximum(log_q, constants.floor), log_q)
         log_ratio = tl.where(some, tl.minimum(log_ratio, log_p - constants.floor), float("nan"))
-        least = x * constants.inv_t - (stat.student_lse + constants.floor) * unit(GUARDED)
+        least = x * constants.inv_t - (stat.student_lse + constants.floor) * unit(True)
         scaled = tl.minimum(scaled, least)
     return Entry(p, q, raw_q, log_p, log_q, log_ratio, scaled)
 
 
 @triton.jit
 def _term_and_slope(
-    tile, i: tl.constexpr, stat, constants, P: tl.constexpr, D: tl.constexpr, SMALL: tl.constexpr
+    tile, i: tl.constexpr, stats, constants, P: tl.constexpr, D: tl.constexpr, SMALL: tl.constexpr
 ):
     """t and s of each entry; in the place of Renyi's s the exponent whose log-sum-exp is log S."""
-    entry = entry_of(tile[0], tile[1][i], stat, constants, P)
+    entry = entry_of(tile[0], tile[1][i], Statistics(*stats[i]), constants, P)
     parameter = constants.parameter
     t, u, v = D(entry, parameter, 0.0, SMALL)
     s = entry.p * u + v
@@ -76,29 +76,15 @@ def _term_and_slope(
 
 
 @triton.jit
-def _terms_and_slopes(
-    tiles, i: tl.constexpr, stats, constants, P: tl.constexpr, D: tl.constexpr, SMALL: tl.constexpr
-):
-    """t and s of a member, those of all tiles together."""
-    stat = Statistics(*stats[i])
-    t, s = _term_and_slope(tiles[0], i, stat, constants, P, D, SMALL)
-    for j in tl.static_range(1, len(tiles)):
-        t_j, s_j = _term_and_slope(tiles[j], i, stat, constants, P, D, SMALL)
-        t += t_j
-        s = together(s, s_j, P)
-    return t, s
-
-
-@triton.jit
 def values_and_slopes(
-    tiles, stats, constants, P: tl.constexpr, D: tl.constexpr, SMALL: tl.constexpr = False
+    tile, stats, constants, P: tl.constexpr, D: tl.constexpr, SMALL: tl.constexpr = False
 ):
-    """What tiles add to the divergence and the sum of slopes of each member, all normalisers known;
-    under SMALL the divergence is the sum that is right where it is small, too."""
+    """What a tile adds to the divergence and the sum of slopes of each member, all normalisers
+    known; under SMALL the divergence is the sum that is right where it is small, too."""
     values = ()
     slopes = ()
     for i in tl.static_range(len(stats)):
-        t, s = _terms_and_slopes(tiles, i, stats, constants, P, D, SMALL)
+        t, s = _term_and_slope(tile, i, stats, constants, P, D, SMALL)
         if P.tilted:
             values = values + (tl.sum(t, 0),)
             slopes = slopes + (all_together(s, P),)
@@ -121,11 +107,11 @@ def add_values_and_slopes(a, b, P: tl.constexpr):
 
 
 @triton.jit
-def small_value(tiles, stats, constants, P: tl.constexpr, D: tl.constexpr):
-    """What tiles add to the weighted sum of divergences, where that is small."""
+def small_value(tile, stats, constants, P: tl.constexpr, D: tl.constexpr):
+    """What a tile adds to the weighted sum of divergences, where that is small."""
     total = tl.full((), 0.0, tl.float32)
     for i in tl.static_range(len(stats)):
-        t, _ = _terms_and_slopes(tiles, i, stats, constants, P, D, True)
+        t, _ = _term_and_slope(tile, i, stats, constants, P, D, True)
         total += constants.shares[i] * tl.sum(t, 0)
     return total
 

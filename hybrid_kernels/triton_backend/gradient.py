@@ -7,7 +7,7 @@ import triton.language as tl
 
 from hybrid_kernels.triton_backend.divergences import LOWEST
 from hybrid_kernels.triton_backend.entries import entry_of, student_probability
-from hybrid_kernels.triton_backend.memory import number_of
+from hybrid_kernels.triton_backend.memory import coefficient
 from hybrid_kernels.triton_backend.sums import Statistics, centred, difference, nats, unit
 
 
@@ -23,19 +23,10 @@ class Weights(NamedTuple):
 
 
 @triton.jit
-def _coefficient(per_row, row, inv_t):
-    """0 where there is none."""
-    value = tl.full((), 0.0, tl.float32)
-    if per_row.ptr is not None:
-        value = number_of(per_row, row) * inv_t
-    return value
-
-
-@triton.jit
 def weights_of(args, where, token, stats, constants, P: tl.constexpr):
-    divergence = _coefficient(args.c_div, where.row, constants.inv_t)
-    log_prob = _coefficient(args.c_logp, where.row, constants.inv_t)
-    entropy = _coefficient(args.c_ent, where.row, constants.inv_t)
+    divergence = coefficient(args.c_div, where.row, constants.inv_t)
+    log_prob = coefficient(args.c_logp, where.row, constants.inv_t)
+    entropy = coefficient(args.c_ent, where.row, constants.inv_t)
     rest = log_prob
     if P.k > 0:
         # A = advantage - dense weight * correction, in terms of coefficients.
@@ -50,19 +41,17 @@ def weights_of(args, where, token, stats, constants, P: tl.constexpr):
 
 
 @triton.jit
-def tile_gradient(
-    tile, stats, weights, constants, P: tl.constexpr, D: tl.constexpr, GUARDED: tl.constexpr = True
-):
+def tile_gradient(tile, stats, weights, constants, P: tl.constexpr, D: tl.constexpr):
     """The gradient of each entry, all but the sampled token's own term c_logp 1[v = y]:
 
     c_div (s - p sum s) - c_logp p - c_ent p (log p + H), with s = p u + v,
 
-    where the first is a weighted sum over the members. Not GUARDED, it is for ordinary entries.
+    where the first is a weighted sum over the members.
     """
-    gradient = _member_gradient(tile, 0, stats, weights, constants, P, D, GUARDED)
+    gradient = _member_gradient(tile, 0, stats, weights, constants, P, D)
     PULLS: tl.constexpr = P.pulls
     for i in tl.static_range(1, PULLS):
-        gradient += _member_gradient(tile, i, stats, weights, constants, P, D, GUARDED)
+        gradient += _member_gradient(tile, i, stats, weights, constants, P, D)
     return gradient
 
 
@@ -75,7 +64,6 @@ def _member_gradient(
     constants,
     P: tl.constexpr,
     D: tl.constexpr,
-    GUARDED: tl.constexpr,
 ):
     """The part of one member; that of the first has the student's own terms."""
     z = tile[0]
@@ -83,9 +71,9 @@ def _member_gradient(
     weight = weights.divergence * constants.shares[i]
     # A weight of 0 makes 0 of an infinite divergence.
     silent = weight == 0.0
-    # Guarded, the log-ratio of ordinary probabilities may be so large that only its product with p
-    # is a number. So what multiplies p is kept in units of 2^28, too.
-    LARGE: tl.constexpr = GUARDED and P.pulls > 0 and P.student_d and not P.floor
+    # The log-ratio of ordinary probabilities may be so large that only its product with p is a
+    # number. So what multiplies p is kept in units of 2^28, too.
+    LARGE: tl.constexpr = P.pulls > 0 and P.student_d and not P.floor
     UNIT: tl.constexpr = unit(True) if LARGE else 1.0
     inner = tl.full((), -0.0, tl.float32)  # which the compiler leaves out of a sum
     if i == 0:
@@ -94,7 +82,7 @@ def _member_gradient(
             inner += weights.entropy * (stat.student_lse - stat.entropy) * UNIT
     if P.pulls > 0:
         w = tile[1][i]
-        entry = entry_of(z, w, stat, constants, P, GUARDED)
+        entry = entry_of(z, w, stat, constants, P)
         p = entry.p
         v = -entry.q
         if P.student_d and not P.floor:
@@ -102,29 +90,22 @@ def _member_gradient(
             constant = weight * UNIT * (stat.shift - stat.slope_sum)
             inner += tl.where(silent, 0.0, constant)
             teacher_max = tl.where(silent, 0.0, stat.teacher_max)  # which may be NaN
-            d = difference(z, w, stat.student_max, teacher_max, GUARDED, GUARDED)
-            inner = (weight * constants.inv_t * (nats(GUARDED) * UNIT)) * d + inner
+            d = difference(z, w, stat.student_max, teacher_max, True, True)
+            inner = (weight * constants.inv_t * (nats(True) * UNIT)) * d + inner
         else:
             _, u, v = D(entry, constants.parameter, stat.log_s, False)
             pull = weight * (u - stat.slope_sum)
-            if GUARDED:
-                pull = tl.where(silent, 0.0, pull)
-            inner = pull + inner
+            inner += tl.where(silent, 0.0, pull)
     else:
-        p = student_probability(z, stat, constants, GUARDED)
+        p = student_probability(z, stat, constants)
     if i == 0 and P.entropy:
-        x = centred(z, stat.student_max, GUARDED)
-        if GUARDED:
-            x = tl.maximum(x, LOWEST * unit(True))
-        inner -= (weights.entropy * constants.inv_t * (nats(GUARDED) * UNIT)) * x
+        x = tl.maximum(centred(z, stat.student_max), LOWEST * unit(True))
+        inner -= (weights.entropy * constants.inv_t * (nats(True) * UNIT)) * x
     gradient = p * inner
     if LARGE:
         gradient *= nats(True)
     if P.pulls > 0 and P.has_v:
-        pull = weight * v
-        if GUARDED:
-            pull = tl.where(silent, 0.0, pull)
-        gradient += pull
+        gradient += tl.where(silent, 0.0, weight * v)
     return gradient
 
 

@@ -13,7 +13,7 @@ from triton import JITFunction
 from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.rows import Coefficients, Rows, repeat_of
 from hybrid_kernels.triton_backend import divergences, plan
-from hybrid_kernels.triton_backend.meeting import PUBLISHED, SLOTS
+from hybrid_kernels.triton_backend.meeting import NUMBERS, SLOTS, SMALL_SLOTS
 from hybrid_kernels.triton_backend.memory import (
     GROUP,
     Arguments,
@@ -29,8 +29,6 @@ from hybrid_kernels.triton_backend.topk import mark_kernel
 
 # Triton compiles for alignments of 16, in bytes of a pointer and in entries of a stride.
 ALIGNMENT = 16
-# Entries of a top-K support that leave room for longer slices.
-SMALL_SUPPORT = 128
 # What the driver says of a cooperative launch that it does not take; nothing has run then.
 REFUSALS = ("too many blocks in cooperative launch", "operation not supported")
 _refusing: set[torch.device] = set()
@@ -84,18 +82,19 @@ def row_gradient(
 def hybrid_rows(
     rows: Rows, statistics: Tensor, coefficients: Coefficients, gradient: Tensor
 ) -> None:
-    support, chosen = _marked(rows, gradient), form(rows)
-    inputs = (rows, support, statistics, coefficients, gradient)
+    support, chosen, declined = _marked(rows, gradient), form(rows, gradient), None
     if isinstance(chosen, plan.Resident) and rows.total > 0:
+        own = resident_launch(rows, statistics, coefficients, gradient, chosen)
         try:
-            resident_launch(*inputs, chosen).run()
-            return
+            own.run()
+            declined = own.arguments.declined
         except RuntimeError as error:
             reason = str(error).removeprefix("Triton Error [CUDA]: ")
             if chosen.splits == 1 or reason not in REFUSALS:
                 raise
             _refused(rows.student.device, chosen, reason)
-    sweep_launch(*inputs, measure=True).run()
+    inputs = (rows, support, statistics, coefficients, gradient)
+    sweep_launch(*inputs, measure=True, declined=declined).run()
 
 
 def row_values(rows: Rows, statistics: Tensor, values: Tensor) -> None:
@@ -112,16 +111,30 @@ def scale_rows(gradient: Tensor, factor: Tensor) -> None:
     scale_launch(gradient, factor).run()
 
 
-def form(rows: Rows, hip: bool = torch.version.hip is not None) -> plan.Sweep | plan.Resident:
+def form(
+    rows: Rows, gradient: Tensor, hip: bool = torch.version.hip is not None
+) -> plan.Sweep | plan.Resident:
     """How `hybrid_rows` runs a problem: the only place where that is chosen."""
-    vocabulary, itemsize = rows.student.shape[-1], max(t.element_size() for t in rows.logits)
     sweep = sweep_form(rows)
-    if hip:
-        # Whether programs fit together is known from a register limit, which HIP doesn't take.
+    sides = [*rows.logits, gradient]
+    sizes = {t.element_size() for t in rows.logits}
+    # Words are loaded at 16-byte boundaries, and of both sides together.
+    apart = len(sizes) > 1 or not (all(map(_is_aligned, sides)) or has_edges(sides))
+    light = not rows.teachers or (
+        len(rows.teachers) == 1 and rows.support is None and FAMILIES[rows.divergence].resident
+    )
+    if hip or apart or not light:
+        # (Whether programs fit together is known from a register limit, which HIP doesn't take.)
         return sweep
-    device = plan.Device.of(rows.student)
-    count = max(rows.total, 1)
-    resident = plan.resident(vocabulary, itemsize, count, device, sides=held(rows))
+    resident = plan.resident(
+        rows.student.shape[-1],
+        rows.student.element_size(),
+        max(rows.total, 1),
+        plan.Device.of(rows.student),
+        meetings=1 if rows.one_sweep else 2,
+        narrow=gradient.element_size() < rows.student.element_size(),
+        edges=has_edges(sides),
+    )
     refused = resident is not None and resident.splits > 1 and rows.student.device in _refusing
     return sweep if resident is None or refused else resident
 
@@ -137,22 +150,6 @@ def values_form(rows: Rows) -> plan.Sweep:
     return plan.sweep(rows.student.shape[-1], one_sweep=False)
 
 
-def held(rows: Rows) -> float:
-    """For how many logits of an entry a program of the row-resident form has to have room.
-
-    Those that it holds, and more where registers go elsewhere: to supports, to a floor, to the
-    scalars of several teachers, to the intermediate results of the alpha divergences. What more is
-    the least with which the compiler keeps all but a few scalars in registers (`python -m bench
-    aot`): slices of 9,216 entries with a small support, of 4,096 with a floor.
-    """
-    if rows.support is not None:
-        several = 16 / 9 if rows.support.shape[-1] <= SMALL_SUPPORT else 2.0
-    else:
-        least = 1.0 if rows.teacher_floor is None else 4.0
-        several = max(least, 2.0 * len(rows.teachers))
-    return several * FAMILIES[rows.divergence].room
-
-
 def sweep_launch(
     rows: Rows,
     support: Support | None,
@@ -161,9 +158,15 @@ def sweep_launch(
     gradient: Tensor | None,
     *,
     measure: bool,
+    declined: Tensor | None = None,
 ) -> Launch:
-    """Measures statistics or reads them, and writes a gradient where there is one to write."""
+    """Measures statistics or reads them, and writes a gradient where there is one to write.
+
+    Args:
+        declined: takes those rows alone.
+    """
     arguments = _arguments(rows, support, statistics, coefficients, gradient)
+    arguments = arguments._replace(declined=declined)
     static, chosen = _plan(rows, coefficients, gradient), sweep_form(rows)
     static = static._replace(
         measure=measure,
@@ -176,32 +179,41 @@ def sweep_launch(
 
 def resident_launch(
     rows: Rows,
-    support: Support | None,
     statistics: Tensor,
     coefficients: Coefficients,
     gradient: Tensor,
     chosen: plan.Resident,
 ) -> Launch:
-    """Measures statistics and writes the gradient. A device may refuse programs that have to run
-    side by side."""
-    static = _plan(rows, coefficients, gradient)._replace(
+    """Measures statistics and writes the gradient, but of rows that it declines. A device may
+    refuse programs that have to run side by side."""
+    static = _plan(rows, coefficients, gradient)
+    static = static._replace(
         measure=True,
-        block=chosen.block_v,
+        warps=chosen.num_warps,
+        width=chosen.width,
         tiles=chosen.tiles,
         slice=chosen.slice_v,
+        least=max(0, static.vocabulary - 2 * GROUP - (chosen.splits - 1) * chosen.slice_v),
+        most=chosen.splits * chosen.slice_v,
         splits=chosen.splits,
         lanes=triton.next_power_of_2(chosen.splits),
-        prefetch=chosen.prefetch,
+        lag=chosen.lag,
+        exact=rows.student.element_size() == 4,
+        fine=rows.student.element_size() == 4 or not static.teacher_d,
     )
-    shared = static.splits > 1
-    size = chosen.groups * SLOTS * PUBLISHED * static.lanes * static.sums if shared else 1
-    # A counter for each group's meetings, and for each row that may be small.
-    counters = chosen.groups + rows.total if shared else 1
-    arguments = _arguments(rows, support, statistics, coefficients, gradient)._replace(
-        published=statistics.new_empty(size),
-        counters=statistics.new_zeros(counters, dtype=torch.int32),
+    arguments = _arguments(rows, None, statistics, coefficients, gradient)._replace(
+        declined=statistics.new_empty(rows.total, dtype=torch.int8),
         groups=chosen.groups,
     )
+    if static.splits > 1:
+        lanes = chosen.groups * static.lanes
+        # Zeros: meetings are counted from 1. And a counter for each row that may be small.
+        words = statistics.new_zeros(lanes * SLOTS * NUMBERS, dtype=torch.int64)
+        arguments = arguments._replace(
+            published=words,
+            pieces=statistics.new_empty(lanes * SMALL_SLOTS),
+            counters=statistics.new_zeros(rows.total, dtype=torch.int32),
+        )
     programs = chosen.groups * chosen.splits
     return Launch(resident_kernel, programs, chosen, arguments, static, _function(rows))
 
@@ -224,7 +236,7 @@ def scale_launch(gradient: Tensor, factor: Tensor) -> Launch:
     count, vocabulary = gradient.shape[0] * gradient.shape[1], gradient.shape[-1]
     chosen, side = plan.sweep(vocabulary), _side(gradient)
     static = Plan(vocabulary, has_edges([gradient]), write=True, block=chosen.block_v)
-    arguments = Arguments(side, gradient=side, inner=gradient.shape[1])
+    arguments = Arguments(side, gradient=side, inner=_inner([gradient]))
     arguments = arguments._replace(factor=_per_row(factor, count))
     return Launch(scale_kernel, count, chosen, arguments, static)
 
@@ -275,6 +287,7 @@ def _arguments(
     weights: Sequence[PerRow | None] = (None, None, None)
     if coefficients is not None:
         weights = [_per_row(c, rows.total) for c in coefficients]
+    sides = rows.logits if gradient is None else [*rows.logits, gradient]
     return Arguments(
         student=_side(rows.student),
         teachers=teachers,
@@ -283,7 +296,7 @@ def _arguments(
         token_ids=rows.token_ids,
         valid=rows.valid,
         count=rows.total,
-        inner=rows.student.shape[1],
+        inner=_inner(sides),
         inv_t=1.0 / rows.temperature,
         temperature=None if temperature is None else _per_row(temperature, rows.total),
         floor=rows.teacher_floor or 0.0,
@@ -375,7 +388,15 @@ def _row_strides(logits: Tensor) -> tuple[int, int]:
 
 
 def _side(logits: Tensor) -> Side:
-    return Side(logits, *_row_strides(logits))
+    outer, inner = _row_strides(logits)
+    return Side(logits, outer, inner or outer)
+
+
+def _inner(sides: list[Tensor]) -> int | None:
+    """I, unless the rows of each side lie at equal distances."""
+    inner = sides[0].shape[1]
+    strides = map(_row_strides, sides)
+    return None if all(o in (0, inner * i) or i == 0 for o, i in strides) else inner
 
 
 def _on_device(tensor: Tensor) -> AbstractContextManager:

@@ -82,14 +82,16 @@ class Arguments(NamedTuple):
         support: a `Support`.
         token_ids, valid: `[N]`.
         count: N.
-        inner: I.
+        inner: I; None where rows lie at equal distances, `Side.stride_i`.
         inv_t: 1/T.
         temperature: T in its place, `PerRow`.
         floor, parameter: of the divergence.
         statistics: fp32 `[fields, N]`, see `rows.FIELDS`.
         gradient: a `Side`.
         c_div, c_logp, c_ent: the coefficients of the gradient's terms, `PerRow`.
-        published, counters: of groups that share rows, see `meeting.py`.
+        published, pieces, counters: of groups that share rows, see `meeting.py`.
+        declined: int8 `[N]`, rows that the row-resident form has left to the other; that form takes
+            those alone where it is given this.
         groups: how many there are.
         row_values: where `values_kernel` writes.
         factor: of `scale_kernel`, `PerRow`.
@@ -113,7 +115,9 @@ class Arguments(NamedTuple):
     c_logp: tl.tensor = None
     c_ent: tl.tensor = None
     published: tl.tensor = None
+    pieces: tl.tensor = None
     counters: tl.tensor = None
+    declined: tl.tensor = None
     groups: tl.tensor = None
     row_values: tl.tensor = None
     factor: tl.tensor = None
@@ -150,10 +154,13 @@ class Token(NamedTuple):
 @triton.jit
 def _row_start(side, row, inner):
     """A row's first entry. Offsets are 64-bit: N * V may pass 2^31 (N itself may not)."""
-    outer = row // inner
-    within = row - outer * inner
-    start = side.ptr + tl.cast(outer, tl.int64) * side.stride_o
-    return start + tl.cast(within, tl.int64) * side.stride_i
+    if inner is None:
+        return side.ptr + tl.cast(row, tl.int64) * side.stride_i
+    else:
+        outer = row // inner
+        within = row - outer * inner
+        start = side.ptr + tl.cast(outer, tl.int64) * side.stride_o
+        return start + tl.cast(within, tl.int64) * side.stride_i
 
 
 @triton.jit
@@ -178,6 +185,8 @@ def locate(args, row, part, P: tl.constexpr):
         past = ((student.to(tl.int64) // size) % _GROUP).to(tl.int32)
         head = tl.minimum((_GROUP - past) % _GROUP, P.vocabulary)
         body = (P.vocabulary - head) // _GROUP * _GROUP
+        if P.most < P.vocabulary:
+            body = tl.minimum(body, P.most)
     return Place(student, teachers, gradient, marks, head, body, row, part)
 
 
@@ -198,7 +207,7 @@ def edge_byte(vocabulary):
 
 
 @triton.jit
-def _body_ptr(row_ptr, head, P: tl.constexpr):
+def body_of(row_ptr, head, P: tl.constexpr):
     """The first entry of a row's body."""
     if P.edges:
         row_ptr = tl.multiple_of(row_ptr + head, 16)
@@ -214,14 +223,14 @@ def load_tile(where, start, limit, P: tl.constexpr, GUARDED: tl.constexpr = True
     PAD: tl.constexpr = -float("inf") if GUARDED else P.pad
     offsets = start + tl.arange(0, P.block)
     inside = offsets < limit
-    z = tl.load(_body_ptr(where.student, where.head, P) + offsets, mask=inside, other=PAD)
+    z = tl.load(body_of(where.student, where.head, P) + offsets, mask=inside, other=PAD)
     ws = ()
     if P.k > 0:
         byte = start // 8 + tl.arange(0, P.block // 8)
         marks = tl.load(where.marks + byte, mask=byte * 8 < limit, other=0).to(tl.int32)
         ws = ((marks[:, None] >> tl.arange(0, 8)[None, :] & 1).reshape((P.block,)),)
     for i in tl.static_range(len(where.teachers)):
-        ptr = _body_ptr(where.teachers[i], where.head, P)
+        ptr = body_of(where.teachers[i], where.head, P)
         ws = ws + (tl.load(ptr + offsets, mask=inside, other=PAD),)
     return z, ws
 
@@ -230,14 +239,13 @@ def load_tile(where, start, limit, P: tl.constexpr, GUARDED: tl.constexpr = True
 def store_tile(where, start, limit, gradient, P: tl.constexpr):
     """A tile of the body of a row's gradient."""
     offsets = start + tl.arange(0, P.block)
-    ptr = _body_ptr(where.gradient, where.head, P)
+    ptr = body_of(where.gradient, where.head, P)
     tl.store(ptr + offsets, gradient.to(ptr.dtype.element_ty), mask=offsets < limit)
 
 
 @triton.jit
-def _edge_lanes(where, P: tl.constexpr):
+def edge_lanes(where, lane, P: tl.constexpr):
     """Offsets of the entries outside the body, and which lanes have one."""
-    lane = tl.arange(0, _EDGES)
     offsets = tl.where(lane < _GROUP, lane, where.head + where.body + lane - _GROUP)
     return offsets, tl.where(lane < _GROUP, lane < where.head, offsets < P.vocabulary)
 
@@ -245,7 +253,7 @@ def _edge_lanes(where, P: tl.constexpr):
 @triton.jit
 def load_edges(where, is_read, P: tl.constexpr):
     """The edges of a row, as a tile; nothing is loaded unless it `is_read`."""
-    offsets, inside = _edge_lanes(where, P)
+    offsets, inside = edge_lanes(where, tl.arange(0, _EDGES), P)
     inside = inside & (offsets < tl.where(is_read, P.vocabulary, 0))
     z = tl.load(where.student + offsets, mask=inside, other=-float("inf"))
     ws = ()
@@ -261,7 +269,7 @@ def load_edges(where, is_read, P: tl.constexpr):
 
 @triton.jit
 def store_edges(where, gradient, P: tl.constexpr):
-    offsets, inside = _edge_lanes(where, P)
+    offsets, inside = edge_lanes(where, tl.arange(0, _EDGES), P)
     tl.store(where.gradient + offsets, gradient.to(where.gradient.dtype.element_ty), mask=inside)
 
 
@@ -285,6 +293,15 @@ def mark_of(where, token, P: tl.constexpr):
 @triton.jit
 def number_of(per_row, row):
     return tl.load(per_row.ptr + row // per_row.repeat * per_row.stride).to(tl.float32)
+
+
+@triton.jit
+def coefficient(per_row, row, inv_t):
+    """0 where there is none."""
+    value = tl.full((), 0.0, tl.float32)
+    if per_row.ptr is not None:
+        value = number_of(per_row, row) * inv_t
+    return value
 
 
 @triton.jit
@@ -316,13 +333,19 @@ def no_token(P: tl.constexpr):
 
 
 @triton.jit
+def sampled_id(args, row, P: tl.constexpr):
+    """A row's sampled token; -1 for an id outside the vocabulary."""
+    token_id = tl.load(args.token_ids + row)
+    return tl.where((token_id >= 0) & (token_id < P.vocabulary), token_id, -1).to(tl.int32)
+
+
+@triton.jit
 def sampled_token(args, where, P: tl.constexpr):
     """A row's sampled token; NaN logits for an id outside the vocabulary. To be read before the
     gradient, which may overwrite them."""
     token = no_token(P)
     if args.token_ids is not None:
-        token_id = tl.load(args.token_ids + where.row)
-        token_id = tl.where((token_id >= 0) & (token_id < P.vocabulary), token_id, -1).to(tl.int32)
+        token_id = sampled_id(args, where.row, P)
         z = _logit(where.student, token_id)
         ws = ()
         for i in tl.static_range(len(where.teachers)):
@@ -348,12 +371,11 @@ def _fields(args, row):
 
 
 @triton.jit
-def write_statistics(args, row, stats, log_prob, teacher_log_prob, inv_t, P: tl.constexpr):
-    """Every field but the divergence; those of a support are written where it is compared."""
+def write_statistics(args, row, stats, inv_t, P: tl.constexpr):
+    """Every field but the divergence and the log-probabilities of the token; those of a support are
+    written where it is compared."""
     student = Statistics(*stats[0])
     ptr, count = _fields(args, row)
-    tl.store(ptr + _LOG_PROB * count, log_prob)
-    tl.store(ptr + _TEACHER_LOG_PROB * count, teacher_log_prob)
     tl.store(ptr + _ENTROPY * count, student.entropy)
     tl.store(ptr + _LOGSUMEXP * count, student.student_max * inv_t + student.student_lse)
     tl.store(ptr + _STUDENT_MAX * count, student.student_max)
@@ -369,6 +391,13 @@ def write_statistics(args, row, stats, log_prob, teacher_log_prob, inv_t, P: tl.
         tl.store(first + _SLOPE_SUM * count, member.slope_sum)
         tl.store(first + _LOG_S * count, member.log_s)
         tl.store(first + _TAIL_SLOPE * count, member.tail_slope)
+
+
+@triton.jit
+def write_log_probs(args, row, log_prob, teacher_log_prob):
+    ptr, count = _fields(args, row)
+    tl.store(ptr + _LOG_PROB * count, log_prob)
+    tl.store(ptr + _TEACHER_LOG_PROB * count, teacher_log_prob)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ file. Nothing is timed at import or in a user's call.
 
 import functools
 import json
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -40,17 +41,20 @@ MAX_REGISTERS = 128
 # program takes whole rows. (Tests that run programs side by side cut rows into slices.)
 INTERPRETED_BLOCK_V = 65536
 INTERPRETED_SLICE = 2**31
+INTERPRETED_WARPS = 1
 INTERPRETED_GROUPS = 2
-INTERPRETED_PREFETCH = False
+INTERPRETED_LAG = True
 
 # An ordinary number (`sums.py`) below all others of a row, or nearly all rows.
 PAD = -(2.0**90)
 
 # Slices are cut at multiples of this many entries, so that they move in 128-bit pieces.
 SLICE_MULTIPLE = 8
-# Entries of a tile that a thread of the row-resident form holds. A program works tile by tile,
-# which bounds the registers for intermediate results.
-PER_THREAD_RESIDENT = 8
+# Words of 32 bits that a warp of the row-resident form loads at once: 16 bytes a thread. (Triton
+# cuts every tile of so many columns alike, a row to a warp; others it moves through shared memory.)
+WIDTH = 4 * WARP
+# What the latency of a row is worth, in tiles; see `_cut`.
+LATENCY = 5
 # That a multiprocessor holds at once, of any size.
 MAX_PROGRAMS = 16
 
@@ -84,12 +88,18 @@ class Plan(NamedTuple):
         log_prob, entropy: whether the gradient has a coefficient for them.
         measure: whether statistics are measured; otherwise they are read.
         write: whether a gradient is written.
-        block: entries of a tile.
-        tiles: how many tiles a program of the row-resident form holds.
+        block: entries of a tile of the sweeping form.
+        warps: of a program of the row-resident form.
+        width: words that a warp holds of a tile (`packed.py`).
+        tiles: how many tiles a program holds.
         slice: entries of its part of a row, at most.
+        least, most: entries of the shortest slice, and of all together, at most.
         splits: how many programs share a row.
         lanes: the next power of 2.
-        prefetch: whether the next row's loads start before the meeting.
+        lag: whether a row's sums are published before the row before it is waited for.
+        exact: whether differences are taken of the logits themselves in its sums, of which rounding
+            leaves nothing where logits are fp32 and models close; costs two instructions an entry.
+        fine: whether they are in its gradient, where they may cost one.
     """
 
     vocabulary: int
@@ -117,11 +127,17 @@ class Plan(NamedTuple):
     measure: bool = False
     write: bool = False
     block: int = 1
+    warps: int = 1
+    width: int = 1
     tiles: int = 1
     slice: int = 1
+    least: int = 0
+    most: int = 2**31 - 1
     splits: int = 1
     lanes: int = 1
-    prefetch: bool = False
+    lag: bool = False
+    exact: bool = False
+    fine: bool = False
 
 
 class Device(NamedTuple):
@@ -147,34 +163,31 @@ class Tuning(NamedTuple):
     """The free choices of the row-resident form.
 
     Attributes:
-        slice_v: entries of the longest slice where there is one teacher.
-        num_warps: of a program with such a slice.
+        tiles: that a program holds of a row, at most.
+        num_warps: of a program, unless rows are short.
         programs: that a multiprocessor holds at once.
-        prefetch: whether the next row's loads start before the meeting.
+        lag: whether a row's sums are published before the row before it is waited for.
     """
 
-    slice_v: int
+    tiles: int
     num_warps: int
     programs: int
-    prefetch: bool
+    lag: bool
 
 
-# For logits of 2 and of 4 bytes. The first is what an H100 ran fastest (bench/results); the second
-# what the compiler finds registers for with every divergence (`python -m bench aot`); with 7,168 an
-# H100 ran reverse KL 6 % faster.
-DEFAULT_TUNING = {2: Tuning(8192, 4, 2, False), 4: Tuning(6144, 4, 2, False)}
+# For logits of 2 and of 4 bytes: what an H100 ran fastest, of the prototype of this form
+# (bench/results).
+DEFAULT_TUNING = {2: Tuning(8, 4, 2, True), 4: Tuning(8, 4, 2, True)}
 
-# What `python -m hybrid_kernels tune` tries. Some keep a few scalars on the stack.
+# What `python -m hybrid_kernels tune` tries.
 CANDIDATES = [
-    Tuning(4096, 4, 2, True),
-    Tuning(6144, 4, 2, True),
-    Tuning(6144, 4, 2, False),
-    Tuning(7168, 4, 2, False),
-    Tuning(8192, 4, 2, False),
-    Tuning(4096, 4, 3, True),
-    Tuning(4096, 4, 3, False),
-    Tuning(12288, 8, 1, False),
-    Tuning(16384, 8, 1, False),
+    Tuning(8, 4, 2, True),
+    Tuning(7, 4, 2, True),
+    Tuning(8, 4, 2, False),
+    Tuning(12, 4, 2, False),
+    Tuning(5, 4, 3, True),
+    Tuning(4, 4, 3, True),
+    Tuning(8, 8, 1, True),
 ]
 
 
@@ -196,17 +209,21 @@ class Resident(NamedTuple):
     """Compile-time constants and grid of the row-resident form.
 
     `splits` programs share a row in slices of `slice_v` entries, which a program holds as `tiles`
-    tiles of `block_v`; `groups` rows are in flight at once.
+    tiles of `num_warps * width` words; `groups` rows are in flight at once.
     """
 
-    block_v: int
     tiles: int
+    width: int
     slice_v: int
     splits: int
     groups: int
     num_warps: int
     registers: int
-    prefetch: bool
+    lag: bool
+
+    def room(self, itemsize: int) -> int:
+        """For how many entries of a row a program has room."""
+        return self.tiles * self.num_warps * self.width * max(1, 4 // itemsize)
 
     def options(self, hip: bool = torch.version.hip is not None) -> dict[str, int | bool]:
         """Compiler options; programs that wait for each other must all be resident."""
@@ -243,53 +260,89 @@ def resident(
     rows: int,
     device: Device,
     tuning: Tuning | None = None,
-    sides: float = 2,
+    meetings: int = 1,
+    narrow: bool = False,
+    edges: bool = False,
 ) -> Resident | None:
     """How many programs share a row, and how many rows are in flight; None if a row needs more
     programs than the device holds at once.
 
     Args:
         vocabulary: V.
-        itemsize: bytes of the widest of the logits.
+        itemsize: bytes of a logit.
         rows: N.
         device: where it will run.
         tuning: its choices; by default those of the tuning file, else those of `DEFAULT_TUNING`.
-        sides: how many logits of an entry a program holds: several teachers make slices shorter.
+        meetings: of the programs of a row. Nothing lags where there are two.
+        narrow: whether the gradient has fewer bytes than the logits.
+        edges: whether rows are split at 16-byte boundaries. What is left over of a row by full
+            slices is among the edges then, if it fits.
     """
+    per_word = max(1, 4 // itemsize)
     if INTERPRETED:
-        slice_v = _slice(vocabulary, INTERPRETED_SLICE)
-        block_v = min(triton.next_power_of_2(slice_v), INTERPRETED_BLOCK_V)
-        tiles, splits = -(-slice_v // block_v), -(-vocabulary // slice_v)
-        groups = min(rows, INTERPRETED_GROUPS)
-        return Resident(block_v, tiles, slice_v, splits, groups, 1, 0, INTERPRETED_PREFETCH)
+        return _interpreted(vocabulary, per_word, rows, meetings, edges)
     tuning = tuning or tuned(device.name, itemsize) or DEFAULT_TUNING[itemsize]
-    slice_v = _slice(vocabulary, int(2 * tuning.slice_v / sides))
-    splits = -(-vocabulary // slice_v)
-    num_warps = tuning.num_warps
+    num_warps, width, tiles = tuning.num_warps, WIDTH, tuning.tiles
+    if meetings == 2:
+        # Two numbers are kept of each entry.
+        tiles = max(1, tiles * 7 // 8)
+    if narrow:
+        # So that a thread stores 16 bytes, too.
+        width, tiles = 2 * width, max(1, tiles // 2)
     # A short row takes a smaller program, and more of them.
-    while num_warps > 1 and slice_v <= num_warps * WARP * PER_THREAD_RESIDENT // 2:
+    while num_warps > 1 and vocabulary <= num_warps * width * per_word // 2:
         num_warps //= 2
-    block_v = num_warps * WARP * PER_THREAD_RESIDENT
     programs = min(MAX_PROGRAMS, tuning.programs * tuning.num_warps // num_warps)
+    places = device.multiprocessors * programs
+    tile = num_warps * width * per_word
+    tiles, splits = _cut(vocabulary - _room(num_warps, edges), tile, tiles, places)
+    slice_v = min(_slice(vocabulary, splits), tiles * tile)
     registers = min(255, device.registers // (programs * num_warps * WARP) // 8 * 8)
-    groups = min(rows, device.multiprocessors * programs // splits)
+    groups = min(rows, places // splits)
     if groups == 0:
         return None
-    return Resident(
-        block_v,
-        -(-slice_v // block_v),
-        slice_v,
-        splits,
-        groups,
-        num_warps,
-        registers,
-        tuning.prefetch,
-    )
+    lag = tuning.lag and splits > 1 and meetings == 1
+    return Resident(tiles, width, slice_v, splits, groups, num_warps, registers, lag)
 
 
-def _slice(vocabulary: int, largest: int) -> int:
-    """The length of equal slices, none longer than `largest`."""
-    splits = -(-vocabulary // largest)
+def _interpreted(vocabulary: int, per_word: int, rows: int, meetings: int, edges: bool) -> Resident:
+    warps, longest = INTERPRETED_WARPS, INTERPRETED_SLICE
+    splits = max(1, -(-(vocabulary - _room(warps, edges)) // longest))
+    slice_v = min(_slice(vocabulary, splits), longest)
+    words = -(-slice_v // (per_word * warps))
+    width = min(triton.next_power_of_2(words), INTERPRETED_BLOCK_V)
+    lag = INTERPRETED_LAG and splits > 1 and meetings == 1
+    groups = min(rows, INTERPRETED_GROUPS)
+    return Resident(-(-words // width), width, slice_v, splits, groups, warps, 0, lag)
+
+
+def _room(num_warps: int, edges: bool) -> int:
+    """For how many entries there is room among the edges, one for each thread."""
+    return num_warps * WARP - 2 * SLICE_MULTIPLE if edges else 0
+
+
+def _cut(vocabulary: int, tile: int, most: int, places: int) -> tuple[int, int]:
+    """Tiles of slices, at most so many, and how many slices there are.
+
+    So many rows are in flight as there are places for all their programs, and each takes about
+    `LATENCY` and its tiles. Lanes without an entry cost instructions, but no bytes.
+    """
+
+    def splits(tiles: int) -> int:
+        return -(-vocabulary // (tiles * tile))
+
+    def rate(tiles: int) -> float:
+        fill = vocabulary / (splits(tiles) * tiles * tile)
+        return places // splits(tiles) / (LATENCY + tiles) * math.sqrt(fill)
+
+    if vocabulary <= most * tile:
+        return max(1, -(-vocabulary // tile)), 1
+    tiles = max(range(most, most // 2, -1), key=rate)
+    return tiles, splits(tiles)
+
+
+def _slice(vocabulary: int, splits: int) -> int:
+    """The length of equal slices."""
     return _round_up(-(-vocabulary // splits), SLICE_MULTIPLE)
 
 

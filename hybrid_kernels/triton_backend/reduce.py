@@ -19,11 +19,11 @@ def _larger_2(a, b, c, d):
 
 
 @triton.jit
-def max_2(a, b):
+def max_2(a, b, AXIS: tl.constexpr = 0):
     if INTERPRETED:
-        return tl.max(a, 0), tl.max(b, 0)
+        return tl.max(a, AXIS), tl.max(b, AXIS)
     else:
-        return tl.reduce((a, b), 0, _larger_2)
+        return tl.reduce((a, b), AXIS, _larger_2)
 
 
 @triton.jit
@@ -52,23 +52,23 @@ def _add_6(a, b, c, d, e, f, a2, b2, c2, d2, e2, f2):
 
 
 @triton.jit
-def sum_each(tensors):
+def sum_each(tensors, AXIS: tl.constexpr = 0):
     """The sum of each of two to six tensors."""
     if INTERPRETED:
         sums = ()
         for i in tl.static_range(len(tensors)):
-            sums = sums + (tl.sum(tensors[i], 0),)
+            sums = sums + (tl.sum(tensors[i], AXIS),)
         return sums
     elif len(tensors) == 2:
-        return tl.reduce(tensors, 0, _add_2)
+        return tl.reduce(tensors, AXIS, _add_2)
     elif len(tensors) == 3:
-        return tl.reduce(tensors, 0, _add_3)
+        return tl.reduce(tensors, AXIS, _add_3)
     elif len(tensors) == 4:
-        return tl.reduce(tensors, 0, _add_4)
+        return tl.reduce(tensors, AXIS, _add_4)
     elif len(tensors) == 5:
-        return tl.reduce(tensors, 0, _add_5)
+        return tl.reduce(tensors, AXIS, _add_5)
     else:
-        return tl.reduce(tensors, 0, _add_6)
+        return tl.reduce(tensors, AXIS, _add_6)
 
 
 @triton.jit

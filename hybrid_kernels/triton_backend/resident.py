@@ -1,234 +1,383 @@
 """The row-resident kernel: statistics and gradient with every logit read once, 3 N V entries.
 
-A row is cut into slices, one for each program of a *group*. A program loads its slice of both sides
-once and keeps it in registers as loaded; it publishes the sums of its slice, meets its siblings
-(`meeting.py`), merges all sums, and writes its slice of the gradient. Divergences that need both
-normalisers first meet twice. Where a row fits into one program, nothing is published.
+It is for one full teacher, or none, and for the divergences of the KL family and JSD. A row is cut
+into slices, one for each program of a *group*. A program keeps its slice in registers
+(`slices.py`), publishes its sums (`lean.py`), meets its siblings (`meeting.py`), adds up those of
+all, and writes its slice of the gradient. Where a row fits into one program, nothing is published.
+Problems that need both normalisers first meet twice.
 
-Of the guards of entries that are no ordinary numbers (`sums.py`) a slice needs none unless its sums
-show that it has some. The slice is then read again, tile by tile, with the guards on.
+What is left out are guards: a row with a NaN or an infinity, with finite numbers so low that 0
+times them may be no 0, or with models that lie far apart is *declined*. All programs find that from
+the same numbers; nothing of the row is written, and the sweeping form takes it afterwards
+(`launch.py`).
 
 The grid is persistent: groups take rows in turn, and it must be resident as a whole, because
-siblings wait for each other (hence the cooperative launch). To hide the meeting, `Plan.prefetch`
-starts the loads of a group's next row before the wait.
+siblings wait for each other (hence the cooperative launch). A program loads the next row while it
+waits. With `Plan.lag` it is one row further ahead: it publishes the sums of the next row before it
+waits for those of this one, so that what it waits for has had the time of a gradient to arrive.
 """
-
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from hybrid_kernels.triton_backend.entries import (
-    add_values_and_slopes,
-    small_value,
-    values_and_slopes,
-)
-from hybrid_kernels.triton_backend.gradient import tile_gradient, weights_of
-from hybrid_kernels.triton_backend.meeting import (
-    group_of,
-    meet_sums,
-    meet_values,
-    publish_sums,
-    write_small,
-)
-from hybrid_kernels.triton_backend.memory import (
-    clear_edges,
-    clear_statistics,
-    constants_of,
-    load_edges,
-    load_tile,
-    locate,
-    no_token,
-    sampled_token,
-    store_edges,
-    store_tile,
-    write_divergence,
-)
-from hybrid_kernels.triton_backend.reduce import agreed
-from hybrid_kernels.triton_backend.row import conclude, finish_gradient
-from hybrid_kernels.triton_backend.sums import (
-    is_above_padding,
+from hybrid_kernels.triton_backend.divergences import LN2, fast_log2
+from hybrid_kernels.triton_backend.lean import (
+    Row,
+    added,
+    fma,
+    gradient_of,
     is_ordinary,
-    is_small,
-    merge,
-    no_sums,
-    normalisers,
-    sums_of,
-    swept_divergences,
+    logs_of,
+    named,
+    ordinary_entry,
+    rounded_product,
+    second_divergence,
+    second_summands,
+    sums_of_slice,
+    swept_divergence,
+    swept_factors,
+    swept_gradient,
+    together,
 )
-
-
-class Held(NamedTuple):
-    """What a program holds of a row: the tiles of its slice, and a tile with the edges."""
-
-    tiles: tl.tensor
-    edges: tl.tensor
-
-
-@triton.jit
-def _start(where, i, P: tl.constexpr):
-    """Where in the body a slice's tile begins."""
-    return where.part * P.slice + i * P.block
-
-
-@triton.jit
-def _limit(where, body, P: tl.constexpr):
-    """Where in the body a slice ends."""
-    return tl.minimum((where.part + 1) * P.slice, body)
-
-
-@triton.jit
-def _load(where, is_read, P: tl.constexpr):
-    """The tiles of a slice, as stored; nothing is loaded unless it `is_read`."""
-    GUARDED: tl.constexpr = not P.one_sweep
-    limit = _limit(where, tl.where(is_read, where.body, 0), P)
-    tiles = ()
-    TILES: tl.constexpr = P.tiles
-    for i in tl.static_range(TILES):
-        tiles = tiles + (load_tile(where, _start(where, i, P), limit, P, GUARDED),)
-    return tiles
+from hybrid_kernels.triton_backend.meeting import group_of, meet, publish, write_small
+from hybrid_kernels.triton_backend.memory import (
+    body_of,
+    coefficient,
+    constants_of,
+    edge_lanes,
+    locate,
+    sampled_id,
+    write_divergence,
+    write_log_probs,
+    write_statistics,
+)
+from hybrid_kernels.triton_backend.packed import per_word, unpacked
+from hybrid_kernels.triton_backend.reduce import agreed, sum_each
+from hybrid_kernels.triton_backend.slices import (
+    counts_of,
+    edge_places,
+    is_lead_of,
+    limit_of,
+    load_again,
+    load_slice,
+    next_row,
+    piece_of,
+    places,
+    store_words,
+)
+from hybrid_kernels.triton_backend.sums import Statistics, is_small
 
 
 @triton.jit
-def _store(where, i, gradient, P: tl.constexpr):
-    store_tile(where, _start(where, i, P), _limit(where, where.body, P), gradient, P)
-
-
-@triton.jit
-def _guarded_sums(where, constants, P: tl.constexpr):
-    """The sums of a slice that is not ordinary. A case so rare must not keep registers: it reads
-    the slice again, tile by tile, in a loop that is not unrolled."""
-    sums = no_sums(P)
-    for i in range(P.tiles):
-        tile = load_tile(where, _start(where, i, P), _limit(where, where.body, P), P)
-        sums = merge(sums, sums_of((tile,), constants, P), constants.scale, P)
-    return sums
-
-
-@triton.jit
-def _write_guarded_gradient(where, stats, weights, constants, P: tl.constexpr, D: tl.constexpr):
-    """As `_guarded_sums`, for the gradient."""
-    for i in range(P.tiles):
-        tile = load_tile(where, _start(where, i, P), _limit(where, where.body, P), P)
-        _store(where, i, tile_gradient(tile, stats, weights, constants, P, D), P)
-
-
-@triton.jit
-def _values_and_slopes(group, meetings, held, stats, constants, P: tl.constexpr, D: tl.constexpr):
-    """Divergence and sum of slopes of the row for each member, all normalisers known: the second
-    meeting."""
-    divergences = values_and_slopes(held.tiles, stats, constants, P, D)
+def _small_value(where, held, row, logs, constants, is_lead, P: tl.constexpr, D: tl.constexpr):
+    """What a slice adds to a small divergence. It is read again, in a loop that is not unrolled: a
+    case less usual must not cost registers."""
+    SIZE: tl.constexpr = piece_of(P)
+    PIECES: tl.constexpr = P.tiles * P.warps * P.width // SIZE
+    total = tl.full((SIZE,), 0.0, tl.float32)
+    for i in range(PIECES):
+        z = load_again(where.student, where, i, P)
+        w = load_again(where.teachers[0], where, i, P)
+        for k in tl.static_range(len(z)):
+            terms = D(
+                ordinary_entry(z[k], w[k], row, logs, constants, P), constants.parameter, 0.0, True
+            )
+            total += terms[0]
+    value = tl.sum(total, 0)
     if P.edges:
-        if group.part == 0:
-            edges = values_and_slopes((held.edges,), stats, constants, P, D)
-            divergences = add_values_and_slopes(divergences, edges, P)
-    if P.splits > 1:
-        divergences = meet_values(group, meetings, divergences[0], divergences[1], P)
-    return divergences
+        if is_lead:
+            z_edge = held.z_edge.to(tl.float32)
+            edges = ordinary_entry(z_edge, held.w_edge.to(tl.float32), row, logs, constants, P)
+            edge_terms = D(edges, constants.parameter, 0.0, True)
+            value += tl.sum(edge_terms[0], 0)
+    return value * constants.shares[0]
 
 
 @triton.jit
-def _write_small_value(args, group, row, held, stats, constants, P: tl.constexpr, D: tl.constexpr):
-    """A small divergence, summed a second time, over what the first sum has written."""
-    value = small_value(held.tiles, stats, constants, P, D)
+def _second_sums(
+    held, where, limit, row, logs, constants, is_lead, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
+    P: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """What a slice adds to the divergence and the sum of slopes, and p and g of all its entries."""
+    zs = held.zs
+    ws = held.ws
+    values = tl.full((P.warps, P.width), 0.0, tl.float32)
+    slopes = values
+    kept = ()
+    for i in tl.static_range(len(zs)):
+        z = unpacked(zs[i], STUDENT)
+        w = unpacked(ws[i], TEACHER)
+        for k in tl.static_range(len(z)):
+            own = second_summands(z[k], w[k], row, logs, constants, P, D)
+            t = own[0][1]
+            s = own[1][1]
+            if P.floor:
+                # The teacher is raised in lanes outside the slice, too.
+                inside = places(i, P) < limit
+                t = tl.where(inside, t, 0.0)
+                s = tl.where(inside, s, 0.0)
+            values += own[0][0] * t
+            slopes += own[1][0] * s
+            kept = kept + (own[2], own[3])
+    numbers = sum_each(sum_each((values, slopes), 1), 0)
     if P.edges:
-        if group.part == 0:
-            value += small_value((held.edges,), stats, constants, P, D)
+        if is_lead:
+            z_edge = held.z_edge.to(tl.float32)
+            w_edge = held.w_edge.to(tl.float32)
+            edges = second_summands(z_edge, w_edge, row, logs, constants, P, D)
+            _, inside = edge_lanes(where, edge_places(P), P)
+            edge_values = tl.where(inside, edges[0][0] * edges[0][1], 0.0)
+            edge_slopes = tl.where(inside, edges[1][0] * edges[1][1], 0.0)
+            numbers = added(numbers, sum_each((edge_values, edge_slopes), 0))
+    return numbers, kept
+
+
+@triton.jit
+def _is_owner(where, token, is_lead, P: tl.constexpr):
+    """Whether the sampled token is in this program's slice, or nowhere and this is the lead."""
+    offset = token - where.head
+    in_body = (token >= 0) & (offset >= 0) & (offset < where.body)
+    return tl.where(in_body, offset // P.slice == where.part, is_lead)
+
+
+@triton.jit
+def _logit(row_ptr, token, is_read):
+    return tl.load(row_ptr + token, mask=is_read, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def _scale_of(args, row, P: tl.constexpr):
+    return constants_of(args, tl.minimum(row, args.count - 1), P).scale
+
+
+@triton.jit
+def _write_statistics(args, number, value, slopes, sums, row, constants, P: tl.constexpr):
+    """By the lead."""
+    logs = logs_of(sums, P)
+    if P.one_sweep and P.full > 0:
+        value, slopes = swept_divergence(sums, logs.teacher - logs.student, row.scale, P)
+    # About the maxima themselves, where E is about their rounded product with s.
+    student_lse = (logs.student - fma(sums.student_max, row.scale, -row.student_max)) * LN2
+    teacher_lse = (logs.teacher - fma(sums.teacher_max, row.scale, -row.teacher_max)) * LN2
+    zero = tl.full((), 0.0, tl.float32)
+    stats = Statistics(
+        sums.student_max,
+        sums.teacher_max,
+        student_lse,
+        teacher_lse,
+        teacher_lse - student_lse,
+        logs.entropy,
+        slopes,
+        zero,
+        zero,
+    )
+    write_statistics(args, number, (stats,), row.inv_t, P)
+    write_divergence(args, number, value * constants.shares[0])
+
+
+@triton.jit
+def _write_log_probs(args, number, z, w, sums, row, constants, P: tl.constexpr):
+    """By the owner of the sampled token."""
+    logs = logs_of(sums, P)
+    log_p = (fma(z, row.scale, -row.student_max) - logs.student) * LN2
+    log_q = tl.full((), 0.0, tl.float32)
+    if P.full > 0:
+        log_q = (fma(w, row.scale, -row.teacher_max) - logs.teacher) * LN2
+        if P.floor:
+            log_q = tl.where(log_q < constants.floor, constants.floor, log_q)
+    if args.token_ids is None:
+        log_p = tl.full((), 0.0, tl.float32)
+        log_q = log_p
+    write_log_probs(args, number, log_p, log_q)
+
+
+@triton.jit
+def _is_small(sums, constants, P: tl.constexpr):
+    log_ratio = fast_log2(sums.teacher / sums.student)
+    value, _ = swept_divergence(sums, log_ratio, constants.scale, P)
+    return is_small(value * constants.shares[0], constants)
+
+
+@triton.jit
+def _write_small(
+    args, group, where, meeting, held, sums, row, constants, is_lead, P: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """A small divergence, summed a second time, over what the lead writes of it."""
+    logs = logs_of(sums, P)
+    value = _small_value(where, held, row, logs, constants, is_lead, P, D)
     if P.splits > 1:
-        write_small(args, group, row, value, P)
+        write_small(args, group, where.row, meeting, value, P)
     else:
-        write_divergence(args, row, value)
+        write_divergence(args, where.row, value)
 
 
 @triton.jit
-def _is_read(args, row):
-    """Whether a row is to be read: it exists and is not masked."""
-    is_read = row < args.count
-    if args.valid is not None:
-        is_read = tl.load(args.valid + row, mask=is_read, other=0).to(tl.int32) != 0
-    return is_read
+def _store_edges(where, held, row, factors, sums, constants, P: tl.constexpr, D: tl.constexpr):
+    z = held.z_edge.to(tl.float32)
+    w = held.w_edge.to(tl.float32)
+    gradient = gradient_of(z, w, row, factors, sums, constants, P, D)
+    offsets, inside = edge_lanes(where, edge_places(P), P)
+    tl.store(where.gradient + offsets, gradient.to(where.gradient.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_token(
+    where, token, z, w, c_logp, row, factors, sums, constants, P: tl.constexpr, D: tl.constexpr
+):
+    """Writes the sampled token's gradient over what its tile has stored: that, and its own term.
+    One entry mended costs less than a comparison in every lane."""
+    gradient = gradient_of(z, w, row, factors, sums, constants, P, D) + c_logp
+    # Another thread may have stored it.
+    tl.debug_barrier()
+    gradient = gradient.to(where.gradient.dtype.element_ty)
+    tl.store(where.gradient + token, gradient, mask=token >= 0)
 
 
 @triton.jit
 def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
     """Statistics and gradient of the rows of a group."""
-    # Only the sums of one sweep show that a slice is ordinary.
-    GUARDED: tl.constexpr = not P.one_sweep
-    group, row = group_of(args, P)
-    meetings = tl.full((), 0, tl.int32)
-    where = locate(args, row, group.part, P)
-    is_read = _is_read(args, row)
-    tiles = _load(where, is_read, P)
-    while row < args.count:
-        # What this program has to say of its slice, before it waits for anything.
-        sums = no_sums(P)
-        ordinary = group.part < 0
-        token = no_token(P)
-        edges = tiles[0]  # replaced where there are edges
-        if P.edges:
-            edges = load_edges(where, is_read & (group.part == 0), P)
-        if is_read:
-            constants = constants_of(args, row, P)
-            token = sampled_token(args, where, P)
-            sums = sums_of(tiles, constants, P, GUARDED)
-            ordinary = group.part >= 0
-            if not GUARDED:
-                ordinary = agreed(is_ordinary(sums, constants, P))
-                if not ordinary:
-                    sums = _guarded_sums(where, constants, P)
-            if P.edges:
-                if group.part == 0:
-                    sums = merge(sums, sums_of((edges,), constants, P), constants.scale, P)
-            if P.splits > 1:
-                publish_sums(group, meetings, sums, P)
+    STUDENT: tl.constexpr = args.student.ptr.dtype.element_ty
+    TEACHER: tl.constexpr = args.teachers[0].ptr.dtype.element_ty if P.full > 0 else STUDENT
+    PER_WORD: tl.constexpr = per_word(STUDENT)
+    group, first = group_of(args, P)
+    is_lead = is_lead_of(group, P)
+    meeting = tl.full((), 0, tl.int32)
+    counts = 1
+    if args.valid is not None:
+        counts = counts_of(args, first)
+    number = next_row(args, group, first, counts, P)
+    held = load_slice(args, group, number, P)
+    ahead = number
+    next_held = held
+    if P.lag:
+        ahead = number + args.groups
+        if args.valid is not None:
+            counts = counts_of(args, ahead)
+        ahead = next_row(args, group, ahead, counts, P)
+        next_held = load_slice(args, group, ahead, P)
+        scale = _scale_of(args, number, P)
+        publish(group, meeting, sums_of_slice(held, scale, is_lead, STUDENT, TEACHER, P), P)
+    while number < args.count:
+        # What a row needs from memory at once, before it is waited for.
+        constants = constants_of(args, number, P)
+        c_div = coefficient(args.c_div, number, constants.inv_t)
+        if P.full > 0:
+            c_div *= constants.shares[0]
+        c_logp = tl.full((), 0.0, tl.float32)
+        if P.one_sweep:
+            c_logp = coefficient(args.c_logp, number, constants.inv_t)
+        c_ent = coefficient(args.c_ent, number, constants.inv_t)
+        after = ahead + args.groups
+        if args.valid is not None:
+            counts = counts_of(args, after)
 
-        next_is_read = _is_read(args, row + args.groups)
-        next_tiles = tiles
-        if P.prefetch:
-            next_where = locate(args, row + args.groups, group.part, P)
-            next_tiles = _load(next_where, next_is_read, P)
-
-        if is_read:
-            constants = constants_of(args, row, P)
-            held = Held(tiles, edges)
-            if P.splits > 1:
-                sums = meet_sums(group, meetings, sums, constants.scale, P)
-                meetings += 1
-            stats = normalisers(sums, constants, P)
-            divergences = ((), ())
-            if P.full > 0:
-                if P.one_sweep:
-                    divergences = swept_divergences(sums, stats, constants, P)
-                else:
-                    divergences = _values_and_slopes(group, meetings, held, stats, constants, P, D)
-                    meetings += 1
-            value, stats, token = conclude(args, where, token, stats, divergences, constants, P, D)
-            if P.small:
-                # (Padding that counts would spoil the sum: the first one stands then.)
-                if agreed(is_small(value, constants) & is_above_padding(stats, constants, P)):
-                    _write_small_value(args, group, row, held, stats, constants, P, D)
-            weights = weights_of(args, where, token, stats, constants, P)
-            if ordinary:
-                for i in tl.static_range(len(tiles)):
-                    gradient = tile_gradient(tiles[i], stats, weights, constants, P, D, GUARDED)
-                    _store(where, i, gradient, P)
-            else:
-                _write_guarded_gradient(where, stats, weights, constants, P, D)
-            if P.edges:
-                if group.part == 0:
-                    gradient = tile_gradient(edges, stats, weights, constants, P, D)
-                    store_edges(where, gradient, P)
-            finish_gradient(args, where, token, stats, weights, constants, P, D)
+        # What is published now: this row's sums or, with a lag, the next one's.
+        if P.lag:
+            scale = _scale_of(args, ahead, P)
+            numbers = sums_of_slice(next_held, scale, is_lead, STUDENT, TEACHER, P)
+            publish(group, meeting + 1, numbers, P)
         else:
-            for i in tl.static_range(len(tiles)):
-                _store(where, i, tl.full((P.block,), 0.0, tl.float32), P)
-            if group.part == 0:
-                clear_statistics(args, row, P)
-                if P.edges:
-                    clear_edges(where, P)
-        row += args.groups
-        where = locate(args, row, group.part, P)
-        is_read = next_is_read
-        tiles = next_tiles
-        if not P.prefetch:
-            tiles = _load(where, is_read, P)
+            numbers = sums_of_slice(held, constants.scale, is_lead, STUDENT, TEACHER, P)
+            if P.splits > 1:
+                publish(group, meeting, numbers, P)
+        after = next_row(args, group, after, counts, P)
+        if P.one_sweep:
+            far_held = load_slice(args, group, after, P)
+        if P.splits > 1:
+            numbers = together(meet(group, meeting, P), P.splits, constants.scale, P)
+        sums = named(numbers, P)
+        meeting += 1
+        where = locate(args, number, group.part, P)
+        limit = limit_of(where, PER_WORD, P)
+        # The token's logits are needed after the gradient, which may overwrite them. (Those of
+        # another program's slice may be overwritten already.)
+        token = tl.full((), -1, tl.int32)
+        is_owner = is_lead
+        z_token = tl.full((), 0.0, tl.float32)
+        w_token = z_token
+        if args.token_ids is not None:
+            token = sampled_id(args, number, P)
+            is_owner = _is_owner(where, token, is_lead, P)
+            z_token = _logit(where.student, token, is_owner & (token >= 0))
+            if P.full > 0:
+                w_token = _logit(where.teachers[0], token, is_owner & (token >= 0))
+
+        row = Row(
+            rounded_product(sums.student_max, constants.scale),
+            rounded_product(sums.teacher_max, constants.scale),
+            sums.student_max - sums.teacher_max,
+            constants.scale,
+            constants.inv_t,
+            c_div,
+            c_logp,
+            c_ent,
+        )
+        is_written = agreed(is_ordinary(sums, constants.scale, P))
+        value = tl.full((), 0.0, tl.float32)
+        slopes = value
+        factors = ()
+        kept = ()
+        if P.one_sweep:
+            factors = swept_factors(sums, row, P)
+        else:
+            logs = logs_of(sums, P)
+            numbers, kept = _second_sums(
+                held, where, limit, row, logs, constants, is_lead, STUDENT, TEACHER, P, D
+            )
+            c_logp = coefficient(args.c_logp, number, constants.inv_t)
+            if P.splits > 1:
+                publish(group, meeting, numbers, P)
+                met = meet(group, meeting, P)
+                there = tl.arange(0, P.lanes) < P.splits
+                met = (tl.where(there, met[0], 0.0), tl.where(there, met[1], 0.0))
+                numbers = sum_each(met, 0)
+            meeting += 1
+            # Not before: p and g take the registers of both slices.
+            far_held = load_slice(args, group, after, P)
+            value, slopes = second_divergence(numbers, constants.parameter, P)
+            is_written = agreed(is_written & (value - value == 0.0))
+            factors = (-(c_div * slopes + c_logp + c_ent * logs.entropy),)
+        if is_written:
+            if is_lead:
+                _write_statistics(args, number, value, slopes, sums, row, constants, P)
+            if P.small and P.one_sweep:
+                if agreed(_is_small(sums, constants, P)):
+                    _write_small(
+                        args, group, where, meeting, held, sums, row, constants, is_lead, P, D
+                    )
+            ptr = body_of(where.gradient, where.head, P) + where.part * P.slice
+            zs = held.zs
+            ws = held.ws
+            for i in tl.static_range(len(zs)):
+                entries = ()
+                if P.one_sweep:
+                    z = unpacked(zs[i], STUDENT)
+                    w = unpacked(ws[i], TEACHER)
+                    for k in tl.static_range(PER_WORD):
+                        entries = entries + (swept_gradient(z[k], w[k], row, factors, P),)
+                else:
+                    for k in tl.static_range(PER_WORD):
+                        p = kept[2 * (i * PER_WORD + k)]
+                        g = kept[2 * (i * PER_WORD + k) + 1]
+                        entries = entries + (tl.fma(p, factors[0], g),)
+                store_words(ptr, i, limit, entries, P)
+            if P.edges:
+                if is_lead:
+                    _store_edges(where, held, row, factors, sums, constants, P, D)
+            if is_owner:
+                _write_log_probs(args, number, z_token, w_token, sums, row, constants, P)
+                if P.log_prob:
+                    _store_token(
+                        where, token, z_token, w_token, c_logp, row, factors, sums, constants, P, D
+                    )
+        if is_lead:
+            tl.store(args.declined + number, (is_written == 0).to(tl.int8))
+        if P.lag:
+            number = ahead
+            held = next_held
+        else:
+            number = after
+            held = far_held
+        ahead = after
+        next_held = far_held

@@ -1,4 +1,4 @@
-"""What follows the sums of a row in both forms, all but the walks over its entries."""
+"""What follows the sums of a row that is swept, all but the walks over its entries."""
 
 import triton
 import triton.language as tl
@@ -6,13 +6,17 @@ import triton.language as tl
 from hybrid_kernels.triton_backend import topk
 from hybrid_kernels.triton_backend.entries import student_log_prob, teacher_log_prob
 from hybrid_kernels.triton_backend.gradient import store_sampled
-from hybrid_kernels.triton_backend.memory import write_divergence, write_statistics
+from hybrid_kernels.triton_backend.memory import (
+    write_divergence,
+    write_log_probs,
+    write_statistics,
+)
 from hybrid_kernels.triton_backend.sums import Statistics, settled
 
 
 @triton.jit
 def conclude(args, where, token, stats, divergences, constants, P: tl.constexpr, D: tl.constexpr):
-    """Completes the statistics, which the first program of a row writes.
+    """Completes the statistics, and writes them.
 
     `stats` are those of `normalisers`, `divergences` values and slope sums of the full teachers.
     Returns the divergence, the statistics, and what there is to know of the token.
@@ -23,36 +27,24 @@ def conclude(args, where, token, stats, divergences, constants, P: tl.constexpr,
         value, stats, log_q, token = topk.compare(args, where, token, stats, constants, P, D)
     elif P.members > 0:
         value, stats = settled(divergences[0], divergences[1], stats, constants, P)
-    if where.part == 0:
-        log_p = tl.full((), 0.0, tl.float32)
-        if args.token_ids is not None:
-            log_p = student_log_prob(token.z, Statistics(*stats[0]), constants)
-            if P.full > 0:
-                log_q = teacher_log_prob(token.ws, stats, constants, P)
-        write_statistics(args, where.row, stats, log_p, log_q, constants.inv_t, P)
-        write_divergence(args, where.row, value)
+    log_p = tl.full((), 0.0, tl.float32)
+    if args.token_ids is not None:
+        log_p = student_log_prob(token.z, Statistics(*stats[0]), constants)
+        if P.full > 0:
+            log_q = teacher_log_prob(token.ws, stats, constants, P)
+    write_statistics(args, where.row, stats, constants.inv_t, P)
+    write_log_probs(args, where.row, log_p, log_q)
+    write_divergence(args, where.row, value)
     return value, stats, token
-
-
-@triton.jit
-def _owns(where, token, P: tl.constexpr):
-    """Whether an entry is in this program's slice, or in the edges, which are the first's."""
-    if P.splits == 1:
-        return True
-    else:
-        offset = token - where.head
-        in_body = (offset >= 0) & (offset < where.body)
-        return (token >= 0) & (tl.where(in_body, offset // P.slice, 0) == where.part)
 
 
 @triton.jit
 def finish_gradient(
     args, where, token, stats, weights, constants, P: tl.constexpr, D: tl.constexpr
 ):
-    """Completes the gradient that the tiles have written: the sampled token's entry, if it is in
-    this program's part of the row, and the support."""
+    """Completes the gradient that the tiles have written: the sampled token's entry and the
+    support."""
     if P.log_prob or P.corrects:
-        if _owns(where, token.id, P):
-            store_sampled(where, token, stats, weights, constants, P, D)
+        store_sampled(where, token, stats, weights, constants, P, D)
     if P.k > 0:
         topk.store_support(args, where, token, stats, weights, constants, P, D)

@@ -195,24 +195,20 @@ def no_sums(P: tl.constexpr):
 
 
 @triton.jit
-def sums_of(tiles, constants, P: tl.constexpr, GUARDED: tl.constexpr = True):
-    """The sums of the entries of some tiles."""
+def sums_of(tile, constants, P: tl.constexpr, GUARDED: tl.constexpr = True):
+    """The sums of the entries of a tile."""
     sums = ()
     SUMS: tl.constexpr = P.sums
     for i in tl.static_range(SUMS):
-        sums = sums + (_member_sums(tiles, i, constants, P, GUARDED),)
+        sums = sums + (_member_sums(tile, i, constants, P, GUARDED),)
     return sums
 
 
 @triton.jit
-def _member_sums(tiles, i: tl.constexpr, constants, P: tl.constexpr, GUARDED: tl.constexpr):
-    top = tiles[0][0].to(tl.float32)
-    for j in tl.static_range(1, len(tiles)):
-        top = tl.maximum(top, tiles[j][0].to(tl.float32))
+def _member_sums(tile, i: tl.constexpr, constants, P: tl.constexpr, GUARDED: tl.constexpr):
+    top = tile[0].to(tl.float32)
     if P.full > 0:
-        teacher_top = tiles[0][1][i].to(tl.float32)
-        for j in tl.static_range(1, len(tiles)):
-            teacher_top = tl.maximum(teacher_top, tiles[j][1][i].to(tl.float32))
+        teacher_top = tile[1][i].to(tl.float32)
         if P.full > 1:
             # By itself, the student's is the same operation for all of them, and done once.
             student_max = tl.max(top, 0)
@@ -224,12 +220,7 @@ def _member_sums(tiles, i: tl.constexpr, constants, P: tl.constexpr, GUARDED: tl
     else:
         student_max = tl.maximum(tl.max(top, 0), START)
         teacher_max = student_max
-    # Entry by entry first: a thread adds up what it holds before threads add up what they have.
-    lanes = _summands(tiles[0], i, student_max, teacher_max, constants, P, GUARDED)
-    for j in tl.static_range(1, len(tiles)):
-        tile = _summands(tiles[j], i, student_max, teacher_max, constants, P, GUARDED)
-        lanes = _added(lanes, tile)
-    terms = sum_each(lanes)
+    terms = sum_each(_summands(tile, i, student_max, teacher_max, constants, P, GUARDED))
     if not GUARDED:
         few = _unpacked(terms, P)
         CHANGE: tl.constexpr = unit(True) * nats(False)

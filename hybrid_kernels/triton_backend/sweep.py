@@ -49,13 +49,12 @@ from hybrid_kernels.triton_backend.sums import (
 
 @triton.jit
 def _load(where, start, P: tl.constexpr, GUARDED: tl.constexpr = True):
-    """A tile, as the only one of its part of the row."""
-    return (load_tile(where, start, where.body, P, GUARDED),)
+    return load_tile(where, start, where.body, P, GUARDED)
 
 
 @triton.jit
 def _load_edges(where, P: tl.constexpr):
-    return (load_edges(where, where.body >= 0, P),)
+    return load_edges(where, where.body >= 0, P)
 
 
 @triton.jit
@@ -64,8 +63,8 @@ def _sums(where, constants, P: tl.constexpr, GUARDED: tl.constexpr):
     if P.edges:
         sums = sums_of(_load_edges(where, P), constants, P)
     for start in range(0, P.vocabulary, P.block):
-        tiles = _load(where, start, P, GUARDED)
-        sums = merge(sums, sums_of(tiles, constants, P, GUARDED), constants.scale, P)
+        tile = _load(where, start, P, GUARDED)
+        sums = merge(sums, sums_of(tile, constants, P, GUARDED), constants.scale, P)
     return sums
 
 
@@ -110,13 +109,13 @@ def _small_sweep(where, stats, constants, P: tl.constexpr, D: tl.constexpr):
 def _gradient_sweep(where, stats, weights, constants, P: tl.constexpr, D: tl.constexpr):
     if P.edges:
         edges = _load_edges(where, P)
-        store_edges(where, tile_gradient(edges[0], stats, weights, constants, P, D), P)
+        store_edges(where, tile_gradient(edges, stats, weights, constants, P, D), P)
     # Backwards: the tiles that the sweep before read last are still in the L2 cache.
     LAST: tl.constexpr = (P.vocabulary - 1) // P.block * P.block
     for back in range(0, P.vocabulary, P.block):
         start = LAST - back
-        tiles = _load(where, start, P)
-        gradient = tile_gradient(tiles[0], stats, weights, constants, P, D)
+        tile = _load(where, start, P)
+        gradient = tile_gradient(tile, stats, weights, constants, P, D)
         store_tile(where, start, where.body, gradient, P)
 
 
@@ -124,6 +123,9 @@ def _gradient_sweep(where, stats, weights, constants, P: tl.constexpr, D: tl.con
 def sweep_kernel(args, P: tl.constexpr, D: tl.constexpr):
     """One row: its statistics are measured (else they are read), its gradient written."""
     row = tl.program_id(0)
+    if args.declined is not None:
+        if tl.load(args.declined + row) == 0:
+            return
     where = locate(args, row, tl.full((), 0, tl.int32), P)
     if is_valid(args, row):
         constants = constants_of(args, row, P)
@@ -132,7 +134,10 @@ def sweep_kernel(args, P: tl.constexpr, D: tl.constexpr):
             # No reduction keeps the first gradient tile behind these loads.
             tl.debug_barrier()
         if P.measure:
-            sums = _first_sweep(where, constants, P)
+            if args.declined is not None:
+                sums = _sums(where, constants, P, True)
+            else:
+                sums = _first_sweep(where, constants, P)
             stats = normalisers(sums, constants, P)
             divergences = ((), ())
             if P.full > 0:

@@ -9,7 +9,7 @@ One launch, `mark_kernel`, looks at the supports alone: it marks their entries, 
 padding and repetitions, and gathers the student's logits. The row kernels then read the student's
 logits and the marks; their sums of a tile are those of the student, and its mass outside the
 support, which is never a difference of masses. What remains, `compare` and `store_support`, is
-arithmetic on K numbers, which every program of a row does for itself.
+arithmetic on K numbers.
 """
 
 from typing import NamedTuple
@@ -211,7 +211,7 @@ def _categories(ids, z, log_q, student, log_tail, constants, resolution, P: tl.c
 def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constexpr):
     """Divergence, statistics of the members, log q(y) and the token from the student's statistics.
 
-    The first program of a row also fills the fields that only supports have.
+    It also fills the fields that only supports have.
     """
     row = where.row
     ids, z = _load(args, row, P)
@@ -273,13 +273,12 @@ def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constex
         # log q(y) may be NaN, for one that is not known.
         corrected = ~in_support & (elsewhere == elsewhere) & (log_tail > -float("inf"))
         correction = tl.where(corrected, total * (log_p - elsewhere) - rho, 0.0)
-    if where.part == 0:
-        p = tl.where(ids != DROPPED, student_probability(z, student, constants), 0.0)
-        ptr = args.statistics + row
-        count = tl.cast(args.count, tl.int64)
-        tl.store(ptr + STUDENT_MASS * count, tl.sum(p, 0))
-        tl.store(ptr + _TEACHER_MASS * count, teacher_mass)
-        tl.store(ptr + TAIL_CORRECTION * count, correction)
+    p = tl.where(ids != DROPPED, student_probability(z, student, constants), 0.0)
+    ptr = args.statistics + row
+    count = tl.cast(args.count, tl.int64)
+    tl.store(ptr + STUDENT_MASS * count, tl.sum(p, 0))
+    tl.store(ptr + _TEACHER_MASS * count, teacher_mass)
+    tl.store(ptr + TAIL_CORRECTION * count, correction)
     token = Token(token.id, token.z, token.ws, in_support, correction)
     return value, members, teacher_log_prob, token
 
@@ -298,8 +297,7 @@ def recall(args, where, token, P: tl.constexpr):
 
 @triton.jit
 def store_support(args, where, token, stats, weights, constants, P: tl.constexpr, D: tl.constexpr):
-    """Writes the gradient of the support over what the tiles have stored: of the entries in this
-    program's slice of the body and, if it is the first, of the edges."""
+    """Writes the gradient of the support over what the tiles have stored."""
     student = Statistics(*stats[0])
     ids, z = _load(args, where.row, P)
     p = student_probability(z, student, constants)
@@ -320,11 +318,5 @@ def store_support(args, where, token, stats, weights, constants, P: tl.constexpr
         share = weights.divergence * constants.shares[i]
         pull = share * (c.support.p * (u - stat.slope_sum) + v)
         gradient += tl.where(weights.divergence == 0.0, 0.0, pull)
-    position = ids - where.head
-    in_body = (position >= 0) & (position < where.body)
-    first = where.part * P.slice
-    # Scalars enter as limits: a block & scalar is no mask to the interpreter.
-    in_edges = ~in_body & (ids >= tl.where(where.part == 0, 0, 2**30))
-    owned = (in_body & (position >= first) & (position < first + P.slice)) | in_edges
     tl.debug_barrier()
-    tl.store(where.gradient + ids, gradient.to(where.gradient.dtype.element_ty), mask=owned)
+    tl.store(where.gradient + ids, gradient.to(where.gradient.dtype.element_ty), mask=ids >= 0)

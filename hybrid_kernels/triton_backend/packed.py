@@ -1,0 +1,149 @@
+"""Entries as the row-resident form keeps them: packed as they were loaded, two 16-bit ones to a
+word of 32 bits, and unpacked where they are used.
+
+So a slice takes half the registers, and a prefetch is not waited for where it begins: what is done
+to a loaded register is done when the row is used. Inline assembly does what Triton's compiler
+would do otherwise, or not at all; the interpreter, which has none, gets the same in plain Triton.
+"""
+
+import triton
+import triton.language as tl
+
+from hybrid_kernels.triton_backend.reduce import INTERPRETED
+
+
+@triton.constexpr_function
+def per_word(TYPE):
+    """Entries in a word."""
+    return 2 if TYPE.primitive_bitwidth == 16 else 1
+
+
+@triton.constexpr_function
+def word_of(pad, TYPE):
+    """A word of nothing but `Plan.pad`: -2^90, or the lowest number of fp16 where a side is of that
+    (which bf16 rounds to -65280)."""
+    if TYPE.primitive_bitwidth != 16:
+        return pad
+    if TYPE.is_fp16():
+        return -0x04000401
+    return -0x137F1380 if pad < -1e20 else -0x38803881
+
+
+@triton.jit
+def words_at(ptr):
+    """A pointer to words, from one to entries."""
+    if ptr.dtype.element_ty.primitive_bitwidth == 16:
+        return tl.multiple_of(ptr.to(tl.pointer_type(tl.int32)), 16)
+    else:
+        return tl.multiple_of(ptr, 16)
+
+
+@triton.jit
+def unpacked(word, TYPE: tl.constexpr):
+    """The entries of words, in fp32.
+
+    The compiler must not see that it has done this before: it would keep the results, which are
+    twice as many registers as the words.
+    """
+    if TYPE.primitive_bitwidth != 16:
+        return (word,)
+    elif INTERPRETED and TYPE.is_bf16():
+        low = (word << 16).to(tl.float32, bitcast=True)
+        return low, (word & -65536).to(tl.float32, bitcast=True)
+    elif INTERPRETED:
+        low = word.to(tl.int16).to(tl.float16, bitcast=True)
+        high = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        return low.to(tl.float32), high.to(tl.float32)
+    elif TYPE.is_bf16():
+        low = tl.inline_asm_elementwise(
+            "shl.b32 $0, $1, 16;", "=f,r", [word], dtype=tl.float32, is_pure=False, pack=1
+        )
+        high = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0xffff0000;", "=f,r", [word], dtype=tl.float32, is_pure=False, pack=1
+        )
+        return low, high
+    else:
+        return tl.inline_asm_elementwise(
+            "{.reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h;}",
+            "=f,=f,r",
+            [word],
+            dtype=(tl.float32, tl.float32),
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def packed(entries, TYPE: tl.constexpr):
+    """Words of entries, rounded to their type. (One by one, a GPU rounds at an eighth of the
+    rate.)"""
+    if TYPE.primitive_bitwidth != 16:
+        return entries[0]
+    elif INTERPRETED:
+        low = entries[0].to(TYPE).to(tl.int16, bitcast=True).to(tl.int32) & 65535
+        high = entries[1].to(TYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16
+        return low | high
+    elif TYPE.is_bf16():
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;",
+            "=r,f,f",
+            [entries[0], entries[1]],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;",
+            "=r,f,f",
+            [entries[0], entries[1]],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def _each(a, b, TYPE: tl.constexpr, LARGER: tl.constexpr):
+    """The larger, or the smaller, of the entries of two words, place by place."""
+    if TYPE.primitive_bitwidth != 16:
+        return tl.maximum(a, b) if LARGER else tl.minimum(a, b)
+    elif INTERPRETED:
+        one = unpacked(a, TYPE)
+        other = unpacked(b, TYPE)
+        if LARGER:
+            return packed((tl.maximum(one[0], other[0]), tl.maximum(one[1], other[1])), TYPE)
+        else:
+            return packed((tl.minimum(one[0], other[0]), tl.minimum(one[1], other[1])), TYPE)
+    else:
+        NAME: tl.constexpr = ("max" if LARGER else "min") + (
+            ".bf16x2" if TYPE.is_bf16() else ".f16x2"
+        )
+        return tl.inline_asm_elementwise(
+            NAME + " $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def largest(words, TYPE: tl.constexpr):
+    """Of each place of tiles of words, in fp32; NaN is dropped."""
+    top = words[0]
+    for i in tl.static_range(1, len(words)):
+        top = _each(top, words[i], TYPE, True)
+    entries = unpacked(top, TYPE)
+    if len(entries) == 2:
+        return tl.maximum(entries[0], entries[1])
+    else:
+        return entries[0]
+
+
+@triton.jit
+def smallest(words, TYPE: tl.constexpr):
+    low = words[0]
+    for i in tl.static_range(1, len(words)):
+        low = _each(low, words[i], TYPE, False)
+    entries = unpacked(low, TYPE)
+    if len(entries) == 2:
+        return tl.minimum(entries[0], entries[1])
+    else:
+        return entries[0]

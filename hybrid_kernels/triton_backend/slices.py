@@ -1,0 +1,170 @@
+"""The slice of a row that a program of the row-resident form keeps in registers: how it is loaded
+and stored, and how masked rows are passed over.
+
+A slice is tiles of words (`packed.py`); the last program of a row, its *lead*, also has the edges
+(`memory.py`), one for each thread, in a tile of their own.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from hybrid_kernels.triton_backend.memory import (
+    body_of,
+    clear_statistics,
+    edge_lanes,
+    locate,
+)
+from hybrid_kernels.triton_backend.packed import packed, per_word, unpacked, word_of, words_at
+from hybrid_kernels.triton_backend.plan import WARP
+from hybrid_kernels.triton_backend.reduce import INTERPRETED
+
+_WARP = tl.constexpr(WARP)
+
+
+class Slice(NamedTuple):
+    """What a program holds of a row: tiles of words, and the edges if they are its."""
+
+    zs: tl.tensor
+    ws: tl.tensor
+    z_edge: tl.tensor
+    w_edge: tl.tensor
+
+
+@triton.jit
+def places(i, P: tl.constexpr):
+    """Where in its slice the words of a tile are."""
+    warp = tl.arange(0, P.warps)[:, None]
+    return (i * P.warps + warp) * P.width + tl.arange(0, P.width)[None, :]
+
+
+@triton.jit
+def edge_places(P: tl.constexpr):
+    """One for each thread: in a tile of their own, because Triton would move others."""
+    return tl.arange(0, P.warps * _WARP)
+
+
+@triton.jit
+def limit_of(where, PER_WORD: tl.constexpr, P: tl.constexpr):
+    """How many words a slice has."""
+    words = tl.minimum(where.body - where.part * P.slice, P.slice) // PER_WORD
+    # (Of which the compiler would lose sight.)
+    return tl.multiple_of(words, 4)
+
+
+@triton.jit
+def is_lead_of(group, P: tl.constexpr):
+    """Whether this program takes what is there once for a row. The last one's slice is shortest."""
+    return group.part == P.splits - 1
+
+
+@triton.jit
+def _load_side(row_ptr, where, is_read, is_lead, P: tl.constexpr):
+    TYPE: tl.constexpr = row_ptr.dtype.element_ty
+    PAD: tl.constexpr = word_of(P.pad, TYPE)
+    PER_WORD: tl.constexpr = per_word(TYPE)
+    ptr = words_at(body_of(row_ptr, where.head, P) + where.part * P.slice)
+    limit = tl.where(is_read, limit_of(where, PER_WORD, P), 0)
+    words = ()
+    TILES: tl.constexpr = P.tiles
+    for i in tl.static_range(TILES):
+        within = places(i, P)
+        if (i + 1) * P.warps * P.width * PER_WORD <= P.least:
+            # Every slice has all of it. (A mask would cost instructions.)
+            tile = tl.load(ptr + within)
+        else:
+            tile = tl.load(ptr + within, mask=within < limit, other=PAD)
+        words = words + (tile,)
+    edge = words[0]
+    if P.edges:
+        offsets, inside = edge_lanes(where, edge_places(P), P)
+        inside = inside & (offsets < tl.where(is_read & is_lead, P.vocabulary, 0))
+        edge = tl.load(row_ptr + offsets, mask=inside, other=P.pad)
+    return words, edge
+
+
+@triton.constexpr_function
+def piece_of(P):
+    """Words that are read again at once: one for each thread. (The interpreter pays per step.)"""
+    return P.warps * (P.width if INTERPRETED.value else WARP)
+
+
+@triton.jit
+def load_again(row_ptr, where, i, P: tl.constexpr):
+    """The entries of a piece of a slice."""
+    TYPE: tl.constexpr = row_ptr.dtype.element_ty
+    PAD: tl.constexpr = word_of(P.pad, TYPE)
+    ptr = words_at(body_of(row_ptr, where.head, P) + where.part * P.slice)
+    SIZE: tl.constexpr = piece_of(P)
+    within = i * SIZE + tl.arange(0, SIZE)
+    inside = within < limit_of(where, per_word(TYPE), P)
+    return unpacked(tl.load(ptr + within, mask=inside, other=PAD), TYPE)
+
+
+@triton.jit
+def load_slice(args, group, row, P: tl.constexpr):
+    """This program's slice of a row; padding where there is no such row."""
+    # Beyond the last row, any: what is done with it leads nowhere.
+    is_read = row < args.count
+    where = locate(args, tl.where(is_read, row, 0), group.part, P)
+    is_lead = is_lead_of(group, P)
+    zs, z_edge = _load_side(where.student, where, is_read, is_lead, P)
+    ws = zs
+    w_edge = z_edge
+    if P.full > 0:
+        ws, w_edge = _load_side(where.teachers[0], where, is_read, is_lead, P)
+    return Slice(zs, ws, z_edge, w_edge)
+
+
+@triton.jit
+def store_words(ptr, i, limit, entries, P: tl.constexpr):
+    """A tile of the gradient, of one entry for a word of the student's, or two."""
+    TYPE: tl.constexpr = ptr.dtype.element_ty
+    within = places(i, P)
+    if len(entries) == per_word(TYPE):
+        tl.store(words_at(ptr) + within, packed(entries, TYPE), mask=within < limit)
+    else:
+        ptr = tl.multiple_of(ptr, 16)
+        tl.store(ptr + within, entries[0].to(TYPE), mask=within < limit)
+
+
+@triton.jit
+def clear_row(args, group, row, P: tl.constexpr):
+    """The gradient and the statistics of a masked row."""
+    where = locate(args, row, group.part, P)
+    TYPE: tl.constexpr = where.gradient.dtype.element_ty
+    zero = tl.full((P.warps, P.width), 0.0, tl.float32)
+    entries = (zero,)
+    PER_WORD: tl.constexpr = per_word(where.student.dtype.element_ty)
+    if PER_WORD == 2:
+        entries = (zero, zero)
+    ptr = body_of(where.gradient, where.head, P) + where.part * P.slice
+    limit = limit_of(where, PER_WORD, P)
+    TILES: tl.constexpr = P.tiles
+    for i in tl.static_range(TILES):
+        store_words(ptr, i, limit, entries, P)
+    if is_lead_of(group, P):
+        clear_statistics(args, row, P)
+        tl.store(args.declined + row, 0)
+        if P.edges:
+            offsets, inside = edge_lanes(where, edge_places(P), P)
+            zeros = tl.full((P.warps * _WARP,), 0.0, tl.float32)
+            tl.store(where.gradient + offsets, zeros.to(TYPE), mask=inside)
+
+
+@triton.jit
+def counts_of(args, row):
+    """Whether a row is not masked; so is what lies beyond the last one."""
+    return tl.load(args.valid + row, mask=row < args.count, other=1).to(tl.int32)
+
+
+@triton.jit
+def next_row(args, group, row, counts, P: tl.constexpr):
+    """The group's next row that counts, from one of which that is known; the others are cleared."""
+    if args.valid is not None:
+        while counts == 0:
+            clear_row(args, group, row, P)
+            row += args.groups
+            counts = counts_of(args, row)
+    return row
