@@ -77,6 +77,14 @@ def _first_sweep(where, constants, P: tl.constexpr):
 
 
 @triton.jit
+def _turned(passed, P: tl.constexpr):
+    """Where a sweep is that goes backwards, as every other one does: the tiles that the one before
+    read last are still in the L2 cache."""
+    LAST: tl.constexpr = (P.vocabulary - 1) // P.block * P.block
+    return LAST - passed
+
+
+@triton.jit
 def _second_sweep(
     where, stats, constants, P: tl.constexpr, D: tl.constexpr, SMALL: tl.constexpr = False
 ):
@@ -88,7 +96,8 @@ def _second_sweep(
         slopes = slopes + (no_slopes(P),)
     if P.edges:
         values, slopes = values_and_slopes(_load_edges(where, P), stats, constants, P, D, SMALL)
-    for start in range(0, P.vocabulary, P.block):
+    for passed in range(0, P.vocabulary, P.block):
+        start = _turned(passed, P)
         tile = values_and_slopes(_load(where, start, P), stats, constants, P, D, SMALL)
         values, slopes = add_values_and_slopes((values, slopes), tile, P)
     return values, slopes
@@ -110,10 +119,8 @@ def _gradient_sweep(where, stats, weights, constants, P: tl.constexpr, D: tl.con
     if P.edges:
         edges = _load_edges(where, P)
         store_edges(where, tile_gradient(edges, stats, weights, constants, P, D), P)
-    # Backwards: the tiles that the sweep before read last are still in the L2 cache.
-    LAST: tl.constexpr = (P.vocabulary - 1) // P.block * P.block
-    for back in range(0, P.vocabulary, P.block):
-        start = LAST - back
+    for passed in range(0, P.vocabulary, P.block):
+        start = _turned(passed, P) if P.one_sweep else passed
         tile = _load(where, start, P)
         gradient = tile_gradient(tile, stats, weights, constants, P, D)
         store_tile(where, start, where.body, gradient, P)
