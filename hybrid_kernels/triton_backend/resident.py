@@ -268,6 +268,21 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
         if P.one_sweep:
             c_logp = coefficient(args.c_logp, number, constants.inv_t)
         c_ent = coefficient(args.c_ent, number, constants.inv_t)
+        where = locate(args, number, group.part, P)
+        limit = limit_of(where, PER_WORD, P)
+        # The token's logits, too, which the gradient may overwrite: sums are reduced in between, and
+        # that is a barrier. (Those of another program's slice may be overwritten already.)
+        token = tl.full((), -1, tl.int32)
+        is_owner = is_lead
+        z_token = tl.full((), 0.0, tl.float32)
+        w_token = z_token
+        if args.token_ids is not None:
+            token = sampled_id(args, number, P)
+            is_owner = _is_owner(where, token, is_lead, P)
+            z_token = _logit(where.student, token, is_owner & (token >= 0))
+            if P.full > 0:
+                w_token = _logit(where.teachers[0], token, is_owner & (token >= 0))
+
         after = ahead + args.groups
         if args.valid is not None:
             counts = counts_of(args, after)
@@ -288,21 +303,6 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
             numbers = together(meet(group, meeting, P), P.splits, constants.scale, P)
         sums = named(numbers, P)
         meeting += 1
-        where = locate(args, number, group.part, P)
-        limit = limit_of(where, PER_WORD, P)
-        # The token's logits are needed after the gradient, which may overwrite them. (Those of
-        # another program's slice may be overwritten already.)
-        token = tl.full((), -1, tl.int32)
-        is_owner = is_lead
-        z_token = tl.full((), 0.0, tl.float32)
-        w_token = z_token
-        if args.token_ids is not None:
-            token = sampled_id(args, number, P)
-            is_owner = _is_owner(where, token, is_lead, P)
-            z_token = _logit(where.student, token, is_owner & (token >= 0))
-            if P.full > 0:
-                w_token = _logit(where.teachers[0], token, is_owner & (token >= 0))
-
         row = Row(
             rounded_product(sums.student_max, constants.scale),
             rounded_product(sums.teacher_max, constants.scale),
