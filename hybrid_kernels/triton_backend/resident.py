@@ -270,8 +270,8 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
         c_ent = coefficient(args.c_ent, number, constants.inv_t)
         where = locate(args, number, group.part, P)
         limit = limit_of(where, PER_WORD, P)
-        # The token's logits, too, which the gradient may overwrite: sums are reduced in between, and
-        # that is a barrier. (Those of another program's slice may be overwritten already.)
+        # The token's logits, too, which the gradient may overwrite: between the two lies a barrier,
+        # where sums are reduced. (Those of another program's slice may be overwritten already.)
         token = tl.full((), -1, tl.int32)
         is_owner = is_lead
         z_token = tl.full((), 0.0, tl.float32)
