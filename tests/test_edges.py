@@ -317,6 +317,30 @@ def test_a_vocabulary_of_one(divergence, backend, device):
         assert (outcome.gradient.abs() < 1e-6).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("offset", [3e9, -3e9, 1e11, -1e15])
+def test_rows_so_far_from_zero_that_they_are_flat(offset, dtype, backend, device):
+    """What is left of differences is a rounding of the offset: a few ties, or nothing else."""
+    case = cases.make(67, (3,), dtype=dtype, device=device)
+    case.student, case.teacher = case.student + offset, case.teacher + offset
+    assert_matches_reference(case, backend, entropy_weight=0.3)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("position", [5, 66], ids=["body", "edge"])
+@pytest.mark.parametrize("sides", ["student", "both"])
+def test_a_large_weight_and_a_low_logit(sides, position, divergence, backend, device):
+    """0 times an overflow is no gradient."""
+    case = cases.make(67, (3,), dtype=torch.bfloat16, device=device)
+    case.student[:, position] = -1e38
+    if sides == "both":
+        case.teacher[:, position] = -1e38
+    options = {"dense_weight": 1000.0, "entropy_weight": 100.0, "divergence": divergence}
+    outcome = case.hybrid_loss(backend=backend, **options)
+    assert outcome.gradient.isfinite().all()
+    assert (outcome.gradient[:, position] == 0).all()
+
+
 @pytest.mark.native
 def test_more_rows_than_a_grid_dimension_holds(backend, device):
     case = cases.make(3, (70_000,), device=device)

@@ -208,8 +208,7 @@ def test_slices_cover_a_row_and_the_grid_fits(vocabulary, itemsize, rows, monkey
             continue
         assert launch.slice_v % 8 == 0
         assert (launch.splits - 1) * launch.slice_v < vocabulary <= launch.splits * launch.slice_v
-        assert (launch.tiles - 1) * launch.block_v < launch.slice_v
-        assert launch.slice_v <= launch.tiles * launch.block_v
+        assert launch.slice_v <= launch.room(itemsize)
         programs = launch.groups * launch.splits
         threads = launch.num_warps * 32
         on_each = -(-programs // 132)
@@ -225,10 +224,20 @@ def test_a_row_too_long_for_the_device_is_swept(monkeypatch):
     monkeypatch.setattr(plan.Device, "of", lambda tensor: plan.Device("small", 4))
     logits = torch.empty(1, 2, 151936, device="meta")
     rows = Rows(logits, (logits,), (1.0,))
-    assert isinstance(launchers.form(rows, hip=False), plan.Sweep)
+    assert isinstance(launchers.form(rows, logits, hip=False), plan.Sweep)
     short = Rows(logits[..., :4096], (), ())
-    assert isinstance(launchers.form(short, hip=False), plan.Resident)
-    assert isinstance(launchers.form(short, hip=True), plan.Sweep)
+    assert isinstance(launchers.form(short, short.student, hip=False), plan.Resident)
+    assert isinstance(launchers.form(short, short.student, hip=True), plan.Sweep)
+
+
+def test_a_gradient_wider_than_the_logits_is_swept(monkeypatch):
+    monkeypatch.setattr(plan, "INTERPRETED", False)
+    monkeypatch.setattr(plan.Device, "of", lambda tensor: plan.Device("H200", 132))
+    logits = torch.empty(1, 64, 4096, dtype=torch.bfloat16, device="meta")
+    rows = Rows(logits, (logits,), (1.0,))
+    assert isinstance(launchers.form(rows, logits, hip=False), plan.Resident)
+    assert isinstance(launchers.form(rows, logits.float(), hip=False), plan.Sweep)
+    assert isinstance(launchers.form(rows._replace(teachers=(logits.float(),)), logits), plan.Sweep)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,8 @@ def form(
     sides = [*rows.logits, gradient]
     sizes = {t.element_size() for t in rows.logits}
     # Words are loaded at 16-byte boundaries, and of both sides together.
-    apart = len(sizes) > 1 or not (all(map(_is_aligned, sides)) or has_edges(sides))
+    apart = len(sizes) > 1 or gradient.element_size() > max(sizes)
+    apart = apart or not (all(map(_is_aligned, sides)) or has_edges(sides))
     light = not rows.teachers or (
         len(rows.teachers) == 1 and rows.support is None and FAMILIES[rows.divergence].resident
     )

@@ -28,6 +28,8 @@ from hybrid_kernels.triton_backend.reduce import INTERPRETED, max_2, sum_each
 
 # How far apart the models' maxima may lie, in factors of 2: r loses digits beyond.
 FAR = tl.constexpr(64.0)
+# Of E and F.
+LEAST = tl.constexpr(2.0**-60)
 # A normal number, which is 0 beside others.
 SMALLEST = tl.constexpr(2.0**-126)
 # Below the maximum of a row by so much, 2^x is 0.
@@ -136,11 +138,9 @@ def sums_of_slice(
     """Those of a slice, a number for each."""
     zs = held.zs
     ws = held.ws
-    lowest = tl.full((), 0.0, tl.float32)
+    lowest = smallest(zs, STUDENT)
     if P.one_sweep and P.student_d:
-        lowest = smallest(ws, TEACHER)
-    if P.one_sweep and P.teacher_d:
-        lowest = tl.minimum(lowest, smallest(zs, STUDENT))
+        lowest = tl.minimum(lowest, smallest(ws, TEACHER))
     if P.full > 0:
         z_max, w_max = max_2(largest(zs, STUDENT), largest(ws, TEACHER), 1)
     else:
@@ -156,16 +156,19 @@ def sums_of_slice(
         for k in tl.static_range(len(z)):
             own = _summands(z[k], w[k], scale, M, N, apart, P)
             terms = own if len(terms) == 0 else added(terms, own)
-    if P.one_sweep and P.full > 0:
-        # So low that 0 times it may be no 0: shown by a NaN.
-        bad = tl.where(lowest < P.pad, float("nan"), 0.0)
-        terms = (terms[0], terms[1] + bad) + terms[2:]
+    # So low that 0 times it may be no 0: shown by a NaN.
+    terms = (terms[0], terms[1] + _nan_below(lowest, P)) + terms[2:]
     terms = sum_each(terms, 1)
     numbers = together(_numbers(z_max, w_max, terms, P), 2**30, scale, P)
     if P.edges:
         if is_lead:
             numbers = _with_edges(numbers, held, scale, P)
     return numbers
+
+
+@triton.jit
+def _nan_below(lowest, P: tl.constexpr):
+    return tl.where(lowest < P.pad, float("nan"), 0.0)
 
 
 @triton.jit
@@ -180,7 +183,9 @@ def _with_edges(numbers, held, scale, P: tl.constexpr):
         w_max = z_max
     M = rounded_product(z_max, scale)
     N = rounded_product(w_max, scale)
-    terms = sum_each(_summands(z, w, scale, M, N, z_max - w_max, P), 0)
+    terms = _summands(z, w, scale, M, N, z_max - w_max, P)
+    terms = (terms[0], terms[1] + _nan_below(tl.minimum(z, w), P)) + terms[2:]
+    terms = sum_each(terms, 0)
     edges = _numbers(z_max, w_max, terms, P)
     top = tl.maximum(numbers[0], z_max)
     teacher_top = top
@@ -267,7 +272,12 @@ def is_ordinary(sums, scale, P: tl.constexpr):
         lowest = tl.minimum(lowest, sums.teacher_max)
         apart = tl.abs(sums.student_max - sums.teacher_max)
     above = (lowest - P.pad) * scale > BELOW
-    return (probe - probe == 0.0) & above & (apart * scale < FAR)
+    ordinary = (probe - probe == 0.0) & above & (apart * scale < FAR)
+    # (Of logits beyond 1e9 the rounding of M is so large that sums have no digits left.)
+    ordinary = ordinary & (sums.student > LEAST) & (sums.student < 1.0 / LEAST)
+    if P.full > 0:
+        ordinary = ordinary & (sums.teacher > LEAST) & (sums.teacher < 1.0 / LEAST)
+    return ordinary
 
 
 # -- from sums to a gradient -----------------------------------------------------------------------
@@ -397,7 +407,7 @@ def ordinary_entry(z, w, row, logs, constants, P: tl.constexpr):
 @triton.jit
 def second_summands(z, w, row, logs, constants, P: tl.constexpr, D: tl.constexpr):
     """Of an entry, both normalisers known: factors of what it adds to two sums, see
-    `_second_divergence`, and p and g of its gradient p A + g."""
+    `second_divergence`, and p and g of its gradient p A + g."""
     if P.kl_family or P.exact:
         entry = ordinary_entry(z, w, row, logs, constants, P)
         t, u, v = D(entry, constants.parameter, 0.0, True)

@@ -2,10 +2,11 @@
 
 Every number is published in a word of 64 bits together with the number of its meeting. So a single
 read tells whether it is there and what it is, without fences or counters: an aligned access of 64
-bits is not torn. A GPU runs the programs of a cooperative launch side by side; Triton's interpreter
-runs one after another, so that a test must run them side by side itself (`tests/interpreter.py`).
-Programs that never come would hang whoever waits for them: a wait has an end, after seconds, which
-is an error.
+bits is not torn, and a store reaches the L2 cache, which is what is read.
+
+A GPU runs the programs of a cooperative launch side by side; Triton's interpreter runs one after
+another, so that a test must run them side by side itself (`tests/interpreter.py`). Programs that
+never come would hang whoever waits for them: a wait has an end, after seconds, which is an error.
 
 What a group publishes lies in four slots in turn. A program that publishes for meeting k has passed
 the wait for k - 2 at least (k - 1 where nothing lags, `resident.py`). For that every sibling has

@@ -19,9 +19,15 @@ def per_word(TYPE):
 
 
 @triton.constexpr_function
+def pad_of(pad, TYPE):
+    """`Plan.pad` in a type: -2^90, or the lowest number of fp16 where a side is of that, which for
+    bf16 is the next one above."""
+    return -65280.0 if TYPE.is_bf16() and pad > -1e20 else pad
+
+
+@triton.constexpr_function
 def word_of(pad, TYPE):
-    """A word of nothing but `Plan.pad`: -2^90, or the lowest number of fp16 where a side is of that
-    (which bf16 rounds to -65280)."""
+    """A word of nothing but that."""
     if TYPE.primitive_bitwidth != 16:
         return pad
     if TYPE.is_fp16():

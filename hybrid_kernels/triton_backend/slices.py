@@ -16,7 +16,14 @@ from hybrid_kernels.triton_backend.memory import (
     edge_lanes,
     locate,
 )
-from hybrid_kernels.triton_backend.packed import packed, per_word, unpacked, word_of, words_at
+from hybrid_kernels.triton_backend.packed import (
+    packed,
+    pad_of,
+    per_word,
+    unpacked,
+    word_of,
+    words_at,
+)
 from hybrid_kernels.triton_backend.plan import WARP
 from hybrid_kernels.triton_backend.reduce import INTERPRETED
 
@@ -50,7 +57,7 @@ def limit_of(where, PER_WORD: tl.constexpr, P: tl.constexpr):
     """How many words a slice has."""
     words = tl.minimum(where.body - where.part * P.slice, P.slice) // PER_WORD
     # (Of which the compiler would lose sight.)
-    return tl.multiple_of(words, 4)
+    return tl.multiple_of(words, 8 // PER_WORD)
 
 
 @triton.jit
@@ -80,7 +87,8 @@ def _load_side(row_ptr, where, is_read, is_lead, P: tl.constexpr):
     if P.edges:
         offsets, inside = edge_lanes(where, edge_places(P), P)
         inside = inside & (offsets < tl.where(is_read & is_lead, P.vocabulary, 0))
-        edge = tl.load(row_ptr + offsets, mask=inside, other=P.pad)
+        NUMBER: tl.constexpr = pad_of(P.pad, TYPE)
+        edge = tl.load(row_ptr + offsets, mask=inside, other=NUMBER)
     return words, edge
 
 

@@ -3,8 +3,8 @@
 One kernel in three modes: it measures a row's statistics, writes its gradient, or both. Per row it
 reads the logits once for the statistics (twice where the divergence needs both normalisers first,
 or is so small that its value is summed a second time) and once for the gradient. This is the form
-for statistics alone, for a gradient whose coefficients depend on the statistics, and for GPUs whose
-programs can't meet (`resident.py` is the other one).
+for statistics alone, for a gradient whose coefficients depend on the statistics, for whatever
+`resident.py`, the other one, does not take, and for the rows that it declines.
 """
 
 import triton
