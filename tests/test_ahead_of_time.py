@@ -51,8 +51,8 @@ SWEEPS = [mode for mode in aot.MODES if mode != "resident"]
 # of which a thread holds hundreds.
 SCALARS = 96
 # What an entry of 16 bits may cost there in instructions, and a row in barriers. (At V = 32,000 JSD
-# leaves a ninth of its lanes empty, and takes 54.)
-INSTRUCTIONS = {"reverse_kl": 32.0, "forward_kl": 36.0, "jeffreys": 37.0, "jsd": 51.0}
+# leaves a ninth of its lanes empty, and takes 55.)
+INSTRUCTIONS = {"reverse_kl": 32.5, "forward_kl": 36.0, "jeffreys": 37.5, "jsd": 51.0}
 BARRIERS = 10
 
 
@@ -150,7 +150,7 @@ def assert_lean(divergence, vocabulary, dtype):
     assert cost.converted == 0
     if dtype == torch.bfloat16:
         filled = (divergence, vocabulary) != ("jsd", 32000)
-        assert cost.instructions <= (INSTRUCTIONS[divergence] if filled else 54.0)
+        assert cost.instructions <= (INSTRUCTIONS[divergence] if filled else 55.0)
         assert cost.barriers <= BARRIERS
     order = machine_code.order(main, exponentials)
     if FAMILIES[divergence].one_sweep:

@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="needs Triton's interpreter")
 from triton.runtime.errors import InterpreterError
 
 from bench.gpu import meeting
-from hybrid_kernels import Divergence, cpu
+from hybrid_kernels import Divergence, cpu, triton_backend
 from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.rows import FIELDS, SMALL_DIVERGENCE, STUDENT_FIELDS, Coefficients, Rows
 from hybrid_kernels.triton_backend import launch as launchers
@@ -63,22 +63,23 @@ def layout(request, monkeypatch):
 def of_kinds(kinds: str, vocabulary: int, seed: int, dtype=torch.float32) -> Case:
     """Rows that take different ways through the kernel."""
     case = cases.make(vocabulary, (ROWS,), seed=seed, dtype=dtype)
-    case.mask = torch.ones(ROWS, dtype=torch.bool)
+    student, teacher = case.student, case.teacher
+    case.mask = mask = torch.ones(ROWS, dtype=torch.bool)
     by_group = torch.arange(ROWS).view(-1, plan.INTERPRETED_GROUPS).T.flatten().tolist()
     for kind, row in zip(kinds, by_group, strict=True):
         if kind == "m":
-            case.mask[row] = False
-            case.student[row, ::3] = torch.nan
+            mask[row] = False
+            student[row, ::3] = torch.nan
         elif kind == "s":
             # Alike but for a part: less than 1e-3 nats, where sums of large terms leave few digits.
-            case.teacher[row] = case.student[row]
-            case.teacher[row, : vocabulary // 2] *= 1 + 2.0**-7
+            teacher[row] = student[row]
+            teacher[row, : vocabulary // 2] *= 1 + 2.0**-7
         elif kind == "z":
-            case.student[row, vocabulary // 2] = -torch.inf
+            student[row, vocabulary // 2] = -torch.inf
         elif kind == "w":
-            case.teacher[row, vocabulary // 3] = -torch.inf
+            teacher[row, vocabulary // 3] = -torch.inf
         elif kind == "n":
-            case.student[row, vocabulary - 1] = torch.nan
+            student[row, vocabulary - 1] = torch.nan
     return case
 
 
@@ -89,7 +90,13 @@ def of_all_kinds(vocabulary: int, seed: int, dtype=torch.float32) -> Case:
     return of_kinds(kinds, vocabulary, seed, dtype)
 
 
-def check(case: Case, divergence=REVERSE_KL, inplace=False, temperature=1.0, floor=None) -> None:
+def check(
+    case: Case,
+    divergence: Divergence = REVERSE_KL,
+    inplace: bool = False,
+    temperature: float | None = 1.0,
+    floor: float | None = None,
+) -> None:
     """Whatever the kernel leaves is what the torch backend does, to the last row and field.
 
     A temperature of None: each row has its own.
@@ -347,7 +354,7 @@ def goes_wrong(fault: Fault, seed: int, vocabulary: int, interleaved) -> bool:
 
 def install(faulty: ModuleType, original: ModuleType, monkeypatch) -> None:
     """Puts the kernels of a module in the place of another's, wherever the package calls them."""
-    modules = [m for name, m in sys.modules.items() if name.startswith(meetings.__package__)]
+    modules = [m for name, m in sys.modules.items() if name.startswith(triton_backend.__name__)]
     for name, kernel in vars(original).items():
         if isinstance(kernel, type(resident.resident_kernel)):
             for module in modules:

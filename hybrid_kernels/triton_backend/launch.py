@@ -188,13 +188,14 @@ def resident_launch(
     """Measures statistics and writes the gradient, but of rows that it declines. A device may
     refuse programs that have to run side by side."""
     static = _plan(rows, coefficients, gradient)
+    last = static.vocabulary - 2 * GROUP - (chosen.splits - 1) * chosen.slice_v
     static = static._replace(
         measure=True,
         warps=chosen.num_warps,
         width=chosen.width,
         tiles=chosen.tiles,
         slice=chosen.slice_v,
-        least=max(0, static.vocabulary - 2 * GROUP - (chosen.splits - 1) * chosen.slice_v),
+        least=min(chosen.slice_v, max(0, last)),
         most=chosen.splits * chosen.slice_v,
         splits=chosen.splits,
         lanes=triton.next_power_of_2(chosen.splits),
