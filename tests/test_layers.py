@@ -35,16 +35,17 @@ ALLOWED = {
     "triton_backend.row": {*SHARED, "triton_backend.sums", "triton_backend.topk"},
     "triton_backend.sweep": {*BELOW, *SHARED, "triton_backend.row", "triton_backend.topk"},
     "triton_backend.packed": {"triton_backend.reduce"},
-    "triton_backend.lean": {
-        "triton_backend.reduce",
-        "triton_backend.divergences",
-        "triton_backend.packed",
-    },
     "triton_backend.slices": {
         "triton_backend.plan",
         "triton_backend.reduce",
         "triton_backend.memory",
         "triton_backend.packed",
+    },
+    "triton_backend.lean": {
+        "triton_backend.reduce",
+        "triton_backend.divergences",
+        "triton_backend.packed",
+        "triton_backend.slices",
     },
     "triton_backend.resident": {
         *BELOW,

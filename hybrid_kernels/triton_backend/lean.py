@@ -6,8 +6,8 @@ With s = log2(e)/T, and M and N the maxima of s z and s w as rounded,
     log p = ln2 (y - log2 E),  l = log p - log q = r/T + ln2 (N - M + log2 F - log2 E)
 
 An exponent is one FMA of the logit, the same in sums and gradient. M is the same number everywhere
-and partial sums are merged by differences of such numbers, so that its rounding cancels, however
-far from 0 the logits are. r is exact where it matters.
+and partial sums are merged by differences of such numbers, so that its rounding cancels, up to
+logits of 1e9. r is exact where it matters.
 
 A KL has its value from sum 2^y y, sum 2^y u and sum 2^u (y - u), and a gradient of the form
 2^y (a + b y + c r) + d 2^u, whose factors are constants of the row. Other problems (JSD, floors)
@@ -23,13 +23,14 @@ import triton
 import triton.language as tl
 
 from hybrid_kernels.triton_backend.divergences import LN2, LOG2E, NATS, Entry, fast_log2
-from hybrid_kernels.triton_backend.packed import largest, smallest, unpacked
-from hybrid_kernels.triton_backend.reduce import INTERPRETED, max_2, sum_each
+from hybrid_kernels.triton_backend.packed import extreme, unpacked
+from hybrid_kernels.triton_backend.reduce import INTERPRETED, added, max_2, sum_each
+from hybrid_kernels.triton_backend.slices import edges_of
 
 # How far apart the models' maxima may lie, in factors of 2: r loses digits beyond.
 FAR = tl.constexpr(64.0)
-# Of E and F.
-LEAST = tl.constexpr(2.0**-60)
+# E and F of ordinary rows lie between this and its reciprocal.
+LEAST_SUM = tl.constexpr(2.0**-60)
 # A normal number, which is 0 beside others.
 SMALLEST = tl.constexpr(2.0**-126)
 # Below the maximum of a row by so much, 2^x is 0.
@@ -53,8 +54,8 @@ class Row(NamedTuple):
     """A row's numbers: M, N, max z - max w, s, 1/T, and the coefficients of dD/dz, dlog p(y)/dz and
     dH/dz with the 1/T of a gradient."""
 
-    student_max: tl.tensor
-    teacher_max: tl.tensor
+    m: tl.tensor
+    n: tl.tensor
     apart: tl.tensor
     scale: tl.tensor
     inv_t: tl.tensor
@@ -124,27 +125,19 @@ def _summands(z, w, scale, student_max, teacher_max, apart, P: tl.constexpr):
 
 
 @triton.jit
-def added(a, b):
-    added = ()
-    for i in tl.static_range(len(a)):
-        added = added + (a[i] + b[i],)
-    return added
-
-
-@triton.jit
 def sums_of_slice(
     held, scale, is_lead, STUDENT: tl.constexpr, TEACHER: tl.constexpr, P: tl.constexpr
 ):
     """Those of a slice, a number for each."""
     zs = held.zs
     ws = held.ws
-    lowest = smallest(zs, STUDENT)
+    lowest = extreme(zs, STUDENT, False)
     if P.one_sweep and P.student_d:
-        lowest = tl.minimum(lowest, smallest(ws, TEACHER))
+        lowest = tl.minimum(lowest, extreme(ws, TEACHER, False))
     if P.full > 0:
-        z_max, w_max = max_2(largest(zs, STUDENT), largest(ws, TEACHER), 1)
+        z_max, w_max = max_2(extreme(zs, STUDENT, True), extreme(ws, TEACHER, True), 1)
     else:
-        z_max = tl.max(largest(zs, STUDENT), 1)
+        z_max = tl.max(extreme(zs, STUDENT, True), 1)
         w_max = z_max
     M = rounded_product(z_max, scale)[:, None]
     N = rounded_product(w_max, scale)[:, None]
@@ -174,8 +167,7 @@ def _nan_below(lowest, P: tl.constexpr):
 @triton.jit
 def _with_edges(numbers, held, scale, P: tl.constexpr):
     """The numbers of a slice and the edges."""
-    z = held.z_edge.to(tl.float32)
-    w = held.w_edge.to(tl.float32)
+    z, w = edges_of(held)
     if P.full > 0:
         z_max, w_max = max_2(z, w, 0)
     else:
@@ -274,9 +266,9 @@ def is_ordinary(sums, scale, P: tl.constexpr):
     above = (lowest - P.pad) * scale > BELOW
     ordinary = (probe - probe == 0.0) & above & (apart * scale < FAR)
     # (Of logits beyond 1e9 the rounding of M is so large that sums have no digits left.)
-    ordinary = ordinary & (sums.student > LEAST) & (sums.student < 1.0 / LEAST)
+    ordinary = ordinary & (sums.student > LEAST_SUM) & (sums.student < 1.0 / LEAST_SUM)
     if P.full > 0:
-        ordinary = ordinary & (sums.teacher > LEAST) & (sums.teacher < 1.0 / LEAST)
+        ordinary = ordinary & (sums.teacher > LEAST_SUM) & (sums.teacher < 1.0 / LEAST_SUM)
     return ordinary
 
 
@@ -355,10 +347,10 @@ def swept_factors(sums, row, P: tl.constexpr):
 @triton.jit
 def swept_gradient(z, w, row, factors, P: tl.constexpr):
     """p (c_div (l - sum of slopes) - c_logp - c_ent (log p + H)) - c_div q."""
-    y = fma(z, row.scale, -row.student_max)
+    y = fma(z, row.scale, -row.m)
     u = y
     if P.pulls > 0 and P.teacher_d:
-        u = fma(w, row.scale, -row.teacher_max)
+        u = fma(w, row.scale, -row.n)
     inner = factors[0]
     if P.entropy or (P.pulls > 0 and P.student_d and not P.fine):
         inner = tl.fma(y, factors[1], inner)
@@ -384,8 +376,8 @@ def _log_ratio(z, w, row, logs):
 @triton.jit
 def _log_probs(z, w, row, logs):
     """log2 p and log2 q."""
-    y = fma(z, row.scale, -row.student_max) - logs.student
-    return y, fma(w, row.scale, -row.teacher_max) - logs.teacher
+    y = fma(z, row.scale, -row.m) - logs.student
+    return y, fma(w, row.scale, -row.n) - logs.teacher
 
 
 @triton.jit

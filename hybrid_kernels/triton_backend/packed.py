@@ -31,8 +31,8 @@ def word_of(pad, TYPE):
     if TYPE.primitive_bitwidth != 16:
         return pad
     if TYPE.is_fp16():
-        return -0x04000401
-    return -0x137F1380 if pad < -1e20 else -0x38803881
+        return -0x04000401  # 0xFBFFFBFF
+    return -0x137F1380 if pad < -1e20 else -0x38803881  # 0xEC80EC80, 0xC77FC77F
 
 
 @triton.jit
@@ -89,18 +89,10 @@ def packed(entries, TYPE: tl.constexpr):
         low = entries[0].to(TYPE).to(tl.int16, bitcast=True).to(tl.int32) & 65535
         high = entries[1].to(TYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16
         return low | high
-    elif TYPE.is_bf16():
-        return tl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;",
-            "=r,f,f",
-            [entries[0], entries[1]],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
     else:
+        NAME: tl.constexpr = "cvt.rn.bf16x2.f32" if TYPE.is_bf16() else "cvt.rn.f16x2.f32"
         return tl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;",
+            NAME + " $0, $2, $1;",
             "=r,f,f",
             [entries[0], entries[1]],
             dtype=tl.int32,
@@ -110,17 +102,20 @@ def packed(entries, TYPE: tl.constexpr):
 
 
 @triton.jit
+def _farther(a, b, LARGER: tl.constexpr):
+    return tl.maximum(a, b) if LARGER else tl.minimum(a, b)
+
+
+@triton.jit
 def _each(a, b, TYPE: tl.constexpr, LARGER: tl.constexpr):
     """The larger, or the smaller, of the entries of two words, place by place."""
     if TYPE.primitive_bitwidth != 16:
-        return tl.maximum(a, b) if LARGER else tl.minimum(a, b)
+        return _farther(a, b, LARGER)
     elif INTERPRETED:
         one = unpacked(a, TYPE)
         other = unpacked(b, TYPE)
-        if LARGER:
-            return packed((tl.maximum(one[0], other[0]), tl.maximum(one[1], other[1])), TYPE)
-        else:
-            return packed((tl.minimum(one[0], other[0]), tl.minimum(one[1], other[1])), TYPE)
+        low = _farther(one[0], other[0], LARGER)
+        return packed((low, _farther(one[1], other[1], LARGER)), TYPE)
     else:
         NAME: tl.constexpr = ("max" if LARGER else "min") + (
             ".bf16x2" if TYPE.is_bf16() else ".f16x2"
@@ -131,25 +126,13 @@ def _each(a, b, TYPE: tl.constexpr, LARGER: tl.constexpr):
 
 
 @triton.jit
-def largest(words, TYPE: tl.constexpr):
-    """Of each place of tiles of words, in fp32; NaN is dropped."""
-    top = words[0]
+def extreme(words, TYPE: tl.constexpr, LARGER: tl.constexpr):
+    """The largest, or the smallest, of each place of tiles of words, in fp32; NaN is dropped."""
+    found = words[0]
     for i in tl.static_range(1, len(words)):
-        top = _each(top, words[i], TYPE, True)
-    entries = unpacked(top, TYPE)
+        found = _each(found, words[i], TYPE, LARGER)
+    entries = unpacked(found, TYPE)
     if len(entries) == 2:
-        return tl.maximum(entries[0], entries[1])
-    else:
-        return entries[0]
-
-
-@triton.jit
-def smallest(words, TYPE: tl.constexpr):
-    low = words[0]
-    for i in tl.static_range(1, len(words)):
-        low = _each(low, words[i], TYPE, False)
-    entries = unpacked(low, TYPE)
-    if len(entries) == 2:
-        return tl.minimum(entries[0], entries[1])
+        return _farther(entries[0], entries[1], LARGER)
     else:
         return entries[0]

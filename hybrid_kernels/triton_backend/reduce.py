@@ -72,6 +72,15 @@ def sum_each(tensors, AXIS: tl.constexpr = 0):
 
 
 @triton.jit
+def added(a, b):
+    """Two tuples of tensors, place by place."""
+    total = ()
+    for i in tl.static_range(len(a)):
+        total = total + (a[i] + b[i],)
+    return total
+
+
+@triton.jit
 def agreed(condition):
     """The condition, alike in all threads, for branches that hold barriers or reductions.
 

@@ -23,7 +23,6 @@ import triton.language as tl
 from hybrid_kernels.triton_backend.divergences import LN2, fast_log2
 from hybrid_kernels.triton_backend.lean import (
     Row,
-    added,
     fma,
     gradient_of,
     is_ordinary,
@@ -52,10 +51,11 @@ from hybrid_kernels.triton_backend.memory import (
     write_statistics,
 )
 from hybrid_kernels.triton_backend.packed import per_word, unpacked
-from hybrid_kernels.triton_backend.reduce import agreed, sum_each
+from hybrid_kernels.triton_backend.reduce import added, agreed, sum_each
 from hybrid_kernels.triton_backend.slices import (
     counts_of,
     edge_places,
+    edges_of,
     is_lead_of,
     limit_of,
     load_again,
@@ -86,8 +86,8 @@ def _small_value(where, held, row, logs, constants, is_lead, P: tl.constexpr, D:
     value = tl.sum(total, 0)
     if P.edges:
         if is_lead:
-            z_edge = held.z_edge.to(tl.float32)
-            edges = ordinary_entry(z_edge, held.w_edge.to(tl.float32), row, logs, constants, P)
+            z_edge, w_edge = edges_of(held)
+            edges = ordinary_entry(z_edge, w_edge, row, logs, constants, P)
             edge_terms = D(edges, constants.parameter, 0.0, True)
             value += tl.sum(edge_terms[0], 0)
     return value * constants.shares[0]
@@ -122,8 +122,7 @@ def _second_sums(
     numbers = sum_each(sum_each((values, slopes), 1), 0)
     if P.edges:
         if is_lead:
-            z_edge = held.z_edge.to(tl.float32)
-            w_edge = held.w_edge.to(tl.float32)
+            z_edge, w_edge = edges_of(held)
             edges = second_summands(z_edge, w_edge, row, logs, constants, P, D)
             _, inside = edge_lanes(where, edge_places(P), P)
             edge_values = tl.where(inside, edges[0][0] * edges[0][1], 0.0)
@@ -146,6 +145,22 @@ def _logit(row_ptr, token, is_read):
 
 
 @triton.jit
+def _token_of(args, where, is_lead, P: tl.constexpr):
+    """The sampled token, whether this program owns it, and its logits if so."""
+    token = tl.full((), -1, tl.int32)
+    is_owner = is_lead
+    z = tl.full((), 0.0, tl.float32)
+    w = z
+    if args.token_ids is not None:
+        token = sampled_id(args, where.row, P)
+        is_owner = _is_owner(where, token, is_lead, P)
+        z = _logit(where.student, token, is_owner & (token >= 0))
+        if P.full > 0:
+            w = _logit(where.teachers[0], token, is_owner & (token >= 0))
+    return token, is_owner, z, w
+
+
+@triton.jit
 def _scale_of(args, row, P: tl.constexpr):
     return constants_of(args, tl.minimum(row, args.count - 1), P).scale
 
@@ -157,8 +172,8 @@ def _write_statistics(args, number, value, slopes, sums, row, constants, P: tl.c
     if P.one_sweep and P.full > 0:
         value, slopes = swept_divergence(sums, logs.teacher - logs.student, row.scale, P)
     # About the maxima themselves, where E is about their rounded product with s.
-    student_lse = (logs.student - fma(sums.student_max, row.scale, -row.student_max)) * LN2
-    teacher_lse = (logs.teacher - fma(sums.teacher_max, row.scale, -row.teacher_max)) * LN2
+    student_lse = (logs.student - fma(sums.student_max, row.scale, -row.m)) * LN2
+    teacher_lse = (logs.teacher - fma(sums.teacher_max, row.scale, -row.n)) * LN2
     zero = tl.full((), 0.0, tl.float32)
     stats = Statistics(
         sums.student_max,
@@ -179,10 +194,10 @@ def _write_statistics(args, number, value, slopes, sums, row, constants, P: tl.c
 def _write_log_probs(args, number, z, w, sums, row, constants, P: tl.constexpr):
     """By the owner of the sampled token."""
     logs = logs_of(sums, P)
-    log_p = (fma(z, row.scale, -row.student_max) - logs.student) * LN2
+    log_p = (fma(z, row.scale, -row.m) - logs.student) * LN2
     log_q = tl.full((), 0.0, tl.float32)
     if P.full > 0:
-        log_q = (fma(w, row.scale, -row.teacher_max) - logs.teacher) * LN2
+        log_q = (fma(w, row.scale, -row.n) - logs.teacher) * LN2
         if P.floor:
             log_q = tl.where(log_q < constants.floor, constants.floor, log_q)
     if args.token_ids is None:
@@ -213,9 +228,33 @@ def _write_small(
 
 
 @triton.jit
+def _store_tiles(
+    where, limit, held, kept, row, factors, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
+    P: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a slice: from its logits or, after a second meeting, from what was kept."""
+    PER_WORD: tl.constexpr = per_word(STUDENT)
+    ptr = body_of(where.gradient, where.head, P) + where.part * P.slice
+    zs = held.zs
+    ws = held.ws
+    for i in tl.static_range(len(zs)):
+        entries = ()
+        if P.one_sweep:
+            z = unpacked(zs[i], STUDENT)
+            w = unpacked(ws[i], TEACHER)
+            for k in tl.static_range(PER_WORD):
+                entries = entries + (swept_gradient(z[k], w[k], row, factors, P),)
+        else:
+            for k in tl.static_range(PER_WORD):
+                p = kept[2 * (i * PER_WORD + k)]
+                g = kept[2 * (i * PER_WORD + k) + 1]
+                entries = entries + (tl.fma(p, factors[0], g),)
+        store_words(ptr, i, limit, entries, P)
+
+
+@triton.jit
 def _store_edges(where, held, row, factors, sums, constants, P: tl.constexpr, D: tl.constexpr):
-    z = held.z_edge.to(tl.float32)
-    w = held.w_edge.to(tl.float32)
+    z, w = edges_of(held)
     gradient = gradient_of(z, w, row, factors, sums, constants, P, D)
     offsets, inside = edge_lanes(where, edge_places(P), P)
     tl.store(where.gradient + offsets, gradient.to(where.gradient.dtype.element_ty), mask=inside)
@@ -272,17 +311,7 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
         limit = limit_of(where, PER_WORD, P)
         # The token's logits, too, which the gradient may overwrite: between the two lies a barrier,
         # where sums are reduced. (Those of another program's slice may be overwritten already.)
-        token = tl.full((), -1, tl.int32)
-        is_owner = is_lead
-        z_token = tl.full((), 0.0, tl.float32)
-        w_token = z_token
-        if args.token_ids is not None:
-            token = sampled_id(args, number, P)
-            is_owner = _is_owner(where, token, is_lead, P)
-            z_token = _logit(where.student, token, is_owner & (token >= 0))
-            if P.full > 0:
-                w_token = _logit(where.teachers[0], token, is_owner & (token >= 0))
-
+        token, is_owner, z_token, w_token = _token_of(args, where, is_lead, P)
         after = ahead + args.groups
         if args.valid is not None:
             counts = counts_of(args, after)
@@ -346,22 +375,7 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
                     _write_small(
                         args, group, where, meeting, held, sums, row, constants, is_lead, P, D
                     )
-            ptr = body_of(where.gradient, where.head, P) + where.part * P.slice
-            zs = held.zs
-            ws = held.ws
-            for i in tl.static_range(len(zs)):
-                entries = ()
-                if P.one_sweep:
-                    z = unpacked(zs[i], STUDENT)
-                    w = unpacked(ws[i], TEACHER)
-                    for k in tl.static_range(PER_WORD):
-                        entries = entries + (swept_gradient(z[k], w[k], row, factors, P),)
-                else:
-                    for k in tl.static_range(PER_WORD):
-                        p = kept[2 * (i * PER_WORD + k)]
-                        g = kept[2 * (i * PER_WORD + k) + 1]
-                        entries = entries + (tl.fma(p, factors[0], g),)
-                store_words(ptr, i, limit, entries, P)
+            _store_tiles(where, limit, held, kept, row, factors, STUDENT, TEACHER, P)
             if P.edges:
                 if is_lead:
                     _store_edges(where, held, row, factors, sums, constants, P, D)

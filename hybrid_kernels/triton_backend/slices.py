@@ -126,6 +126,13 @@ def load_slice(args, group, row, P: tl.constexpr):
 
 
 @triton.jit
+def edges_of(held):
+    """The edges of both sides, in fp32. (Not before they are used, which is when they are waited
+    for.)"""
+    return held.z_edge.to(tl.float32), held.w_edge.to(tl.float32)
+
+
+@triton.jit
 def store_words(ptr, i, limit, entries, P: tl.constexpr):
     """A tile of the gradient, of one entry for a word of the student's, or two."""
     TYPE: tl.constexpr = ptr.dtype.element_ty

@@ -37,7 +37,7 @@ from hybrid_kernels.triton_backend.divergences import (
     START,
     log1p,
 )
-from hybrid_kernels.triton_backend.reduce import max_2, sum_each
+from hybrid_kernels.triton_backend.reduce import added, max_2, sum_each
 
 SMALL_DIVERGENCE = tl.constexpr(rows.SMALL_DIVERGENCE)
 
@@ -277,15 +277,6 @@ def _of_some(factor, exponent, GUARDED: tl.constexpr = True):
 
 
 @triton.jit
-def _added(a, b):
-    """Sums about the same maxima, one by one."""
-    added = ()
-    for i in tl.static_range(len(a)):
-        added = added + (a[i] + b[i],)
-    return added
-
-
-@triton.jit
 def merge(a, b, scale, P: tl.constexpr):
     """The sums of the entries of both: the online log-sum-exp update."""
     merged = ()
@@ -295,7 +286,7 @@ def merge(a, b, scale, P: tl.constexpr):
         student_max = tl.maximum(one.student_max, other.student_max)
         teacher_max = tl.maximum(one.teacher_max, other.teacher_max)
         terms = about(one, student_max, teacher_max, scale, P)
-        terms = _added(terms, about(other, student_max, teacher_max, scale, P))
+        terms = added(terms, about(other, student_max, teacher_max, scale, P))
         merged = merged + (Sums(student_max, teacher_max, terms),)
     return merged
 
