@@ -98,8 +98,8 @@ class Plan(NamedTuple):
         lanes: the next power of 2.
         lag: whether a row's sums are published before the row before it is waited for.
         exact: whether differences are taken of the logits themselves in its sums, of which rounding
-            leaves nothing where logits are fp32 and models close; costs two instructions an entry.
-        fine: whether they are in its gradient, where they may cost one.
+            leaves nothing where logits are fp32 and models close.
+        fine: the same of its gradient.
     """
 
     vocabulary: int
