@@ -65,11 +65,12 @@ class Row(NamedTuple):
 
 
 class Logs(NamedTuple):
-    """log2 E, log2 F, and the entropy. (To be asked for where they are needed: exact logarithms are
-    long.)"""
+    """log2 E, log2 F, 1/E, and the entropy. (To be asked for where they are needed: exact
+    logarithms are long.)"""
 
     student: tl.tensor
     teacher: tl.tensor
+    share: tl.tensor
     entropy: tl.tensor
 
 
@@ -131,9 +132,12 @@ def sums_of_slice(
     """Those of a slice, a number for each."""
     zs = held.zs
     ws = held.ws
-    lowest = extreme(zs, STUDENT, False)
-    if P.one_sweep and P.student_d:
-        lowest = tl.minimum(lowest, extreme(ws, TEACHER, False))
+    if P.one_sweep and P.student_d and STUDENT == TEACHER:
+        lowest = extreme(zs + ws, STUDENT, False)
+    elif P.one_sweep and P.student_d:
+        lowest = tl.minimum(extreme(zs, STUDENT, False), extreme(ws, TEACHER, False))
+    else:
+        lowest = extreme(zs, STUDENT, False)
     if P.full > 0:
         z_max, w_max = max_2(extreme(zs, STUDENT, True), extreme(ws, TEACHER, True), 1)
     else:
@@ -149,9 +153,7 @@ def sums_of_slice(
         for k in tl.static_range(len(z)):
             own = _summands(z[k], w[k], scale, M, N, apart, P)
             terms = own if len(terms) == 0 else added(terms, own)
-    # So low that 0 times it may be no 0: shown by a NaN.
-    terms = (terms[0], terms[1] + _nan_below(lowest, P)) + terms[2:]
-    terms = sum_each(terms, 1)
+    terms = sum_each(_marked(terms, lowest, P), 1)
     numbers = together(_numbers(z_max, w_max, terms, P), 2**30, scale, P)
     if P.edges:
         if is_lead:
@@ -160,8 +162,10 @@ def sums_of_slice(
 
 
 @triton.jit
-def _nan_below(lowest, P: tl.constexpr):
-    return tl.where(lowest < P.pad, float("nan"), 0.0)
+def _marked(terms, lowest, P: tl.constexpr):
+    """What a part adds to the sums, with a NaN if there are logits in it that are so low that 0
+    times such a number may be no 0."""
+    return (terms[0], tl.where(lowest < P.pad, float("nan"), terms[1])) + terms[2:]
 
 
 @triton.jit
@@ -176,8 +180,7 @@ def _with_edges(numbers, held, scale, P: tl.constexpr):
     M = rounded_product(z_max, scale)
     N = rounded_product(w_max, scale)
     terms = _summands(z, w, scale, M, N, z_max - w_max, P)
-    terms = (terms[0], terms[1] + _nan_below(tl.minimum(z, w), P)) + terms[2:]
-    terms = sum_each(terms, 0)
+    terms = sum_each(_marked(terms, tl.minimum(z, w), P), 0)
     edges = _numbers(z_max, w_max, terms, P)
     top = tl.maximum(numbers[0], z_max)
     teacher_top = top
@@ -281,7 +284,8 @@ def logs_of(sums, P: tl.constexpr):
     teacher = student
     if P.full > 0:
         teacher = tl.log2(sums.teacher)
-    return Logs(student, teacher, (student - sums.student_y / sums.student) * LN2)
+    share = 1.0 / sums.student
+    return Logs(student, teacher, share, (student - sums.student_y * share) * LN2)
 
 
 @triton.jit
@@ -399,7 +403,8 @@ def ordinary_entry(z, w, row, logs, constants, P: tl.constexpr):
 @triton.jit
 def second_summands(z, w, row, logs, constants, P: tl.constexpr, D: tl.constexpr):
     """Of an entry, both normalisers known: factors of what it adds to two sums, see
-    `second_divergence`, and p and g of its gradient p A + g."""
+    `second_divergence`, and p and g of its gradient p A + g. (Of JSD all probabilities are times E,
+    which saves an operation.)"""
     if P.kl_family or P.exact:
         entry = ordinary_entry(z, w, row, logs, constants, P)
         t, u, v = D(entry, constants.parameter, 0.0, True)
@@ -409,18 +414,19 @@ def second_summands(z, w, row, logs, constants, P: tl.constexpr, D: tl.constexpr
             g -= row.c_ent * (entry.p * entry.log_p)
         return (1.0, t), (1.0, slope), entry.p, g
     else:
-        y, u = _log_probs(z, w, row, logs)
+        y = fma(z, row.scale, -row.m)
+        u = fma(w, row.scale, -row.n) + (logs.student - logs.teacher)
         d = y - u
         if P.floor:
-            least = constants.floor * LOG2E
+            least = constants.floor * LOG2E + logs.student
             d = tl.minimum(d, y - least)
             u = tl.maximum(u, least)
         p = tl.exp2(y)
         q = tl.exp2(u)
         mixture_over_p, mixture_over_q = _mixture_log_ratios(p, q, y, u, d, constants.parameter)
-        pull = row.c_div * (constants.parameter - 1.0) * LN2 * mixture_over_p
+        pull = row.c_div * logs.share * (constants.parameter - 1.0) * LN2 * mixture_over_p
         if P.entropy:
-            pull -= row.c_ent * LN2 * y
+            pull -= row.c_ent * logs.share * LN2 * y
         return (q, mixture_over_q), (p, mixture_over_p), p, p * pull
 
 
@@ -440,13 +446,24 @@ def _mixture_log_ratios(p, q, y, u, d, beta):
 
 
 @triton.jit
-def second_divergence(sums, parameter, P: tl.constexpr):
+def second_divergence(sums, logs, parameter, P: tl.constexpr):
     """Value and sum of slopes. Of JSD from sum q log2 m/q and sum p log2 m/p."""
     if P.kl_family or P.exact:
         return sums[0], sums[1]
     else:
-        slopes = (parameter - 1.0) * (sums[1] * LN2)
-        return slopes - parameter * (sums[0] * LN2), slopes
+        slopes = (parameter - 1.0) * (sums[1] * logs.share * LN2)
+        return slopes - parameter * (sums[0] * logs.share * LN2), slopes
+
+
+@triton.jit
+def second_factor(slopes, c_logp, row, logs, P: tl.constexpr):
+    """A of a gradient p A + g."""
+    factor = -(row.c_div * slopes + c_logp + row.c_ent * logs.entropy)
+    if P.kl_family or P.exact:
+        return factor
+    else:
+        # (g has the entropy's part for log2 p E.)
+        return (factor + row.c_ent * LN2 * logs.student) * logs.share
 
 
 @triton.jit

@@ -31,6 +31,7 @@ from hybrid_kernels.triton_backend.lean import (
     ordinary_entry,
     rounded_product,
     second_divergence,
+    second_factor,
     second_summands,
     sums_of_slice,
     swept_divergence,
@@ -364,9 +365,9 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
             meeting += 1
             # Not before: p and g take the registers of both slices.
             far_held = load_slice(args, group, after, P)
-            value, slopes = second_divergence(numbers, constants.parameter, P)
+            value, slopes = second_divergence(numbers, logs, constants.parameter, P)
             is_written = agreed(is_written & (value - value == 0.0))
-            factors = (-(c_div * slopes + c_logp + c_ent * logs.entropy),)
+            factors = (second_factor(slopes, c_logp, row, logs, P),)
         if is_written:
             if is_lead:
                 _write_statistics(args, number, value, slopes, sums, row, constants, P)

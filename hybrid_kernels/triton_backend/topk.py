@@ -38,7 +38,6 @@ from hybrid_kernels.triton_backend.memory import (
     mark_bytes,
     mark_of,
 )
-from hybrid_kernels.triton_backend.reduce import agreed
 from hybrid_kernels.triton_backend.sums import (
     SMALL_DIVERGENCE,
     Statistics,
@@ -92,13 +91,17 @@ def mark_kernel(args, P: tl.constexpr):
         mark = mark_of(where, ids, P)
         bit = (tl.full((P.block_k,), 1, tl.int32)) << (mark % 32)
         before = tl.atomic_or(words_ptr + mark // 32, bit, mask=inside, sem="relaxed")
-        repeated = tl.where(inside, before & bit, 0) != 0
         counts = inside
-        if agreed(tl.max(repeated.to(tl.int32), 0) > 0):
-            # Which of them found the bit unset is a matter of chance: the first one counts.
-            for other in range(P.k):
-                same = tl.load(args.support.given + first + other) == given
-                counts = counts & ~(same & (lane > other))
+        # Which of them found the bit unset is a matter of chance: the first one counts. (Mostly at
+        # most one id is repeated, with which a support is filled up.)
+        repeated = tl.where(inside & ((before & bit) != 0), ids, -1)
+        again = tl.max(repeated, 0)
+        while again >= 0:
+            same = inside & (ids == again)
+            first_lane = tl.min(tl.where(same, lane, P.block_k), 0)
+            counts = counts & ((lane == first_lane) | ~same)
+            repeated = tl.where(same, -1, repeated)
+            again = tl.max(repeated, 0)
         nothing = tl.where(inside | (given == -1), DROPPED, OUTSIDE)
         tl.store(args.support.ids + first + lane, tl.where(counts, ids, nothing), mask=lane < P.k)
         z = tl.load(where.student + ids, mask=counts, other=0.0).to(tl.float32)
