@@ -81,7 +81,7 @@ def gradient_error(problem: Problem | LinearProblem, run: Run, op: str = "") -> 
         rows = steady_rows(first, 1)
         truth = linear_oracle(problem, rows, sparse=op == TERMS)
     else:
-        rows = steady_rows(first, groups_of(first))
+        rows = steady_rows(first, rows_in_flight(first))
         if problem.mask is not None:
             rows = rows[problem.mask[rows]]
         truth = oracle(problem, rows)
@@ -94,19 +94,19 @@ def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float | None:
     return None if error.is_meta else float(error)
 
 
-def groups_of(logits: torch.Tensor) -> int:
-    """How many rows of one full teacher's problem the row-resident form has in flight."""
+def rows_in_flight(logits: torch.Tensor) -> int:
+    """How many rows of one full teacher's problem the row-resident form works at at once."""
     rows, vocabulary = logits.shape
     device = plan.Device.of(logits)
     launch = plan.resident(vocabulary, logits.element_size(), rows, device)
-    return launch.groups if launch else 1
+    return max(1, int(launch.in_flight)) if launch else 1
 
 
-def steady_rows(rows: torch.Tensor, groups: int) -> torch.Tensor:
-    """Of some rows those that differ in how a kernel comes to them: the first, those that a group
-    of programs takes second and third, one in the middle, the last."""
+def steady_rows(rows: torch.Tensor, in_flight: int) -> torch.Tensor:
+    """Of some rows those that differ in how a kernel comes to them: the first, those that programs
+    take second and third, one in the middle, the last."""
     count = len(rows)
-    chosen = {0, groups, 2 * groups + 1, count // 2, count - 1}
+    chosen = {0, in_flight, 2 * in_flight + 1, count // 2, count - 1}
     return torch.tensor(sorted(row for row in chosen if row < count), device=rows.device)
 
 

@@ -20,10 +20,10 @@ FORMS = {
     "one program": {},
     "tiles": {"BLOCK_V": 32, "WARPS": 2},
     # (What is left over of rows of 201 or 203 is among their edges.)
-    "two programs": {"SLICE": 96, "BLOCK_V": 64, "LAG": False},
-    "three programs": {"SLICE": 72, "BLOCK_V": 16, "GROUPS": 1},
+    "two programs": {"SLICE": 96, "BLOCK_V": 64, "PROGRAMS": 3, "LAG": False},
+    "three programs": {"SLICE": 72, "BLOCK_V": 16, "PROGRAMS": 4},
     # (Of which a meeting has lanes for more than there are.)
-    "many programs": {"SLICE": 24, "BLOCK_V": 16, "GROUPS": 1},
+    "many programs": {"SLICE": 24, "BLOCK_V": 16},
 }
 swept = pytest.mark.parametrize("form", ["sweeping"], indirect=True)
 RESIDENT = [d for d in DIVERGENCES if FAMILIES[d.name].resident]
@@ -209,14 +209,13 @@ def test_slices_cover_a_row_and_the_grid_fits(vocabulary, itemsize, rows, monkey
         assert launch.slice_v % 8 == 0
         assert (launch.splits - 1) * launch.slice_v < vocabulary <= launch.splits * launch.slice_v
         assert launch.slice_v <= launch.room(itemsize)
-        programs = launch.groups * launch.splits
         threads = launch.num_warps * 32
-        on_each = -(-programs // 132)
+        on_each = -(-launch.programs // 132)
         # All programs are resident at once: registers, threads and slots of a multiprocessor.
         assert on_each * threads * launch.registers <= 65536
         assert on_each * threads <= 2048
         assert on_each <= 32
-        assert 1 <= launch.groups <= rows
+        assert launch.splits <= launch.programs <= rows * launch.splits
 
 
 def test_a_row_too_long_for_the_device_is_swept(monkeypatch):

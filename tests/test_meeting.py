@@ -1,5 +1,5 @@
-"""Programs that share a row, side by side in many orders: the kernel that ships, with every slot,
-counter and register used again; and the kernel that measures the meeting.
+"""Programs that share a row, side by side in many orders: the kernel that ships, with programs that
+take several slices each; and the kernel that measures the meeting.
 
 `--orders=N` runs N orders of each problem in place of one, or with `--all` two.
 """
@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="needs Triton's interpreter")
 
 from triton.runtime.errors import InterpreterError
 
-from bench.gpu import meeting
+from bench.gpu import meeting as measured
 from hybrid_kernels import Divergence, cpu, triton_backend
 from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.rows import FIELDS, SMALL_DIVERGENCE, STUDENT_FIELDS, Coefficients, Rows
@@ -33,22 +33,24 @@ from hybrid_kernels.triton_backend import plan, resident, slices
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 ROWS = 12
-# V, and settings of `triton_backend/plan.py`: three programs a row. Rows of 101 have edges.
+# V, and settings of `triton_backend/plan.py`: three slices a row. Rows of 101 have edges. (Of four,
+# five or seven programs each comes to have every part of a row, and some rows have their slices in
+# two turns of the programs.)
 LAYOUTS = {
-    "no lag": (96, {"GROUPS": 1, "LAG": False}),
-    "lag": (96, {"GROUPS": 1, "LAG": True}),
-    "edges, no lag": (101, {"GROUPS": 2, "LAG": False}),
-    "edges, lag": (101, {"GROUPS": 2, "LAG": True}),
+    "no lag": (96, {"PROGRAMS": 3, "LAG": False}),
+    "lag": (96, {"PROGRAMS": 4, "LAG": True}),
+    "edges, no lag": (101, {"PROGRAMS": 5, "LAG": False}),
+    "edges, lag": (101, {"PROGRAMS": 7, "LAG": True}),
     # (What is left over by full slices is among the edges.)
-    "two warps": (131, {"GROUPS": 2, "LAG": True, "WARPS": 2, "SLICE": 32}),
+    "two warps": (131, {"PROGRAMS": 6, "LAG": True, "WARPS": 2, "SLICE": 32}),
 }
 REVERSE_KL, JSD = Divergence("reverse_kl"), Divergence("jsd")  # which meet once and twice
 RESIDENT = [d for d in DIVERGENCES if FAMILIES[d.name].resident]
 OTHERS = [d for d in RESIDENT if d.name not in ("reverse_kl", "jsd")]
 
-# What the rows of a group are, one group after another: "m" masked, "s" of a small divergence,
-# "z" and "w" with -inf among the student's or the teacher's logits, "n" with a NaN, "." none of it.
-KINDS = "mssmms" + "sz.wnm"
+# What rows are: "m" masked, "s" of a small divergence, "z" and "w" with -inf among the student's or
+# the teacher's logits, "n" with a NaN, "." none of it.
+KINDS = "msszs.mwmnsm"
 
 
 @pytest.fixture(params=["edges, lag"])
@@ -65,8 +67,7 @@ def of_kinds(kinds: str, vocabulary: int, seed: int, dtype=torch.float32) -> Cas
     case = cases.make(vocabulary, (ROWS,), seed=seed, dtype=dtype)
     student, teacher = case.student, case.teacher
     case.mask = mask = torch.ones(ROWS, dtype=torch.bool)
-    by_group = torch.arange(ROWS).view(-1, plan.INTERPRETED_GROUPS).T.flatten().tolist()
-    for kind, row in zip(kinds, by_group, strict=True):
+    for row, kind in enumerate(kinds):
         if kind == "m":
             mask[row] = False
             student[row, ::3] = torch.nan
@@ -130,7 +131,7 @@ def outcome(backend: ModuleType, rows: Rows, inplace: bool) -> tuple[Tensor, Ten
     if backend is launchers:
         form = launchers.form(rows, gradient)
         assert isinstance(form, plan.Resident)
-        assert (form.splits, form.groups) == (3, plan.INTERPRETED_GROUPS)
+        assert (form.splits, form.programs) == (3, plan.INTERPRETED_PROGRAMS)
         assert form.lag == (plan.INTERPRETED_LAG and rows.one_sweep)
     statistics = torch.full_like(rows.statistics(), torch.nan)
     backend.hybrid_rows(rows, statistics, coefficients, gradient)
@@ -182,10 +183,10 @@ def test_no_teacher_in_any_order(layout, orders, interleaved):
             check(case)
 
 
-@pytest.mark.parametrize("kinds", ["mmmmmm" + "mmmmmm", "mmmmmm" + "s.s..n", "mmmmms" + "mzmmm."])
+@pytest.mark.parametrize("kinds", ["mmmmmmmmmmmm", "msmmms.mmm.n", "mmmzmmmmmms."])
 @pytest.mark.parametrize("divergence", [REVERSE_KL, JSD], ids=divergence_id)
 def test_few_rows_in_any_order(divergence, kinds, layout, orders, interleaved):
-    """All masked, or all of a group, or all but the last and one more."""
+    """All masked, or all but a few."""
     for seed in range(orders):
         case = of_kinds(kinds, layout, seed)
         with interleaved(seed, loads=seed % 2 == 0):
@@ -226,68 +227,73 @@ def in_slices(*changes: tuple, **where) -> Fault:
     return Fault(slices, changes, **where)
 
 
-def slots(number: int) -> tuple:
-    return replaced, "\nSLOTS = 4", f"\nSLOTS = {number}"
-
-
-# The number of a meeting as it is published and as it is waited for, and the wait.
-WORD, NUMBER, LATE = "(meeting + 1).to(tl.int64)", "!= meeting + 1)", "late += tl.max("
+LATE = "late += tl.max("
+FIRST_SUMS = """\
+        _publish_sums(args, turn, held, _scale_of(args, turn.row, P), STUDENT, TEACHER, P)
+"""
 WRITE_STATISTICS = """            if is_lead:
                 _write_statistics(args, number, value, slopes, sums, row, constants, P)
 """
-WRITE_SMALL = """            if P.small and P.one_sweep:
+WRITE_SMALL = """            if P.small:
                 if agreed(_is_small(sums, constants, P)):
-                    _write_small(
-                        args, group, where, meeting, held, sums, row, constants, is_lead, P, D
-                    )
+                    _write_small(args, turn, where, held, sums, row, constants, is_lead, P, D)
 """
 AFTER_GRADIENT = "            if is_owner:\n"
 SUMS_OF_SLICE = "sums_of_slice(held, constants.scale, is_lead, STUDENT, TEACHER, P)"
 
 FAULTS = {
-    "a slot less": in_meeting(slots(3)),
-    "a slot, no lag": in_meeting(slots(1), layout="no lag"),
-    "a slot, two meetings": in_meeting(slots(1), divergence=JSD),
-    "slots for all groups": in_meeting(
-        (replaced, "args.published + number * ", "args.published + 0 * "), layout="edges, lag"
+    "words of a row for the next one": in_meeting(
+        (replaced, "(row * P.meetings + MEETING)", "(row // 2 * P.meetings + MEETING)")
+    ),
+    "words of one meeting for the other": in_meeting(
+        (replaced, "(row * P.meetings + MEETING)", "(row * P.meetings)"), divergence=JSD
     ),
     "no wait": in_meeting((replaced, LATE, "late += 0 * tl.max(")),
     "no wait for all numbers": in_meeting((replaced, LATE, "late = tl.max(")),
     "no wait for all programs": in_meeting((replaced, LATE, "late += tl.min(")),
-    "a meeting that nobody publishes for": in_meeting((replaced, WORD, "meeting.to(tl.int64)")),
-    "meetings from 0": in_meeting(
-        (replaced, WORD, "meeting.to(tl.int64)"), (replaced, NUMBER, "!= meeting)")
+    "nothing says that a number is there": in_meeting((replaced, "bits | (1 << 32)", "bits")),
+    "no wait for the second meeting": in_kernel(
+        (replaced, "met = meet(args, number, 1, P)", "met = meet(args, number, 0, P)"),
+        divergence=JSD,
     ),
-    "meetings up to 4": in_meeting(
-        (replaced, WORD, "(meeting % 4 + 1).to(tl.int64)"),
-        (replaced, NUMBER, "!= meeting % 4 + 1)"),
+    "sums of every slice for the first": in_kernel(
+        (
+            replaced,
+            "publish(args, turn, 0, numbers, P)",
+            "publish(args, first_turn(P), 0, numbers, P)",
+        )
     ),
-    "two meetings in one": in_kernel((replaced, "\n            meeting += 1", ""), divergence=JSD),
-    "the next row's meeting in this one's": in_kernel(
-        (replaced, "publish(group, meeting + 1, ", "publish(group, meeting, ")
-    ),
-    "this row's sums for the next one's": in_kernel(
-        (replaced, "sums_of_slice(next_held,", "sums_of_slice(held,")
+    "this slice's sums for the next one": in_kernel(
+        (replaced, "ahead, next_held, scale", "ahead, held, scale")
     ),
     "this row's temperature for the next one's": in_kernel(
-        (replaced, "_scale_of(args, ahead, P)", "_scale_of(args, number, P)"), temperature=None
+        (replaced, "_scale_of(args, ahead.row, P)", "_scale_of(args, number, P)"), temperature=None
     ),
-    "a slot less for small rows": in_meeting((replaced, "\nSMALL_SLOTS = 2", "\nSMALL_SLOTS = 1")),
-    "slots for small rows by row": in_meeting(
-        (replaced, "meeting % _SMALL_SLOTS", "row % _SMALL_SLOTS"), layout="edges, lag"
+    "a first slice that is not published": in_kernel((replaced, FIRST_SUMS, "")),
+    "a slice left out": in_slices(
+        (
+            replaced,
+            "row = turn.row + tl.num_programs(0) // P.splits",
+            "row = turn.row + 1 + tl.num_programs(0) // P.splits",
+        )
     ),
-    "slots for small rows of all groups": in_meeting(
-        (replaced, "args.pieces + number * ", "args.pieces + 0 * "), layout="edges, lag"
+    "a slice that two take": in_slices(
+        (replaced, "part = turn.part + tl.num_programs(0) % P.splits", "part = turn.part")
+    ),
+    "pieces of a small row for the next one": in_meeting(
+        (replaced, "args.pieces + turn.row * P.splits", "args.pieces + turn.row // 2 * P.splits")
     ),
     "a small row's arrival before its store": in_meeting(
-        (moved, "before = arrive(group.arrived + row)", "tl.store(ptr + group.part, value)")
+        (moved, "before = arrive(args.counters + turn.row)", "tl.store(ptr + turn.part, value)")
     ),
-    "a counter for all small rows": in_meeting((replaced, "group.arrived + row", "group.arrived")),
+    "a counter for all small rows": in_meeting(
+        (replaced, "args.counters + turn.row", "args.counters")
+    ),
     "a small row summed by the last but one": in_meeting(
         (replaced, "before == P.splits - 1", "before == P.splits - 2")
     ),
     "a row that is small to some": in_kernel(
-        (replaced, "if agreed(_is_small(", "if group.part != 1 and agreed(_is_small(")
+        (replaced, "if agreed(_is_small(", "if turn.part != 1 and agreed(_is_small(")
     ),
     "a small row's first sum after its second": in_kernel(
         (replaced, WRITE_STATISTICS, ""),
@@ -302,7 +308,7 @@ FAULTS = {
         (replaced, "is_ordinary(sums,", f"is_ordinary(named({SUMS_OF_SLICE}, P),")
     ),
     "a row that some decline later": in_kernel(
-        (replaced, "met = meet(group", "own = numbers\n                met = meet(group"),
+        (replaced, "met = meet(args", "own = numbers\n                met = meet(args"),
         (replaced, "value - value == 0.0", "own[0] - own[0] == 0.0"),
         divergence=JSD,
         dtype=torch.bfloat16,
@@ -316,10 +322,10 @@ FAULTS = {
         inplace=True,
     ),
     "a row that is masked to some": in_slices(
-        (replaced, "while counts == 0:", "while (counts == 0) & (group.part != 1):")
+        (replaced, "while counts == 0:", "while (counts == 0) & (turn.part != 1):")
     ),
     "no lead": in_slices(
-        (replaced, "group.part == P.splits - 1", "group.part == P.splits"), inplace=True
+        (replaced, "turn.part == P.splits - 1", "turn.part == P.splits"), inplace=True
     ),
     "a token of another's slice": in_kernel(
         (replaced, "_is_owner(where, token, is_lead, P)", "is_lead"), inplace=True
@@ -385,28 +391,19 @@ def test_no_fault_is_found_where_none_is(fault, layout, orders, interleaved):
 # -- the meeting alone -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("programs", [3, 7])
 @pytest.mark.parametrize("seed", range(3))
-def test_all_meet(seed, interleaved):
+def test_all_meet(seed, programs, interleaved):
     with interleaved(seed):
-        wrong = meeting.meet(splits=3, groups=2, rounds=6, device="cpu")
-    assert wrong.tolist() == [0] * 6
+        wrong = measured.run(splits=3, programs=programs, rounds=6, device="cpu")
+    assert wrong.tolist() == [0] * programs
 
 
-def test_a_program_that_does_not_come_is_no_hang(interleaved, monkeypatch):
-    """One in three stays away; the others wait for a while, once."""
-    monkeypatch.setattr(meeting, "BOUND", 20)
-    arrive = meeting.meeting_kernel
-    monkeypatch.setattr(meeting, "meeting_kernel", {(3,): lambda *a, **o: arrive[(2,)](*a, **o)})
-    with interleaved(0):
-        wrong = meeting.meet(splits=3, groups=1, rounds=6, device="cpu")
-    assert (wrong[:2] > 0).all()
-
-
-def test_a_slot_used_too_early_is_seen(interleaved, monkeypatch):
-    """With one slot in place of two, a fast program overwrites what a slow one has yet to read."""
-    monkeypatch.setattr(meeting, "SLOTS", 1)
+def test_what_is_read_too_early_is_counted(interleaved, tmp_path, monkeypatch):
+    source = replaced(faults.source_of(meetings), LATE, "late += 0 * tl.max(")
+    monkeypatch.setattr(measured, "meet", faults.module_of(source, tmp_path).meet)
     found = 0
     for seed in range(8):
         with interleaved(seed):
-            found += int(meeting.meet(splits=3, groups=1, rounds=6, device="cpu").sum())
+            found += int(measured.run(splits=3, programs=4, rounds=6, device="cpu").sum())
     assert found

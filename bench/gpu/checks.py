@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hybrid_kernels
-from bench.measure import groups_of, relative_error, steady_rows
+from bench.measure import relative_error, rows_in_flight, steady_rows
 from bench.providers import random_options
 from bench.report import TOLERANCE
 from hybrid_kernels import LinearTeacher, Mixture, TopK, reference
@@ -198,7 +198,7 @@ def _errors(check: Check, device: str) -> dict[str, float] | None:
     """Of the gradient, relative, L2; and the largest of a value, relative to 1 + its size."""
     problem = Problem.random(check, device)
     values, gradient = problem.solve(hybrid_kernels)
-    index = steady_rows(problem.student, 1 if problem.weights else groups_of(problem.student))
+    index = steady_rows(problem.student, 1 if problem.weights else rows_in_flight(problem.student))
     expected, truth = problem.rows(index).solve(reference)
     error = relative_error(gradient[index], truth)
     if error is None:

@@ -13,7 +13,7 @@ from triton import JITFunction
 from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.rows import Coefficients, Rows, repeat_of
 from hybrid_kernels.triton_backend import divergences, plan
-from hybrid_kernels.triton_backend.meeting import NUMBERS, SLOTS, SMALL_SLOTS
+from hybrid_kernels.triton_backend.meeting import NUMBERS
 from hybrid_kernels.triton_backend.memory import (
     GROUP,
     Arguments,
@@ -191,6 +191,7 @@ def resident_launch(
     last = static.vocabulary - 2 * GROUP - (chosen.splits - 1) * chosen.slice_v
     static = static._replace(
         measure=True,
+        small=static.small and static.one_sweep,
         warps=chosen.num_warps,
         width=chosen.width,
         tiles=chosen.tiles,
@@ -199,25 +200,23 @@ def resident_launch(
         most=chosen.splits * chosen.slice_v,
         splits=chosen.splits,
         lanes=triton.next_power_of_2(chosen.splits),
+        meetings=chosen.meetings,
         lag=chosen.lag,
         exact=rows.student.element_size() == 4,
         fine=rows.student.element_size() == 4 or not static.teacher_d,
     )
     arguments = _arguments(rows, None, statistics, coefficients, gradient)._replace(
         declined=statistics.new_empty(rows.total, dtype=torch.int8),
-        groups=chosen.groups,
     )
     if static.splits > 1:
-        lanes = chosen.groups * static.lanes
-        # Zeros: meetings are counted from 1. And a counter for each row that may be small.
-        words = statistics.new_zeros(lanes * SLOTS * NUMBERS, dtype=torch.int64)
+        slices = rows.total * static.splits
+        words = slices * static.meetings * NUMBERS
         arguments = arguments._replace(
-            published=words,
-            pieces=statistics.new_empty(lanes * SMALL_SLOTS),
-            counters=statistics.new_zeros(rows.total, dtype=torch.int32),
+            published=statistics.new_zeros(words, dtype=torch.int64),
+            pieces=statistics.new_empty(slices) if static.small else None,
+            counters=statistics.new_zeros(rows.total, dtype=torch.int32) if static.small else None,
         )
-    programs = chosen.groups * chosen.splits
-    return Launch(resident_kernel, programs, chosen, arguments, static, _function(rows))
+    return Launch(resident_kernel, chosen.programs, chosen, arguments, static, _function(rows))
 
 
 def values_launch(rows: Rows, statistics: Tensor, values: Tensor) -> Launch:
@@ -354,8 +353,8 @@ def _per_row(values: Tensor | None, count: int) -> PerRow:
 def _refused(device: torch.device, launch: plan.Resident, reason: str) -> None:
     """Warns once. Where warnings are errors every launch is refused, and nothing swept."""
     warnings.warn(
-        f"hybrid_kernels: {device} refused to run {launch.groups} groups of {launch.splits} "
-        f"programs side by side ({reason}). From here on one program sweeps each long row there: "
+        f"hybrid_kernels: {device} refused to run {launch.programs} programs side by side "
+        f"({reason}). From here on one program sweeps each long row there: "
         "the results are the same and take longer. A process that has a part of a GPU (MPS, green "
         "contexts) has to expect this.",
         RuntimeWarning,

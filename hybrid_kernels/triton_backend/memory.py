@@ -89,10 +89,9 @@ class Arguments(NamedTuple):
         statistics: fp32 `[fields, N]`, see `rows.FIELDS`.
         gradient: a `Side`.
         c_div, c_logp, c_ent: the coefficients of the gradient's terms, `PerRow`.
-        published, pieces, counters: of groups that share rows, see `meeting.py`.
+        published, pieces, counters: of programs that share rows, see `meeting.py`.
         declined: int8 `[N]`, rows that the row-resident form has left to the other; that form takes
             those alone where it is given this.
-        groups: how many there are.
         row_values: where `values_kernel` writes.
         factor: of `scale_kernel`, `PerRow`.
     """
@@ -118,7 +117,6 @@ class Arguments(NamedTuple):
     pieces: tl.tensor = None
     counters: tl.tensor = None
     declined: tl.tensor = None
-    groups: tl.tensor = None
     row_values: tl.tensor = None
     factor: tl.tensor = None
 

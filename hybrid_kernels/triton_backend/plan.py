@@ -42,7 +42,7 @@ MAX_REGISTERS = 128
 INTERPRETED_BLOCK_V = 65536
 INTERPRETED_SLICE = 2**31
 INTERPRETED_WARPS = 1
-INTERPRETED_GROUPS = 2
+INTERPRETED_PROGRAMS = 2
 INTERPRETED_LAG = True
 
 # An ordinary number (`sums.py`) below all others of a row, or nearly all rows.
@@ -53,7 +53,7 @@ SLICE_MULTIPLE = 8
 # Words of 32 bits that a warp of the row-resident form loads at once: 16 bytes a thread. (Triton
 # cuts every tile of so many columns alike, a row to a warp; others it moves through shared memory.)
 WIDTH = 4 * WARP
-# What the latency of a row is worth, in tiles; see `_cut`.
+# What the latency of a slice is worth, in tiles; see `_cut`.
 LATENCY = 5
 # That a multiprocessor holds at once, of any size.
 MAX_PROGRAMS = 16
@@ -96,6 +96,7 @@ class Plan(NamedTuple):
         least, most: entries of the shortest slice, and of all together, at most.
         splits: how many programs share a row.
         lanes: the next power of 2.
+        meetings: of them for each row.
         lag: whether a row's sums are published before the row before it is waited for.
         exact: whether differences are taken of the logits themselves in its sums, of which rounding
             leaves nothing where logits are fp32 and models close.
@@ -135,6 +136,7 @@ class Plan(NamedTuple):
     most: int = 2**31 - 1
     splits: int = 1
     lanes: int = 1
+    meetings: int = 1
     lag: bool = False
     exact: bool = False
     fine: bool = False
@@ -209,17 +211,23 @@ class Resident(NamedTuple):
     """Compile-time constants and grid of the row-resident form.
 
     `splits` programs share a row in slices of `slice_v` entries, which a program holds as `tiles`
-    tiles of `num_warps * width` words; `groups` rows are in flight at once.
+    tiles of `num_warps * width` words; there are `programs` in all.
     """
 
     tiles: int
     width: int
     slice_v: int
     splits: int
-    groups: int
+    programs: int
     num_warps: int
     registers: int
+    meetings: int
     lag: bool
+
+    @property
+    def in_flight(self) -> float:
+        """Rows that are worked at at once."""
+        return self.programs / self.splits
 
     def room(self, itemsize: int) -> int:
         """For how many entries of a row a program has room."""
@@ -233,7 +241,7 @@ class Resident(NamedTuple):
     def describe(self) -> str:
         return (
             f"row-resident, {self.splits} program(s) a row, slices of {self.slice_v:,}, "
-            f"{self.groups} rows in flight"
+            f"{self.in_flight:.3g} rows in flight"
         )
 
 
@@ -264,8 +272,8 @@ def resident(
     narrow: bool = False,
     edges: bool = False,
 ) -> Resident | None:
-    """How many programs share a row, and how many rows are in flight; None if a row needs more
-    programs than the device holds at once.
+    """How many programs share a row, and how many there are; None if a row needs more than the
+    device holds at once.
 
     Args:
         vocabulary: V.
@@ -292,17 +300,17 @@ def resident(
     # A short row takes a smaller program, and more of them.
     while num_warps > 1 and vocabulary <= num_warps * width * per_word // 2:
         num_warps //= 2
-    programs = min(MAX_PROGRAMS, tuning.programs * tuning.num_warps // num_warps)
-    places = device.multiprocessors * programs
+    on_each = min(MAX_PROGRAMS, tuning.programs * tuning.num_warps // num_warps)
+    places = device.multiprocessors * on_each
     tile = num_warps * width * per_word
-    tiles, splits = _cut(vocabulary - _room(num_warps, edges), tile, tiles, places)
+    tiles, splits = _cut(vocabulary - _room(num_warps, edges), tile, tiles)
     slice_v = min(_slice(vocabulary, splits), tiles * tile)
-    registers = min(255, device.registers // (programs * num_warps * WARP) // 8 * 8)
-    groups = min(rows, places // splits)
-    if groups == 0:
+    registers = min(255, device.registers // (on_each * num_warps * WARP) // 8 * 8)
+    if places < splits:
         return None
     lag = tuning.lag and splits > 1 and meetings == 1
-    return Resident(tiles, width, slice_v, splits, groups, num_warps, registers, lag)
+    programs = min(places, rows * splits)
+    return Resident(tiles, width, slice_v, splits, programs, num_warps, registers, meetings, lag)
 
 
 def _interpreted(vocabulary: int, per_word: int, rows: int, meetings: int, edges: bool) -> Resident:
@@ -312,8 +320,8 @@ def _interpreted(vocabulary: int, per_word: int, rows: int, meetings: int, edges
     words = -(-slice_v // (per_word * warps))
     width = min(triton.next_power_of_2(words), INTERPRETED_BLOCK_V)
     lag = INTERPRETED_LAG and splits > 1 and meetings == 1
-    groups = min(rows, INTERPRETED_GROUPS)
-    return Resident(-(-words // width), width, slice_v, splits, groups, warps, 0, lag)
+    programs = min(max(splits, INTERPRETED_PROGRAMS), rows * splits)
+    return Resident(-(-words // width), width, slice_v, splits, programs, warps, 0, meetings, lag)
 
 
 def _room(num_warps: int, edges: bool) -> int:
@@ -321,11 +329,11 @@ def _room(num_warps: int, edges: bool) -> int:
     return num_warps * WARP - 2 * SLICE_MULTIPLE if edges else 0
 
 
-def _cut(vocabulary: int, tile: int, most: int, places: int) -> tuple[int, int]:
+def _cut(vocabulary: int, tile: int, most: int) -> tuple[int, int]:
     """Tiles of slices, at most so many, and how many slices there are.
 
-    So many rows are in flight as there are places for all their programs, and each takes about
-    `LATENCY` and its tiles. Lanes without an entry cost instructions, but no bytes.
+    A slice takes about `LATENCY` and its tiles. Lanes without an entry cost instructions, but no
+    bytes.
     """
 
     def splits(tiles: int) -> int:
@@ -333,7 +341,7 @@ def _cut(vocabulary: int, tile: int, most: int, places: int) -> tuple[int, int]:
 
     def rate(tiles: int) -> float:
         fill = vocabulary / (splits(tiles) * tiles * tile)
-        return places // splits(tiles) / (LATENCY + tiles) * math.sqrt(fill)
+        return math.sqrt(fill) / splits(tiles) / (LATENCY + tiles)
 
     if vocabulary <= most * tile:
         return max(1, -(-vocabulary // tile)), 1

@@ -1,8 +1,8 @@
 """The row-resident kernel: statistics and gradient with every logit read once, 3 N V entries.
 
 It is for one full teacher, or none, and for the divergences of the KL family and JSD. A row is cut
-into slices, one for each program of a *group*. A program keeps its slice in registers
-(`slices.py`), publishes its sums (`lean.py`), meets its siblings (`meeting.py`), adds up those of
+into slices, each for another program. A program keeps its slice in registers (`slices.py`),
+publishes its sums (`lean.py`), meets those that have the others (`meeting.py`), adds up the sums of
 all, and writes its slice of the gradient. Where a row fits into one program, nothing is published.
 Problems that need both normalisers first meet twice.
 
@@ -11,10 +11,10 @@ times them may be no 0, or with models that lie far apart is *declined*. All pro
 the same numbers; nothing of the row is written, and the sweeping form takes it afterwards
 (`launch.py`).
 
-The grid is persistent: groups take rows in turn, and it must be resident as a whole, because
-siblings wait for each other (hence the cooperative launch). A program loads the next row while it
-waits. With `Plan.lag` it is one row further ahead: it publishes the sums of the next row before it
-waits for those of this one, so that what it waits for has had the time of a gradient to arrive.
+The grid is persistent, and it must be resident as a whole, because programs wait for each other
+(hence the cooperative launch). A program loads its next slice while it waits. With `Plan.lag` it is
+one slice further ahead: it publishes the sums of the next before it waits for those of this one's
+row, so that what it waits for has had the time of a gradient to arrive.
 """
 
 import triton
@@ -39,7 +39,7 @@ from hybrid_kernels.triton_backend.lean import (
     swept_gradient,
     together,
 )
-from hybrid_kernels.triton_backend.meeting import group_of, meet, publish, write_small
+from hybrid_kernels.triton_backend.meeting import meet, publish, write_small
 from hybrid_kernels.triton_backend.memory import (
     body_of,
     coefficient,
@@ -54,14 +54,16 @@ from hybrid_kernels.triton_backend.memory import (
 from hybrid_kernels.triton_backend.packed import per_word, unpacked
 from hybrid_kernels.triton_backend.reduce import added, agreed, sum_each
 from hybrid_kernels.triton_backend.slices import (
+    counting,
     counts_of,
     edge_places,
     edges_of,
+    first_turn,
+    following,
     is_lead_of,
     limit_of,
     load_again,
     load_slice,
-    next_row,
     piece_of,
     places,
     store_words,
@@ -216,16 +218,15 @@ def _is_small(sums, constants, P: tl.constexpr):
 
 @triton.jit
 def _write_small(
-    args, group, where, meeting, held, sums, row, constants, is_lead, P: tl.constexpr,
-    D: tl.constexpr,
-):  # fmt: skip
+    args, turn, where, held, sums, row, constants, is_lead, P: tl.constexpr, D: tl.constexpr
+):
     """A small divergence, summed a second time, over what the lead writes of it."""
     logs = logs_of(sums, P)
     value = _small_value(where, held, row, logs, constants, is_lead, P, D)
     if P.splits > 1:
-        write_small(args, group, where.row, meeting, value, P)
+        write_small(args, turn, value, P)
     else:
-        write_divergence(args, where.row, value)
+        write_divergence(args, turn.row, value)
 
 
 @triton.jit
@@ -275,30 +276,34 @@ def _store_token(
 
 
 @triton.jit
+def _publish_sums(
+    args, turn, held, scale, STUDENT: tl.constexpr, TEACHER: tl.constexpr, P: tl.constexpr
+):
+    numbers = sums_of_slice(held, scale, is_lead_of(turn, P), STUDENT, TEACHER, P)
+    if P.splits > 1:
+        publish(args, turn, 0, numbers, P)
+    return numbers
+
+
+@triton.jit
 def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
-    """Statistics and gradient of the rows of a group."""
+    """Statistics and gradient of all rows that are not declined."""
     STUDENT: tl.constexpr = args.student.ptr.dtype.element_ty
     TEACHER: tl.constexpr = args.teachers[0].ptr.dtype.element_ty if P.full > 0 else STUDENT
     PER_WORD: tl.constexpr = per_word(STUDENT)
-    group, first = group_of(args, P)
-    is_lead = is_lead_of(group, P)
-    meeting = tl.full((), 0, tl.int32)
-    counts = 1
-    if args.valid is not None:
-        counts = counts_of(args, first)
-    number = next_row(args, group, first, counts, P)
-    held = load_slice(args, group, number, P)
-    ahead = number
+    turn = first_turn(P)
+    turn = counting(args, turn, counts_of(args, turn), P)
+    held = load_slice(args, turn, P)
+    ahead = turn
     next_held = held
     if P.lag:
-        ahead = number + args.groups
-        if args.valid is not None:
-            counts = counts_of(args, ahead)
-        ahead = next_row(args, group, ahead, counts, P)
-        next_held = load_slice(args, group, ahead, P)
-        scale = _scale_of(args, number, P)
-        publish(group, meeting, sums_of_slice(held, scale, is_lead, STUDENT, TEACHER, P), P)
-    while number < args.count:
+        ahead, counts = following(args, turn, P)
+        ahead = counting(args, ahead, counts, P)
+        next_held = load_slice(args, ahead, P)
+        _publish_sums(args, turn, held, _scale_of(args, turn.row, P), STUDENT, TEACHER, P)
+    while turn.row < args.count:
+        number = turn.row
+        is_lead = is_lead_of(turn, P)
         # What a row needs from memory at once, before it is waited for.
         constants = constants_of(args, number, P)
         c_div = coefficient(args.c_div, number, constants.inv_t)
@@ -308,31 +313,25 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
         if P.one_sweep:
             c_logp = coefficient(args.c_logp, number, constants.inv_t)
         c_ent = coefficient(args.c_ent, number, constants.inv_t)
-        where = locate(args, number, group.part, P)
+        where = locate(args, number, turn.part, P)
         limit = limit_of(where, PER_WORD, P)
         # The token's logits, too, which the gradient may overwrite: between the two lies a barrier,
         # where sums are reduced. (Those of another program's slice may be overwritten already.)
         token, is_owner, z_token, w_token = _token_of(args, where, is_lead, P)
-        after = ahead + args.groups
-        if args.valid is not None:
-            counts = counts_of(args, after)
+        after, counts = following(args, ahead, P)
 
-        # What is published now: this row's sums or, with a lag, the next one's.
+        # What is published now: this slice's sums or, with a lag, the next one's.
         if P.lag:
-            scale = _scale_of(args, ahead, P)
-            numbers = sums_of_slice(next_held, scale, is_lead, STUDENT, TEACHER, P)
-            publish(group, meeting + 1, numbers, P)
+            scale = _scale_of(args, ahead.row, P)
+            numbers = _publish_sums(args, ahead, next_held, scale, STUDENT, TEACHER, P)
         else:
-            numbers = sums_of_slice(held, constants.scale, is_lead, STUDENT, TEACHER, P)
-            if P.splits > 1:
-                publish(group, meeting, numbers, P)
-        after = next_row(args, group, after, counts, P)
+            numbers = _publish_sums(args, turn, held, constants.scale, STUDENT, TEACHER, P)
+        after = counting(args, after, counts, P)
         if P.one_sweep:
-            far_held = load_slice(args, group, after, P)
+            far_held = load_slice(args, after, P)
         if P.splits > 1:
-            numbers = together(meet(group, meeting, P), P.splits, constants.scale, P)
+            numbers = together(meet(args, number, 0, P), P.splits, constants.scale, P)
         sums = named(numbers, P)
-        meeting += 1
         row = Row(
             rounded_product(sums.student_max, constants.scale),
             rounded_product(sums.teacher_max, constants.scale),
@@ -357,25 +356,22 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
             )
             c_logp = coefficient(args.c_logp, number, constants.inv_t)
             if P.splits > 1:
-                publish(group, meeting, numbers, P)
-                met = meet(group, meeting, P)
+                publish(args, turn, 1, numbers, P)
+                met = meet(args, number, 1, P)
                 there = tl.arange(0, P.lanes) < P.splits
                 met = (tl.where(there, met[0], 0.0), tl.where(there, met[1], 0.0))
                 numbers = sum_each(met, 0)
-            meeting += 1
             # Not before: p and g take the registers of both slices.
-            far_held = load_slice(args, group, after, P)
+            far_held = load_slice(args, after, P)
             value, slopes = second_divergence(numbers, logs, constants.parameter, P)
             is_written = agreed(is_written & (value - value == 0.0))
             factors = (second_factor(slopes, c_logp, row, logs, P),)
         if is_written:
             if is_lead:
                 _write_statistics(args, number, value, slopes, sums, row, constants, P)
-            if P.small and P.one_sweep:
+            if P.small:
                 if agreed(_is_small(sums, constants, P)):
-                    _write_small(
-                        args, group, where, meeting, held, sums, row, constants, is_lead, P, D
-                    )
+                    _write_small(args, turn, where, held, sums, row, constants, is_lead, P, D)
             _store_tiles(where, limit, held, kept, row, factors, STUDENT, TEACHER, P)
             if P.edges:
                 if is_lead:
@@ -389,10 +385,10 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
         if is_lead:
             tl.store(args.declined + number, (is_written == 0).to(tl.int8))
         if P.lag:
-            number = ahead
+            turn = ahead
             held = next_held
         else:
-            number = after
+            turn = after
             held = far_held
         ahead = after
         next_held = far_held

@@ -1,8 +1,10 @@
-"""The slice of a row that a program of the row-resident form keeps in registers: how it is loaded
-and stored, and how masked rows are passed over.
+"""The slices of rows that a program of the row-resident form keeps in registers: which they are,
+how they are loaded and stored, and how masked rows are passed over.
 
-A slice is tiles of words (`packed.py`); the last program of a row, its *lead*, also has the edges
-(`memory.py`), one for each thread, in a tile of their own.
+The slices of all rows, one after another, are dealt to the programs in turn. So all programs have
+something to do, however many share a row; and each comes to be the *lead* of one, which has its
+last slice. A slice is tiles of words (`packed.py`); the lead also has the edges (`memory.py`), one
+for each thread, in a tile of their own.
 """
 
 from typing import NamedTuple
@@ -30,6 +32,13 @@ from hybrid_kernels.triton_backend.reduce import INTERPRETED
 _WARP = tl.constexpr(WARP)
 
 
+class Turn(NamedTuple):
+    """A slice of a program: its row, and its number there."""
+
+    row: tl.tensor
+    part: tl.tensor
+
+
 class Slice(NamedTuple):
     """What a program holds of a row: tiles of words, and the edges if they are its."""
 
@@ -37,6 +46,21 @@ class Slice(NamedTuple):
     ws: tl.tensor
     z_edge: tl.tensor
     w_edge: tl.tensor
+
+
+@triton.jit
+def first_turn(P: tl.constexpr):
+    """A program's first slice."""
+    return Turn(tl.program_id(0) // P.splits, tl.program_id(0) % P.splits)
+
+
+@triton.jit
+def _following(turn, P: tl.constexpr):
+    """A program's next slice. (At least as many programs there are as slices of a row.)"""
+    row = turn.row + tl.num_programs(0) // P.splits
+    part = turn.part + tl.num_programs(0) % P.splits
+    is_over = part >= P.splits
+    return Turn(row + is_over.to(tl.int32), tl.where(is_over, part - P.splits, part))
 
 
 @triton.jit
@@ -61,9 +85,10 @@ def limit_of(where, PER_WORD: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def is_lead_of(group, P: tl.constexpr):
-    """Whether this program takes what is there once for a row. The last one's slice is shortest."""
-    return group.part == P.splits - 1
+def is_lead_of(turn, P: tl.constexpr):
+    """Whether it is this program that does what is done once for a row. (The last slice is the
+    shortest.)"""
+    return turn.part == P.splits - 1
 
 
 @triton.jit
@@ -111,12 +136,12 @@ def load_again(row_ptr, where, i, P: tl.constexpr):
 
 
 @triton.jit
-def load_slice(args, group, row, P: tl.constexpr):
-    """This program's slice of a row; padding where there is no such row."""
+def load_slice(args, turn, P: tl.constexpr):
+    """The slice; padding where there is no such row."""
     # Beyond the last row, any: what is done with it leads nowhere.
-    is_read = row < args.count
-    where = locate(args, tl.where(is_read, row, 0), group.part, P)
-    is_lead = is_lead_of(group, P)
+    is_read = turn.row < args.count
+    where = locate(args, tl.where(is_read, turn.row, 0), turn.part, P)
+    is_lead = is_lead_of(turn, P)
     zs, z_edge = _load_side(where.student, where, is_read, is_lead, P)
     ws = zs
     w_edge = z_edge
@@ -145,9 +170,9 @@ def store_words(ptr, i, limit, entries, P: tl.constexpr):
 
 
 @triton.jit
-def clear_row(args, group, row, P: tl.constexpr):
+def _clear(args, turn, P: tl.constexpr):
     """The gradient and the statistics of a masked row."""
-    where = locate(args, row, group.part, P)
+    where = locate(args, turn.row, turn.part, P)
     TYPE: tl.constexpr = where.gradient.dtype.element_ty
     zero = tl.full((P.warps, P.width), 0.0, tl.float32)
     entries = (zero,)
@@ -159,9 +184,9 @@ def clear_row(args, group, row, P: tl.constexpr):
     TILES: tl.constexpr = P.tiles
     for i in tl.static_range(TILES):
         store_words(ptr, i, limit, entries, P)
-    if is_lead_of(group, P):
-        clear_statistics(args, row, P)
-        tl.store(args.declined + row, 0)
+    if is_lead_of(turn, P):
+        clear_statistics(args, turn.row, P)
+        tl.store(args.declined + turn.row, 0)
         if P.edges:
             offsets, inside = edge_lanes(where, edge_places(P), P)
             zeros = tl.full((P.warps * _WARP,), 0.0, tl.float32)
@@ -169,17 +194,28 @@ def clear_row(args, group, row, P: tl.constexpr):
 
 
 @triton.jit
-def counts_of(args, row):
-    """Whether a row is not masked; so is what lies beyond the last one."""
-    return tl.load(args.valid + row, mask=row < args.count, other=1).to(tl.int32)
+def following(args, turn, P: tl.constexpr):
+    """A program's next slice, and whether its row is not masked, as `counting` wants it."""
+    turn = _following(turn, P)
+    return turn, counts_of(args, turn)
 
 
 @triton.jit
-def next_row(args, group, row, counts, P: tl.constexpr):
-    """The group's next row that counts, from one of which that is known; the others are cleared."""
+def counts_of(args, turn):
+    """Whether a row is not masked; so is what lies beyond the last one."""
+    if args.valid is not None:
+        return tl.load(args.valid + turn.row, mask=turn.row < args.count, other=1).to(tl.int32)
+    else:
+        return 1
+
+
+@triton.jit
+def counting(args, turn, counts, P: tl.constexpr):
+    """A program's next slice of a row that is not masked, from one of which that is known; the
+    others are cleared."""
     if args.valid is not None:
         while counts == 0:
-            clear_row(args, group, row, P)
-            row += args.groups
-            counts = counts_of(args, row)
-    return row
+            _clear(args, turn, P)
+            turn = _following(turn, P)
+            counts = counts_of(args, turn)
+    return turn
