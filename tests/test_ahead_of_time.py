@@ -48,11 +48,12 @@ every_sweep = pytest.mark.parametrize("mode", ["sweeping", "statistics", "gradie
 
 SWEEPS = [mode for mode in aot.MODES if mode != "resident"]
 # Bytes of the stack that the row-resident form may use: a few of a row's numbers, not its logits,
-# of which a thread holds hundreds.
+# of which a thread holds hundreds. Where it meets once, they are fewer.
 SCALARS = 96
+FEW_SCALARS = 16
 # What an entry of 16 bits may cost there in instructions, and a row in barriers. (At V = 32,000 JSD
 # leaves a ninth of its lanes empty, and takes 55.)
-INSTRUCTIONS = {"reverse_kl": 32.5, "forward_kl": 36.0, "jeffreys": 37.5, "jsd": 51.0}
+INSTRUCTIONS = {"reverse_kl": 32.0, "forward_kl": 34.0, "jeffreys": 37.0, "jsd": 51.0}
 BARRIERS = 10
 
 
@@ -132,7 +133,8 @@ def assert_lean(divergence, vocabulary, dtype):
     """Each logit read once and each gradient written once, in 128-bit pieces; few spills; a later
     row's loads that nothing touches before the meeting."""
     shipped = aot.compile_rows("sm_90", vocabulary, dtype, divergence, "resident")
-    assert machine_code.resources(shipped).spilled <= SCALARS
+    spilled = machine_code.resources(shipped).spilled
+    assert spilled <= (FEW_SCALARS if FAMILIES[divergence].one_sweep else SCALARS)
     if vocabulary == 128:
         return  # a program holds fewer entries than its threads have room for
     main = aot.compile_rows(

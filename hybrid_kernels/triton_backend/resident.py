@@ -138,8 +138,9 @@ def _second_sums(
 def _is_owner(where, token, is_lead, P: tl.constexpr):
     """Whether the sampled token is in this program's slice, or nowhere and this is the lead."""
     offset = token - where.head
-    in_body = (token >= 0) & (offset >= 0) & (offset < where.body)
-    return tl.where(in_body, offset // P.slice == where.part, is_lead)
+    first = where.part * P.slice
+    in_slice = (offset >= first) & (offset < tl.minimum(first + P.slice, where.body))
+    return in_slice | (is_lead & ((offset < 0) | (offset >= where.body)))
 
 
 @triton.jit
