@@ -1,10 +1,10 @@
 """The slices of rows that a program of the row-resident form keeps in registers: which they are,
 how they are loaded and stored, and how masked rows are passed over.
 
-The slices of all rows, one after another, are dealt to the programs in turn. So all programs have
-something to do, however many share a row; and each comes to be the *lead* of one, which has its
-last slice. A slice is tiles of words (`packed.py`); the lead also has the edges (`memory.py`), one
-for each thread, in a tile of their own.
+The slices of all rows, one after another, are dealt to the programs in turn, so that all programs
+have something to do, however many share a row. The one that has the last slice of a row is its
+*lead*. A slice is tiles of words (`packed.py`); that of the lead also has the edges (`memory.py`),
+one for each thread, in a tile of their own.
 """
 
 from typing import NamedTuple
@@ -56,7 +56,7 @@ def first_turn(P: tl.constexpr):
 
 @triton.jit
 def _following(turn, P: tl.constexpr):
-    """A program's next slice. (At least as many programs there are as slices of a row.)"""
+    """A program's next slice. (There are at least as many programs as slices of a row.)"""
     row = turn.row + tl.num_programs(0) // P.splits
     part = turn.part + tl.num_programs(0) % P.splits
     is_over = part >= P.splits
