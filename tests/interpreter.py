@@ -9,8 +9,8 @@ decides who goes on, so that an order can be repeated.
         kernel[grid](...)
 
 Every access takes effect at once and for all, and a program's tile is accessed as a whole. So this
-finds deadlocks, slots that are written before everyone has read them, rows that overtake each other
-and counters that run wrong; it says nothing of fences, of barriers or of warps.
+finds deadlocks, what is read before it is written, rows that overtake each other and counters that
+run wrong; it says nothing of fences, of barriers or of warps.
 """
 
 import contextlib

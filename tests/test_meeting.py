@@ -4,6 +4,7 @@ take several slices each; and the kernel that measures the meeting.
 `--orders=N` runs N orders of each problem in place of one, or with `--all` two.
 """
 
+import itertools
 import sys
 from types import ModuleType
 from typing import NamedTuple
@@ -149,7 +150,7 @@ def test_right_in_any_order(layout, orders, interleaved):
 @pytest.mark.parametrize("layout", ["no lag", "edges, no lag", "two warps"], indirect=True)
 def test_two_meetings_in_any_order(layout, orders, interleaved):
     for seed in range(orders):
-        case = of_all_kinds(layout, seed)
+        case = of_all_kinds(layout, seed, torch.bfloat16)
         with interleaved(seed, loads=seed % 2 == 0):
             check(case, JSD)
 
@@ -163,11 +164,15 @@ def test_every_divergence_in_any_order(divergence, layout, orders, interleaved):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"temperature": 0.7, "floor": -6.0}, {"temperature": None, "inplace": True}],
+    ("divergence", "options"),
+    [
+        *itertools.product(
+            [REVERSE_KL, JSD],
+            [{"temperature": 0.7, "floor": -6.0}, {"temperature": None, "inplace": True}],
+        )
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("divergence", [REVERSE_KL, JSD], ids=divergence_id)
 def test_options_in_any_order(divergence, options, layout, orders, interleaved):
     for seed in range(orders):
         case = of_all_kinds(layout, seed, torch.bfloat16)

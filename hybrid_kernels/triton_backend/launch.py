@@ -208,6 +208,7 @@ def resident_launch(
     arguments = _arguments(rows, None, statistics, coefficients, gradient)._replace(
         declined=statistics.new_empty(rows.total, dtype=torch.int8),
     )
+    assert chosen.programs >= static.splits, "a program would wait for itself"
     if static.splits > 1:
         slices = rows.total * static.splits
         words = slices * static.meetings * NUMBERS

@@ -372,23 +372,11 @@ def swept_gradient(z, w, row, factors, P: tl.constexpr):
 
 
 @triton.jit
-def _log_ratio(z, w, row, logs):
-    """log2 p/q."""
-    return tl.fma((z - w) - row.apart, row.scale, logs.teacher - logs.student)
-
-
-@triton.jit
-def _log_probs(z, w, row, logs):
-    """log2 p and log2 q."""
-    y = fma(z, row.scale, -row.m) - logs.student
-    return y, fma(w, row.scale, -row.n) - logs.teacher
-
-
-@triton.jit
 def ordinary_entry(z, w, row, logs, constants, P: tl.constexpr):
     """What a divergence asks of an entry, both normalisers known."""
-    y, u = _log_probs(z, w, row, logs)
-    d = _log_ratio(z, w, row, logs)
+    y = fma(z, row.scale, -row.m) - logs.student
+    u = fma(w, row.scale, -row.n) - logs.teacher
+    d = tl.fma((z - w) - row.apart, row.scale, logs.teacher - logs.student)
     raw_q = tl.exp2(u)
     q = raw_q
     if P.floor:

@@ -1,14 +1,15 @@
 """How programs that share a row meet: each publishes its numbers, and waits for those of all.
 
-Every number is published in a word of 64 bits, together with a 1 for its being there. So a single
+Every number is published in a word of 64 bits, whose upper half is 1 once it is there. So a single
 read tells whether it is there and what it is, without fences or counters: an aligned access of 64
 bits is not torn, and a store reaches the L2 cache, which is what is read. No word is used twice: a
-row has 64 bytes for each of its slices and meetings, of which the launcher makes zeros.
+row has 64 bytes for each of its slices and meetings, which are 0 at first.
 
 A GPU runs the programs of a cooperative launch side by side; Triton's interpreter runs one after
 another, so that a test must run them side by side itself (`tests/interpreter.py`). None waits for
-ever: programs take their slices in the order of the rows, and publish for a row before they wait
-for it, so that those of the first unfinished row all do. Programs that never come would hang
+ever: there are at least as many programs as slices of a row, so that no two of these are the same
+program's; programs take their slices in the order of the rows, and publish for a row before they
+wait for it, so that those of the first unfinished row all do. Programs that never come would hang
 whoever waits for them: a wait has an end, after seconds, which is an error.
 
 A small divergence is summed a second time, and nobody waits for it: the last to arrive adds up.
@@ -32,7 +33,8 @@ _NUMBERS = tl.constexpr(NUMBERS)
 
 @triton.jit
 def _words(args, row, MEETING: tl.constexpr, P: tl.constexpr):
-    """Those of the first slice of a row. (Their number is far below that of the logits.)"""
+    """Those of the first slice of a row. (32 bits are enough for offsets: eight words or sixteen
+    are for hundreds of logits at least.)"""
     return args.published + (row * P.meetings + MEETING) * (P.splits * _NUMBERS)
 
 

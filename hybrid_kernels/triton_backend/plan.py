@@ -96,8 +96,9 @@ class Plan(NamedTuple):
         least, most: entries of the shortest slice, and of all together, at most.
         splits: how many programs share a row.
         lanes: the next power of 2.
-        meetings: of them for each row.
-        lag: whether a row's sums are published before the row before it is waited for.
+        meetings: how often these programs meet.
+        lag: whether a program publishes the sums of its next slice before it waits for the row of
+            this one.
         exact: whether differences are taken of the logits themselves in its sums, of which rounding
             leaves nothing where logits are fp32 and models close.
         fine: the same of its gradient.
@@ -168,7 +169,8 @@ class Tuning(NamedTuple):
         tiles: that a program holds of a row, at most.
         num_warps: of a program, unless rows are short.
         programs: that a multiprocessor holds at once.
-        lag: whether a row's sums are published before the row before it is waited for.
+        lag: whether a program publishes the sums of its next slice before it waits for the row of
+            this one.
     """
 
     tiles: int

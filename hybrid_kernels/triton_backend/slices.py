@@ -55,8 +55,8 @@ def first_turn(P: tl.constexpr):
 
 
 @triton.jit
-def _following(turn, P: tl.constexpr):
-    """A program's next slice. (There are at least as many programs as slices of a row.)"""
+def _next(turn, P: tl.constexpr):
+    """A program's next slice."""
     row = turn.row + tl.num_programs(0) // P.splits
     part = turn.part + tl.num_programs(0) % P.splits
     is_over = part >= P.splits
@@ -86,8 +86,7 @@ def limit_of(where, PER_WORD: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def is_lead_of(turn, P: tl.constexpr):
-    """Whether it is this program that does what is done once for a row. (The last slice is the
-    shortest.)"""
+    """Whether a program does what is done once for a row. (The last slice is the shortest.)"""
     return turn.part == P.splits - 1
 
 
@@ -196,7 +195,7 @@ def _clear(args, turn, P: tl.constexpr):
 @triton.jit
 def following(args, turn, P: tl.constexpr):
     """A program's next slice, and whether its row is not masked, as `counting` wants it."""
-    turn = _following(turn, P)
+    turn = _next(turn, P)
     return turn, counts_of(args, turn)
 
 
@@ -216,6 +215,6 @@ def counting(args, turn, counts, P: tl.constexpr):
     if args.valid is not None:
         while counts == 0:
             _clear(args, turn, P)
-            turn = _following(turn, P)
+            turn = _next(turn, P)
             counts = counts_of(args, turn)
     return turn

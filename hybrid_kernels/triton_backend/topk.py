@@ -92,16 +92,28 @@ def mark_kernel(args, P: tl.constexpr):
         bit = (tl.full((P.block_k,), 1, tl.int32)) << (mark % 32)
         before = tl.atomic_or(words_ptr + mark // 32, bit, mask=inside, sem="relaxed")
         counts = inside
-        # Which of them found the bit unset is a matter of chance: the first one counts. (Mostly at
-        # most one id is repeated, with which a support is filled up.)
-        repeated = tl.where(inside & ((before & bit) != 0), ids, -1)
-        again = tl.max(repeated, 0)
-        while again >= 0:
-            same = inside & (ids == again)
-            first_lane = tl.min(tl.where(same, lane, P.block_k), 0)
-            counts = counts & ((lane == first_lane) | ~same)
-            repeated = tl.where(same, -1, repeated)
-            again = tl.max(repeated, 0)
+        repeated = inside & ((before & bit) != 0)
+        left = tl.max(repeated.to(tl.int32), 0)
+        # Which of them found the bit unset is a matter of chance: the first one counts. In each
+        # trial a place of a table, which is where the ids will be, goes to the first lane that asks
+        # for it, and that settles this lane's id. The others ask for other places.
+        table = args.support.ids + first
+        pending = inside
+        trial = 0
+        while left > 0:
+            tl.store(table + lane, P.k, mask=lane < P.k)
+            tl.debug_barrier()
+            place = (ids + ids // P.k * trial) % P.k
+            tl.atomic_min(table + place, lane, mask=pending, sem="relaxed")
+            tl.debug_barrier()
+            winner = tl.load(table + place, mask=pending, other=0, cache_modifier=".cg")
+            # (Short supports are in several warps at once, of which one writes.)
+            tl.debug_barrier()
+            settled = pending & (tl.load(args.support.given + first + winner) == given)
+            counts = counts & ((lane == winner) | ~settled)
+            pending = pending & ~settled
+            left = tl.max(pending.to(tl.int32), 0)
+            trial += 1
         nothing = tl.where(inside | (given == -1), DROPPED, OUTSIDE)
         tl.store(args.support.ids + first + lane, tl.where(counts, ids, nothing), mask=lane < P.k)
         z = tl.load(where.student + ids, mask=counts, other=0.0).to(tl.float32)
