@@ -458,7 +458,7 @@ class _Block:
         weight = self.rows.shares[member]
         u = self._of_some(self.log_ratio) if self.family.has_u else self.log_ratio.zero_()
         if weight > 1:
-            u.clamp_(min=LOWEST)
+            u.masked_fill_(self.p == 0, 0.0)
         pull.addcmul_(self.p, u.sub_(slope_sum).mul_(weight))
         if self.family.has_v:
             pull.sub_(self.q.mul_(weight))
@@ -470,8 +470,8 @@ class _Block:
     def _scale(self, factor: Tensor, weight: Tensor) -> Tensor:
         """A factor of p times a weight."""
         if self.on_cpu and bool((weight.abs() > 1).any()):
-            # (Where p is 0 it may be as low as numbers get.)
-            factor.clamp_(min=LOWEST)
+            # (Where p is 0 it may be as far from 0 as numbers get.)
+            factor.masked_fill_(self.p == 0, 0.0)
         return factor.mul_(weight)
 
     def _over_t(self, value: Tensor) -> Tensor:
