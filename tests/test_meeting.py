@@ -119,7 +119,8 @@ def check(
     assert torch.equal(gradient.isfinite(), truth.isfinite())
     sound = truth.isfinite().all(-1)
     truth = truth[sound].double()
-    assert_close(gradient[sound], truth, truth, "gradient", scale=0.05, roundings=4)
+    # (The terms of an entry are up to 1, and each side has 4e-7 of error against float64.)
+    assert_close(gradient[sound], truth, truth, "gradient", scale=0.2, roundings=4)
 
 
 def outcome(backend: ModuleType, rows: Rows, inplace: bool) -> tuple[Tensor, Tensor]:
