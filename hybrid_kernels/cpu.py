@@ -456,23 +456,21 @@ class _Block:
         if member == 0:
             pull.zero_()
         weight = self.rows.shares[member]
-        u = self._of_some(self.log_ratio) if self.family.has_u else self.log_ratio.zero_()
-        if weight > 1:
-            u.masked_fill_(self.p == 0, 0.0)
+        u = self._of_some(self.log_ratio, weight > 1)
+        if not self.family.has_u:
+            u.zero_()
         pull.addcmul_(self.p, u.sub_(slope_sum).mul_(weight))
         if self.family.has_v:
             pull.sub_(self.q.mul_(weight))
 
-    def _of_some(self, factor: Tensor) -> Tensor:
-        """A factor of p; guarded, 0 where p is 0, however infinite."""
-        return factor.masked_fill_(self.p == 0, 0.0) if self.guarded else factor
+    def _of_some(self, factor: Tensor, enlarged: bool = False) -> Tensor:
+        """A factor of p; 0 where p is 0, if it may be infinite there, or become so."""
+        return factor.masked_fill_(self.p == 0, 0.0) if self.guarded or enlarged else factor
 
     def _scale(self, factor: Tensor, weight: Tensor) -> Tensor:
         """A factor of p times a weight."""
-        if self.on_cpu and bool((weight.abs() > 1).any()):
-            # (Where p is 0 it may be as far from 0 as numbers get.)
-            factor.masked_fill_(self.p == 0, 0.0)
-        return factor.mul_(weight)
+        enlarged = self.on_cpu and bool((weight.abs() > 1).any())
+        return self._of_some(factor, enlarged).mul_(weight)
 
     def _over_t(self, value: Tensor) -> Tensor:
         return value if self.at_one else value * self.inv_t
@@ -564,13 +562,13 @@ class _Block:
                 c_div = c_div * self.rows.shares[0]
             constant = constant - c_div * slope_sum
         if c_div is not None and alone and family.has_u:
-            self._scale(self._of_some(inner), c_div * factor)
+            self._scale(inner, c_div * factor)
         else:
             inner.zero_()
         if c_logp is not None:
             constant = constant - c_logp
         if c_ent is not None:
-            inner.sub_(self._scale(self._of_some(self.x), c_ent * factor * self.inv_t))
+            inner.sub_(self._scale(self.x, c_ent * factor * self.inv_t))
             constant = constant + c_ent * (columns[FIELDS.student_lse] - columns[FIELDS.entropy])
         inner.add_(constant * factor)
         out = self.gradient if self.gradient.dtype == inner.dtype else inner
