@@ -16,7 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from hybrid_kernels import linear_ops, ops, problem, timing
+from hybrid_kernels import backends, ops, timing
+from hybrid_kernels.linear import ops as linear_ops
 from hybrid_kernels.triton_backend import plan
 
 
@@ -114,7 +115,7 @@ def gpu(name: str = "sm_90", compiles: bool = True) -> Iterator[Driver]:
             stack.enter_context(mock.patch.object(owner, attribute, value))
 
         patch(plan.Device, "of", lambda tensor: GPUS[name].device)
-        patch(problem, "resolve_backend", lambda backend, device: "triton")
+        patch(backends, "resolve", lambda backend, device: "triton")
         patch(timing, "device_times", _no_times)
         patch(fx_config, "meta_nonzero_assume_all_nonzero", True)  # no row is masked
         if not compiles:

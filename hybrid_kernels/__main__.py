@@ -20,11 +20,11 @@ from hybrid_kernels import (
     Mixture,
     TopK,
     available_divergences,
+    backends,
     hybrid_loss,
     reference,
     timing,
 )
-from hybrid_kernels.problem import resolve_backend
 from hybrid_kernels.types import Teacher
 
 # Relative L2 error of a gradient in fp32 arithmetic; a healthy one is a few 1e-7.
@@ -44,9 +44,9 @@ def main() -> int:
         print(f"usage: python -m hybrid_kernels [tune]; got {' '.join(sys.argv[1:])!r}")
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backends = _describe(device)
+    usable = _describe(device)
     healthy = True
-    for backend in backends:
+    for backend in usable:
         print(f"\nAgainst float64, backend {backend}, relative gradient error:")
         for name, error in _checks(device, backend):
             passed = error <= TOLERANCE
@@ -71,16 +71,16 @@ def _describe(device: torch.device) -> list[str]:
     print(f"device          {device.type}: {name}")
     if device.type == "cpu":
         print(f"threads         {torch.get_num_threads()}")
-    print(f"backend         {resolve_backend('auto', device)} (what backend='auto' takes here)")
-    backends = ["torch"]
+    print(f"backend         {backends.resolve('auto', device)} (what backend='auto' takes here)")
+    usable = ["torch"]
     try:
-        resolve_backend("triton", device)
-        backends.append("triton")
+        backends.resolve("triton", device)
+        usable.append("triton")
         _describe_forms(device)
     except ValueError as error:
         print("form            blocks of rows, in torch")
         print(f"triton kernels  not run here: {error}")
-    return backends
+    return usable
 
 
 def _describe_forms(device: torch.device) -> None:

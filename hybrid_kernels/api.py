@@ -1,19 +1,18 @@
-"""The public functions: what they mean, and how a loss is made of rows.
+"""The public functions.
 
 Source of the objective and its decomposition: arXiv 2512.23097.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hybrid_kernels import ops, validate
+from hybrid_kernels.call import Comparison, Context, LinearCall, LogitCall
 from hybrid_kernels.divergences import Divergence
-from hybrid_kernels.heads import Head
-from hybrid_kernels.linear import Hidden
-from hybrid_kernels.problem import Context, LinearProblem, LogitProblem, Problem, valid_rows
+from hybrid_kernels.linear.heads import LinearStudent
+from hybrid_kernels.linear.rows import Chunking
+from hybrid_kernels.objective import Objective
 from hybrid_kernels.types import HybridLoss, Teacher, TokenTerms
 
 
@@ -117,15 +116,11 @@ def hybrid_loss(
         gradient, and for alpha <= 0. A probability counts as 0 where float64 has no number for it.
         A term whose weight is 0 is ignored. NaN or +inf makes its own row NaN.
     """
-    context = Context(
-        teacher, token_ids, mask, divergence, temperature, tail, teacher_floor, process_group,
-        backend,
-    )  # fmt: skip
-    problem = LogitProblem(student_logits, context, inplace)
-    if inplace:
-        validate.inplace(student_logits)
+    comparison = Comparison(teacher, divergence, temperature, tail, teacher_floor)
+    context = Context(token_ids, mask, process_group, backend)
+    call = LogitCall(student_logits, comparison, context, inplace)
     objective = Objective(advantages, dense_weight, entropy_weight, reduction, num_tokens)
-    return _hybrid_loss(problem, objective)
+    return call.hybrid_loss(objective)
 
 
 def token_terms(
@@ -174,12 +169,9 @@ def token_terms(
         student's dtype. Second derivatives raise. The gradient of a `TopK` teacher's divergence is
         that of its value: tokens sampled outside the support correct nothing here.
     """
-    context = Context(
-        teacher, token_ids, mask, divergence, temperature, tail, teacher_floor, process_group,
-        backend,
-    )  # fmt: skip
-    problem = LogitProblem(student_logits, context)
-    return problem.terms(problem.differentiable(), differentiable=True)
+    comparison = Comparison(teacher, divergence, temperature, tail, teacher_floor)
+    context = Context(token_ids, mask, process_group, backend)
+    return LogitCall(student_logits, comparison, context).token_terms()
 
 
 def linear_hybrid_loss(
@@ -281,16 +273,13 @@ def linear_hybrid_loss(
         Under `torch.autocast` all factors are cast as a linear layer casts them. Second derivatives
         raise.
     """
-    context = Context(
-        teacher, token_ids, mask, divergence, temperature, tail, teacher_floor, process_group,
-        backend,
-    )  # fmt: skip
-    problem = _linear_problem(
-        student_hidden, student_weight, student_bias, softcap, logit_scale, chunk_rows,
-        logits_dtype, grad_filter, drop_masked, context,
-    )  # fmt: skip
+    student = LinearStudent(student_hidden, student_weight, student_bias, softcap, logit_scale)
+    chunking = Chunking(chunk_rows, logits_dtype, grad_filter, drop_masked)
+    comparison = Comparison(teacher, divergence, temperature, tail, teacher_floor)
+    context = Context(token_ids, mask, process_group, backend)
+    call = LinearCall(student, chunking, comparison, context)
     objective = Objective(advantages, dense_weight, entropy_weight, reduction, num_tokens)
-    return _hybrid_loss(problem, objective)
+    return call.hybrid_loss(objective)
 
 
 def linear_token_terms(
@@ -346,112 +335,8 @@ def linear_token_terms(
         Two GEMMs (scoring, under `torch.no_grad()`, is that cheap and keeps nothing); the backward
         computes the logits anew, four more.
     """
-    context = Context(
-        teacher, token_ids, mask, divergence, temperature, tail, teacher_floor, process_group,
-        backend,
-    )  # fmt: skip
-    problem = _linear_problem(
-        student_hidden, student_weight, student_bias, softcap, logit_scale, chunk_rows,
-        logits_dtype, grad_filter, drop_masked, context,
-    )  # fmt: skip
-    return problem.terms(problem.differentiable(), differentiable=True)
-
-
-def _linear_problem(
-    hidden, weight, bias, softcap, logit_scale, chunk_rows, logits_dtype, grad_filter, drop_masked,
-    context,
-) -> LinearProblem:  # fmt: skip
-    validate.hidden("student_hidden", hidden)
-    validate.head_options("", softcap, logit_scale)
-    validate.linear_options(chunk_rows, logits_dtype, grad_filter, drop_masked)
-    valid = valid_rows(context, hidden.shape[:-1], hidden.device)
-    head = Head.of("student_", hidden, weight, bias, softcap, logit_scale, valid)
-    scaling, options = ([head.logit_scale], [head.softcap]), (logits_dtype, drop_masked)
-    tensors = head.hiddens, head.weights, head.bias
-    student = Hidden(*tensors, [], [], *scaling, chunk_rows or 0, *options)
-    return LinearProblem(hidden, student, context, float(grad_filter))
-
-
-class Objective(NamedTuple):
-    """What a loss is made of, as the user gave it."""
-
-    advantages: Tensor | Callable[[TokenTerms], Tensor] | None
-    dense_weight: float | Tensor
-    entropy_weight: float | Tensor
-    reduction: str
-    num_tokens: float | Tensor | None
-
-
-def _hybrid_loss(problem: Problem, objective: Objective) -> HybridLoss:
-    advantages, dense_weight, entropy_weight, reduction, num_tokens = objective
-    shape, device = problem.shape, problem.device
-    validate.choice("reduction", reduction, validate.REDUCTIONS)
-    validate.num_tokens(num_tokens, reduction, device)
-    validate.row_weight("dense_weight", dense_weight, shape, device)
-    validate.row_weight("entropy_weight", entropy_weight, shape, device)
-    if not problem.has_teacher and not _is_zero(dense_weight):
-        raise ValueError(
-            f"teacher: None with dense_weight={dense_weight!r}; give the teacher's logits, or "
-            "dense_weight=0 for the policy gradient alone"
-        )
-    if advantages is not None and not problem.has_tokens:
-        raise ValueError("token_ids: None, but advantages need the sampled tokens; give both")
-    statistics = dropped = None
-    summed = reduction != "none"
-    if callable(advantages):
-        with torch.no_grad():
-            statistics = problem.measure(keep=problem.wants_gradient and summed)
-            # (Copies: a function may work in place, and the gradient needs the statistics.)
-            advantages = advantages(problem.terms(statistics, own=True))
-        validate.advantages(advantages, shape, device)
-    elif advantages is not None:
-        validate.advantages(advantages, shape, device)
-    weights = ops.Weights(
-        dense=None if _is_zero(dense_weight) else _flat_weight(dense_weight),
-        advantages=None if advantages is None else advantages.reshape(-1).float(),
-        entropy=None if _is_zero(entropy_weight) else _flat_weight(entropy_weight),
-    )
-    scale = _normaliser(reduction, num_tokens, problem)
-    if problem.wants_gradient:
-        loss, statistics, dropped = problem.differentiate(weights, scale, statistics, summed)
-    else:
-        if statistics is None:
-            statistics = problem.measure()
-        loss = ops.row_losses(statistics, weights, problem.rows.valid)
-        loss = (loss * scale).sum() if summed else loss
-    terms = problem.terms(statistics)
-    return HybridLoss(
-        loss=loss if summed else loss.view(shape),
-        divergence=terms.divergence,
-        log_prob=terms.log_prob,
-        teacher_log_prob=terms.teacher_log_prob,
-        entropy=terms.entropy,
-        student_mass=terms.student_mass,
-        teacher_mass=terms.teacher_mass,
-        dropped_norm=dropped,
-    )
-
-
-def _normaliser(reduction: str, num_tokens: float | Tensor | None, problem: Problem) -> Tensor:
-    """The factor of every row as a scalar fp32 tensor on the device."""
-    device = problem.device
-    if reduction != "mean":
-        return torch.ones((), device=device)
-    if isinstance(num_tokens, Tensor):
-        count = num_tokens.detach().float().reshape(())
-        return torch.where(count > 0, count.reciprocal(), 0.0)
-    if num_tokens is not None:
-        return torch.full((), 1.0 / num_tokens, device=device)
-    if problem.rows.valid is None:
-        return torch.full((), 1.0 / max(problem.count, 1), device=device)
-    return problem.rows.valid.sum().clamp(min=1).float().reciprocal()
-
-
-def _flat_weight(weight: float | Tensor) -> float | Tensor:
-    if not isinstance(weight, Tensor):
-        return float(weight)
-    return weight.float() if weight.ndim == 0 else weight.reshape(-1).float()
-
-
-def _is_zero(weight: float | Tensor) -> bool:
-    return not isinstance(weight, Tensor) and weight == 0
+    student = LinearStudent(student_hidden, student_weight, student_bias, softcap, logit_scale)
+    chunking = Chunking(chunk_rows, logits_dtype, grad_filter, drop_masked)
+    comparison = Comparison(teacher, divergence, temperature, tail, teacher_floor)
+    context = Context(token_ids, mask, process_group, backend)
+    return LinearCall(student, chunking, comparison, context).token_terms()

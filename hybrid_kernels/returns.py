@@ -38,7 +38,7 @@ def returns_to_go(costs: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
         A doubling scan: log2(T) elementwise steps, no loop over T and no host synchronisation.
     """
     validate.matrix("costs", costs)
-    validate.row_mask(mask, costs.shape, costs.device)
+    validate.row_mask(mask, validate.CallShape(costs.shape, costs.device))
     validate.number("gamma", gamma, low=0.0, high=1.0)
     keep = mask != 0
     to_go = _inclusive_returns(costs, keep, gamma)
@@ -98,7 +98,7 @@ def sparse_advantages(
             `group_size`, or a group of one with a baseline that needs others.
     """
     validate.matrix("log_ratio", log_ratio)
-    validate.row_mask(mask, log_ratio.shape, log_ratio.device)
+    validate.row_mask(mask, validate.CallShape(log_ratio.shape, log_ratio.device))
     validate.number("gamma", gamma, low=0.0, high=1.0)
     validate.number("reward_weight", reward_weight)
     validate.number("dense_weight", dense_weight)

@@ -5,7 +5,7 @@ strides; everything per row is `[N]`; the statistics of all rows are one fp32 te
 `[statistics_size(members), N]`, indexed by `FIELDS` and `MEMBER`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -93,17 +93,25 @@ def weighted(weight: float | Tensor, value: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight * value)
 
 
-# The fields of `Rows` and `Coefficients` as the operators declare them. The student's logits come
-# first: operators on hidden states have no such argument, and the others are the same.
-ROWS_BUT_STUDENT = (
-    "Tensor[] teachers, float[] shares, Tensor? support, Tensor? token_log_prob, "
+# The fields of `Rows` and `Coefficients` as the operators declare them.
+ROWS = (
+    "Tensor student, Tensor[] teachers, float[] shares, Tensor? support, Tensor? token_log_prob, "
     "Tensor? token_ids, Tensor? valid, Tensor? row_temperature, str divergence, float parameter, "
     "float temperature, float? teacher_floor, str tail, float resolution, str group, str backend"
 )
-ROWS = f"Tensor student, {ROWS_BUT_STUDENT}"
 COEFFICIENTS = (
     "Tensor? divergence_coefficient, Tensor? log_prob_coefficient, Tensor? entropy_coefficient"
 )
+
+
+def unflatten(arguments: Iterable, *kinds: type) -> list:
+    """An operator's arguments as the NamedTuples whose fields they are, in this order.
+
+    `unflatten((*coefficients, *rows), Coefficients, Rows)` gives both back. Sequences, which
+    operators get as lists, become tuples.
+    """
+    each = (tuple(a) if isinstance(a, list) else a for a in arguments)
+    return [kind(*(next(each) for _ in kind._fields)) for kind in kinds]
 
 
 class Rows(NamedTuple):
@@ -147,12 +155,6 @@ class Rows(NamedTuple):
     resolution: float = 0.0
     group: str = ""
     backend: str = "torch"
-
-    @classmethod
-    def of(cls, *arguments) -> "Rows":
-        """From an operator's arguments, whose sequences come as lists."""
-        rows = cls(*arguments)
-        return rows._replace(teachers=tuple(rows.teachers), shares=tuple(rows.shares))
 
     @property
     def total(self) -> int:

@@ -31,8 +31,6 @@ import torch.distributed
 from torch import Tensor
 
 from hybrid_kernels import validate
-from hybrid_kernels.cpu_forms import settle
-from hybrid_kernels.cpu_topk import Supports, overwrite
 from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.rows import (
     FIELDS,
@@ -46,6 +44,8 @@ from hybrid_kernels.rows import (
     statistics_size,
     weighted,
 )
+from hybrid_kernels.torch_backend.divergences import settle
+from hybrid_kernels.torch_backend.topk import Supports, overwrite
 
 # Logits that are copied at once where a support is taken out of them and no gradient has room.
 _COPIED = 32 << 20
@@ -53,6 +53,14 @@ _COPIED = 32 << 20
 # Where the statistics of a support keep the logarithm of the student's mass outside it. (No teacher
 # has logits there.)
 _LOG_TAIL = STUDENT_FIELDS + MEMBER.teacher_lse
+
+
+def resolve_group(name: str) -> torch.distributed.ProcessGroup:
+    """The process group of a name, as torch's own collectives find it in compiled code."""
+    # Not every build of torch has it.
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._resolve_process_group(name)  # pyright: ignore
 
 
 class Sharded:
@@ -64,13 +72,7 @@ class Sharded:
     """
 
     def __init__(self, module: ModuleType, group: str, student: Tensor) -> None:
-        self.module = module
-        # As torch's own collectives for compiled code find it. (Not every build of torch has it.)
-        from torch.distributed.distributed_c10d import (
-            _resolve_process_group,  # pyright: ignore[reportPrivateImportUsage]
-        )
-
-        self.group = _resolve_process_group(group)  # pyright: ignore[reportArgumentType]
+        self.module, self.group = module, resolve_group(group)
         self.size, self.device = student.shape[-1], student.device
 
     @functools.cached_property

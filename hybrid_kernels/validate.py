@@ -32,27 +32,34 @@ def student(logits: Tensor) -> None:
     _logits("student_logits", logits)
 
 
-class Place(NamedTuple):
-    """What the tensors of one call have in common: leading shape, vocabulary, device."""
+class CallShape(NamedTuple):
+    """What the tensors of one call have in common.
 
-    rows: torch.Size
-    vocabulary: int
+    Attributes:
+        leading: the dimensions `[...]` before the vocabulary's.
+        device: of all tensors.
+        vocabulary: V.
+        sharded: whether that is a part of a larger vocabulary.
+    """
+
+    leading: torch.Size
     device: torch.device
-    sharded: bool = False  # whether the vocabulary is a part of a larger one
+    vocabulary: int = 0
+    sharded: bool = False
 
 
-def teacher(value: object, place: Place) -> list[tuple[float, Tensor | TopK | LinearTeacher]]:
-    """A teacher that matches the student, as weighted members."""
-    members = _members(value)
+def teacher(value: object, shape: CallShape) -> list[tuple[float, Tensor | TopK | LinearTeacher]]:
+    """A teacher that matches the student, as weighted members; none for None."""
+    members = [] if value is None else _members(value)
     supports = []
     for _, member in members:
         if isinstance(member, TopK):
-            _top_k(member, place)
+            _top_k(member, shape)
             supports.append(member)
         elif isinstance(member, LinearTeacher):
-            _linear_teacher(member, place)
+            _linear_teacher(member, shape)
         else:
-            _full_teacher(member, place)
+            _full_teacher(member, shape)
     if supports and len(supports) < len(members):
         raise ValueError(
             "teacher: a Mixture of TopK teachers and of full ones; give all of them in one form "
@@ -86,24 +93,24 @@ def _members(value: object) -> list[tuple[float, Any]]:
     return [(float(weight), member) for weight, member in pairs]
 
 
-def _full_teacher(value: object, place: Place) -> None:
+def _full_teacher(value: object, shape: CallShape) -> None:
     _logits("teacher", value)
     assert isinstance(value, Tensor)
-    if value.shape[-1] != place.vocabulary:
+    if value.shape[-1] != shape.vocabulary:
         raise ValueError(
             f"teacher: vocabulary of {value.shape[-1]} entries, the student has "
-            f"{place.vocabulary}; where the models pad differently, slice both to the "
+            f"{shape.vocabulary}; where the models pad differently, slice both to the "
             "shared prefix (logits[..., :V] needs no copy)"
         )
-    _same_rows("teacher", value.shape[:-1], place.rows)
-    _same_device("teacher", value, place.device)
+    _same_rows("teacher", value.shape[:-1], shape)
+    _same_device("teacher", value, shape.device)
     no_grad_wanted("teacher", value)
 
 
-def _linear_teacher(value: LinearTeacher, place: Place) -> None:
+def _linear_teacher(value: LinearTeacher, shape: CallShape) -> None:
     hidden("teacher: LinearTeacher.hidden", value.hidden)
-    _same_rows("teacher: LinearTeacher.hidden", value.hidden.shape[:-1], place.rows)
-    _same_device("teacher: LinearTeacher.hidden", value.hidden, place.device)
+    _same_rows("teacher: LinearTeacher.hidden", value.hidden.shape[:-1], shape)
+    _same_device("teacher: LinearTeacher.hidden", value.hidden, shape.device)
     no_grad_wanted("teacher: LinearTeacher.hidden", value.hidden)
     head_options("teacher: LinearTeacher.", value.softcap, value.logit_scale)
 
@@ -176,7 +183,7 @@ def linear_options(
         raise ValueError(f"drop_masked: expected True or False, got {drop_masked!r}")
 
 
-def _top_k(value: TopK, place: Place) -> None:
+def _top_k(value: TopK, shape: CallShape) -> None:
     tensors = {"ids": value.ids, "log_probs": value.log_probs}
     if value.token_log_prob is not None:
         tensors["token_log_prob"] = value.token_log_prob
@@ -184,7 +191,7 @@ def _top_k(value: TopK, place: Place) -> None:
         name = f"teacher: TopK.{name}"
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        _same_device(name, tensor, place.device)
+        _same_device(name, tensor, shape.device)
         no_grad_wanted(name, tensor)
         if name.endswith("ids"):
             if tensor.dtype not in (torch.int64, torch.int32):
@@ -197,12 +204,11 @@ def _top_k(value: TopK, place: Place) -> None:
             f"teacher: TopK.ids has shape {tuple(ids.shape)} and log_probs "
             f"{tuple(log_probs.shape)}; both are [..., K], K >= 1"
         )
-    rows = place.rows
-    _same_rows("teacher: TopK", ids.shape[:-1], rows)
+    _same_rows("teacher: TopK", ids.shape[:-1], shape)
     if value.token_log_prob is not None:
-        _same_rows("teacher: TopK.token_log_prob", value.token_log_prob.shape, rows)
-    vocabulary = place.vocabulary
-    if ids.shape[-1] > vocabulary and not place.sharded:
+        _same_rows("teacher: TopK.token_log_prob", value.token_log_prob.shape, shape)
+    vocabulary = shape.vocabulary
+    if ids.shape[-1] > vocabulary and not shape.sharded:
         raise ValueError(
             f"teacher: a TopK support of {ids.shape[-1]} ids, of a vocabulary of {vocabulary}; "
             "check that teacher and student have the same tokenizer, and drop repeated ids"
@@ -289,13 +295,13 @@ def can_be_saved(name: str, tensor: object) -> None:
         )
 
 
-def token_ids(ids: object, rows: torch.Size, device: torch.device) -> None:
+def token_ids(ids: object, shape: CallShape) -> None:
     if not isinstance(ids, Tensor):
         raise ValueError(f"token_ids: expected an integer tensor, got {type(ids).__name__}")
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"token_ids: expected int64 or int32, got {ids.dtype}; use .long()")
-    _same_rows("token_ids", ids.shape, rows)
-    _same_device("token_ids", ids, device)
+    _same_rows("token_ids", ids.shape, shape)
+    _same_device("token_ids", ids, shape.device)
 
 
 def token_ids_in_range(ids: Tensor, valid: Tensor | None, vocabulary: int) -> None:
@@ -310,7 +316,7 @@ def token_ids_in_range(ids: Tensor, valid: Tensor | None, vocabulary: int) -> No
         )
 
 
-def row_mask(mask: object, rows: torch.Size, device: torch.device) -> None:
+def row_mask(mask: object, shape: CallShape) -> None:
     if not isinstance(mask, Tensor):
         raise ValueError(f"mask: expected a bool or 0/1 integer tensor, got {type(mask).__name__}")
     if mask.is_floating_point() or mask.is_complex():
@@ -318,35 +324,35 @@ def row_mask(mask: object, rows: torch.Size, device: torch.device) -> None:
             f"mask: expected bool or 0/1 integers, got {mask.dtype}; use mask.bool(), and put "
             "per-token weights into dense_weight and advantages"
         )
-    _same_rows("mask", mask.shape, rows)
-    _same_device("mask", mask, device)
+    _same_rows("mask", mask.shape, shape)
+    _same_device("mask", mask, shape.device)
 
 
-def row_weight(name: str, value: object, rows: torch.Size, device: torch.device) -> None:
+def row_weight(name: str, value: object, shape: CallShape) -> None:
     """A number, a scalar tensor, or one floating value per row."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise ValueError(f"{name}: expected a floating tensor, got {value.dtype}; use .float()")
         if value.ndim:
-            _same_rows(name, value.shape, rows)
-        _same_device(name, value, device)
+            _same_rows(name, value.shape, shape)
+        _same_device(name, value, shape.device)
         no_grad_wanted(name, value)
     else:
         number(name, value)
 
 
-def advantages(value: object, rows: torch.Size, device: torch.device) -> None:
+def advantages(value: object, shape: CallShape) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(
             "advantages: expected a tensor with one value per token, or a function "
             f"TokenTerms -> tensor, got {type(value).__name__}"
         )
-    if value.shape != rows:
+    if value.shape != shape.leading:
         raise ValueError(
-            f"advantages: shape {tuple(value.shape)}, expected {tuple(rows)}, one value per token; "
-            "one value per sequence goes through .unsqueeze(-1).expand(...)"
+            f"advantages: shape {tuple(value.shape)}, expected {tuple(shape.leading)}, one value "
+            "per token; one value per sequence goes through .unsqueeze(-1).expand(...)"
         )
-    row_weight("advantages", value, rows, device)
+    row_weight("advantages", value, shape)
 
 
 def num_tokens(value: object, reduction: str, device: torch.device) -> None:
@@ -492,11 +498,11 @@ def _logits(name: str, logits: object) -> None:
         )
 
 
-def _same_rows(name: str, shape: torch.Size, rows: torch.Size) -> None:
-    if shape != rows:
+def _same_rows(name: str, leading: torch.Size, shape: CallShape) -> None:
+    if leading != shape.leading:
         raise ValueError(
-            f"{name}: leading shape {tuple(shape)}, expected {tuple(rows)} as in the student's "
-            "logits without their vocabulary dimension"
+            f"{name}: leading shape {tuple(leading)}, expected {tuple(shape.leading)} as in the "
+            "student's logits without their vocabulary dimension"
         )
 
 

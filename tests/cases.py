@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hybrid_kernels
 from hybrid_kernels import Divergence, LinearTeacher, Mixture, TopK, reference
-from hybrid_kernels.problem import Context, LogitProblem
+from hybrid_kernels.call import Comparison, Context, LogitCall
 from hybrid_kernels.rows import Rows
 from hybrid_kernels.types import Teacher
 
@@ -301,9 +301,9 @@ def rows_of(
     process_group: object | None = None,
 ) -> Rows:
     """The case as the operators take it."""
-    options = (divergence, temperature, tail, None, process_group, backend)
-    context = Context(case.any_teacher, case.token_ids, case.mask, *options)
-    return LogitProblem(case.logits, context).rows
+    comparison = Comparison(case.any_teacher, divergence, temperature, tail, None)
+    context = Context(case.token_ids, case.mask, process_group, backend)
+    return LogitCall(case.logits, comparison, context).rows
 
 
 def in_runs(values: Tensor, count: int) -> Tensor:

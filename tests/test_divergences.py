@@ -8,9 +8,9 @@ import torch
 import cases
 from cases import DIVERGENCES, every_divergence
 from hybrid_kernels import Divergence
-from hybrid_kernels.cpu_forms import FORMS, Entries, settle, tilt
 from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.reference import divergence_value
+from hybrid_kernels.torch_backend.divergences import FORMS, Entries, settle, tilt
 
 CASE = cases.make(30, (4,))
 STUDENT, TEACHER = CASE.student.double(), CASE.teacher.double()

@@ -12,13 +12,17 @@ from hybrid_kernels import (
     LinearTeacher,
     hybrid_loss,
     linear_hybrid_loss,
-    linear_ops,
     linear_token_terms,
     reference,
     token_terms,
 )
 from hybrid_kernels.divergences import FAMILIES
-from hybrid_kernels.linear import Hidden
+from hybrid_kernels.linear import gemm
+from hybrid_kernels.linear import ops as linear_ops
+from hybrid_kernels.linear.chunks import Chunks, chunk_size
+from hybrid_kernels.linear.gradients import Gradients
+from hybrid_kernels.linear.rows import Chunking, Heads, LinearRows
+from hybrid_kernels.rows import Rows
 from tolerance import assert_close, assert_linear_matches
 
 pytestmark = pytest.mark.gemms
@@ -136,18 +140,16 @@ def test_a_linear_teacher_of_logits(backend, device):
 @pytest.mark.parametrize("backward", ["loss", "terms"])
 def test_no_gemm_for_a_frozen_weight(backward, backend, device, monkeypatch):
     """What is frozen gets no gradient, and no GEMM either: counted in multiplications."""
-    from hybrid_kernels import linear
-
     case = make_linear(bias=True, device=device)
     case = replace(case, teacher_hidden=case.hidden.flip(0), teacher_head=case.head)
     products = []
-    original = linear._gemm
+    original = gemm.multiply
 
     def counted(out, a, b, scale, accumulate):
         products.append(a.shape[0] * a.shape[1] * b.shape[1] / (case.head.weight.numel() * 10))
         original(out, a, b, scale, accumulate)
 
-    monkeypatch.setattr(linear, "_gemm", counted)
+    monkeypatch.setattr(gemm, "multiply", counted)
     hidden, weight, bias = case.leaves(None)
     counts = {}
     for frozen in (False, True):
@@ -180,17 +182,15 @@ def test_no_gemm_for_a_frozen_weight(backward, backend, device, monkeypatch):
 def test_advantages_of_the_statistics_compute_logits_once_where_one_chunk_holds_them(
     backend, device, monkeypatch
 ):
-    from hybrid_kernels import linear
-
     case = make_linear(masked=True, softcap=3.0, device=device)
     products = []
-    original = linear._gemm
+    original = gemm.multiply
 
     def counted(out, a, b, scale, accumulate):
         products.append(a.shape[0] * a.shape[1] * b.shape[1])
         original(out, a, b, scale, accumulate)
 
-    monkeypatch.setattr(linear, "_gemm", counted)
+    monkeypatch.setattr(gemm, "multiply", counted)
     outcomes, costs = [], []
     for chunk_rows in (None, 4):
         products.clear()
@@ -387,8 +387,6 @@ class TestChunks:
     """How large a chunk is, and where its buffers lie."""
 
     def test_size(self):
-        from hybrid_kernels.linear import chunk_size
-
         cpu, gpu = torch.device("cpu"), torch.device("cuda")
         # 64 MiB of two fp32 logits of V = 151,936 a row are 55 rows; 256 rows in equal chunks.
         assert chunk_size(256, 8 * 151_936, 151_936, cpu) == 52
@@ -412,26 +410,23 @@ class TestChunks:
         assert_linear_matches(case, backend, chunk_rows=9, grad_filter=1e-30)
 
     def test_memory_of_a_single_chunk(self, device):
-        from hybrid_kernels.linear import Gradients, Problem
-
         states, weight = torch.randn(16, 64), torch.randn(500, 64)
-        heads = ([states], [weight], None, [weight], [None], [1.0, 1.0], [0.0, 0.0])
-        hidden = Hidden(*heads, 0, torch.float32, True)
-        problem = Problem(hidden, hidden.rows([states], [1.0]), gradient=True)
-        gradients = Gradients(problem, [True, True, False], None)
+        heads = Heads([], [weight], None, [weight], [None], [1.0, 1.0], [0.0, 0.0])
+        rows = Rows(states[None], [states], [1.0])
+        problem = LinearRows(rows, heads, Chunking(None, torch.float32, 0.0, True))
+        chunks = Chunks(problem, gradient=True)
+        gradients = Gradients(chunks, [True, True, False], torch.ones(()))
         memory = gradients.weights[0].untyped_storage()
         inside = range(memory.data_ptr(), memory.data_ptr() + memory.nbytes())
-        assert [buffer.data_ptr() in inside for buffer in problem.buffers] == [True, True]
+        assert [buffer.data_ptr() in inside for buffer in chunks.buffers] == [True, True]
 
 
 def test_a_normaliser_that_waits_for_the_gemms(backend, device, monkeypatch):
     """As in fp16, where 1/N of a probability would be 0."""
-    from hybrid_kernels import ops
-
     case = make_linear(masked=True, bias=True, device=device)
     options = {"backend": backend, "chunk_rows": 4, "num_tokens": 1000, "grad_filter": 1e-3}
     expected, gradients = case.ours(**options)
-    monkeypatch.setattr(ops, "scales_late", lambda *tensors: True)
+    monkeypatch.setattr(linear_ops, "scales_late", lambda *tensors: True)
     got, late = case.ours(**options)
     torch.testing.assert_close(got.dropped_norm, expected.dropped_norm)
     for own, plain in zip(late, gradients, strict=True):
@@ -478,33 +473,37 @@ def test_advantages_may_work_in_place(function, backend, device):
         assert torch.equal(got, expected)
 
 
-def bags_of(case, backend, chunk_rows, drop_masked=True):
+def linear_rows_of(case, backend, chunk_rows, drop_masked=True):
     """A case as the operators take it, with a teacher by hidden states and one by logits."""
     own, theirs = case.head, case.teacher_head
     states, other = case.hidden.flatten(0, -2), case.teacher_hidden.flatten(0, -2)
     logits = theirs.logits(other, torch.float32)[None]
-    heads = ([states], [own.weight], own.bias, [theirs.weight, None], [theirs.bias, None])
-    scaling = ([1.0, 1.3, 1.0], [0.0, 2.0, 0.0])
-    hidden = Hidden(*heads, *scaling, chunk_rows, torch.float32, drop_masked)
-    rows = hidden.rows([other, logits], [1.0, 0.5])._replace(
+    layers = ([own.weight], own.bias, [theirs.weight, None], [theirs.bias, None])
+    heads = Heads([], *layers, [1.0, 1.3, 1.0], [0.0, 2.0, 0.0])
+    rows = Rows(
+        states[None],
+        [other, logits],
+        [1.0, 0.5],
         token_ids=case.token_ids.flatten(),
         valid=case.valid.flatten(),
         temperature=0.7,
         backend=backend,
     )
-    return hidden, rows
+    return LinearRows(rows, heads, Chunking(chunk_rows, torch.float32, 0.0, drop_masked))
 
 
-def gradients_of(hidden, rows, *coefficients):
-    """Statistics, nothing, and gradients of all tensors."""
-    wanted = [tensor is not None for tensor in hidden.differentiable()]
-    return linear_ops.linear_gradient(None, *coefficients, None, wanted, *hidden, *rows[1:])
+def gradients_of(problem, *coefficients, **fields):
+    """Statistics, nothing, and gradients of all tensors; `fields` replace those of the rows."""
+    problem = problem._replace(rows=problem.rows._replace(**fields))
+    wanted = [tensor is not None for tensor in problem.differentiable()]
+    unit = torch.ones(())
+    return linear_ops.linear_gradient(None, unit, wanted, *coefficients, *problem.flat())
 
 
 # Of ten rows `[2, 5]`: one value, one for each leading index, one for every two rows, one for each.
 every_sharing = pytest.mark.parametrize("elements", [1, 2, 5, 10])
 every_cut = pytest.mark.parametrize(
-    ("chunk_rows", "drop_masked"), [(0, True), (3, True), (3, False)]
+    ("chunk_rows", "drop_masked"), [(None, True), (3, True), (3, False)]
 )
 
 
@@ -512,29 +511,29 @@ every_cut = pytest.mark.parametrize(
 @every_cut
 def test_a_temperature_for_each_row(chunk_rows, drop_masked, elements, backend, device):
     case = make_linear(masked=True, device=device)
-    hidden, rows = bags_of(case, backend, chunk_rows, drop_masked)
+    problem = linear_rows_of(case, backend, chunk_rows, drop_masked)
     coefficients = (torch.ones(1, device=device), case.upstream.nan_to_num().flatten(), None)
     values = 0.5 + 0.25 * torch.arange(elements, device=device)
-    given = values.where(rows.valid, torch.nan) if elements == 10 else values
-    got = gradients_of(hidden, rows._replace(row_temperature=given), *coefficients)
+    given = values.where(problem.rows.valid, torch.nan) if elements == 10 else values
+    got = gradients_of(problem, *coefficients, row_temperature=given)
     for value in values:
         alike = in_runs(values, 10) == value
-        alone = rows._replace(temperature=float(value))
-        statistics, _, gradient, *_ = gradients_of(hidden, alone, *coefficients)
+        temperature = float(value)
+        statistics, _, gradient, *_ = gradients_of(problem, *coefficients, temperature=temperature)
         close = {"rtol": 1e-5, "atol": 1e-6}
         torch.testing.assert_close(got[0][:, alike], statistics[:, alike], **close)
-        torch.testing.assert_close(got[2][alike], gradient[alike], **close)
+        torch.testing.assert_close(got[2][0, alike], gradient[0, alike], **close)
 
 
 @every_sharing
 @every_cut
 def test_a_coefficient_for_several_rows(chunk_rows, drop_masked, elements, backend, device):
     case = make_linear(bias=True, masked=True, device=device)
-    hidden, rows = bags_of(case, backend, chunk_rows, drop_masked)
+    problem = linear_rows_of(case, backend, chunk_rows, drop_masked)
     values = torch.linspace(-1.0, 1.5, elements, device=device)
-    got = gradients_of(hidden, rows, values, -values, values.square())
+    got = gradients_of(problem, values, -values, values.square())
     each = in_runs(values, 10)
-    expected = gradients_of(hidden, rows, each, -each, each.square())
+    expected = gradients_of(problem, each, -each, each.square())
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
@@ -542,19 +541,18 @@ def test_a_coefficient_for_several_rows(chunk_rows, drop_masked, elements, backe
 class TestOperators:
     """As PyTorch sees them."""
 
-    @pytest.mark.parametrize("chunk_rows", [0, 3])
+    @pytest.mark.parametrize("chunk_rows", [None, 3])
     def test_opcheck(self, chunk_rows, backend, device):
         case = make_linear(bias=True, masked=True, device=device)
         if chunk_rows:  # a weight that is stored the other way round
             weight = case.head.weight.T.contiguous().T
             case = replace(case, head=replace(case.head, weight=weight))
-        hidden, rows = bags_of(case, backend, chunk_rows)
-        arguments = (*hidden, *rows[1:])
+        arguments = linear_rows_of(case, backend, chunk_rows).flat()
         torch.library.opcheck(linear_ops.linear_statistics, arguments)
         one, each = torch.ones(1, device=device), torch.ones(10, device=device)
         for statistics in (None, linear_ops.linear_statistics(*arguments)):
             for wanted in ([True] * 3, [True, False, False], [False, True, False]):
-                leading = (statistics, each, one, None, None, wanted)
+                leading = (statistics, torch.ones(()), wanted, each, one, None)
                 torch.library.opcheck(linear_ops.linear_gradient, (*leading, *arguments))
 
     @pytest.mark.parametrize("kind", ["mean", "none", "function", "terms", "filter"])

@@ -24,9 +24,10 @@ pytest.importorskip("triton", reason="needs Triton's interpreter")
 from triton.runtime.errors import InterpreterError
 
 from bench.gpu import meeting as measured
-from hybrid_kernels import Divergence, cpu, triton_backend
+from hybrid_kernels import Divergence, triton_backend
 from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.rows import FIELDS, SMALL_DIVERGENCE, STUDENT_FIELDS, Coefficients, Rows
+from hybrid_kernels.torch_backend import launch as torch_launch
 from hybrid_kernels.triton_backend import launch as launchers
 from hybrid_kernels.triton_backend import meeting as meetings
 from hybrid_kernels.triton_backend import plan, resident, slices
@@ -108,7 +109,7 @@ def check(
     if temperature is None:
         rows = rows._replace(row_temperature=0.5 + 0.25 * (torch.arange(ROWS) % 5))
     got, gradient = outcome(launchers, rows, inplace)
-    wanted, truth = outcome(cpu, rows, inplace)
+    wanted, truth = outcome(torch_launch, rows, inplace)
     known = None if rows.teachers else STUDENT_FIELDS
     torch.testing.assert_close(got[:known], wanted[:known], rtol=1e-4, atol=1e-5, equal_nan=True)
     if rows.teachers and rows.one_sweep:

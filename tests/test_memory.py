@@ -10,13 +10,13 @@ from bench.measure import peak_bytes
 from cases import every_divergence
 from hybrid_kernels import (
     LinearTeacher,
-    cpu,
     hybrid_loss,
     linear_hybrid_loss,
     linear_token_terms,
     token_terms,
 )
-from hybrid_kernels.linear import BUDGET, chunk_size
+from hybrid_kernels.linear.chunks import BUDGET, chunk_size
+from hybrid_kernels.torch_backend import blocks
 
 pytestmark = pytest.mark.native
 
@@ -34,7 +34,7 @@ def fast_collections():
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """A quarter of what the torch backend has, for problems that are smaller than those of use."""
-    monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", cpu.BLOCK_ELEMENTS // 4)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", blocks.BLOCK_ELEMENTS // 4)
 
 
 def size(case):

@@ -8,7 +8,8 @@ import torch
 import cases
 from cases import every_divergence
 from hybrid_kernels import Divergence, Mixture, TopK, hybrid_loss, ops, token_terms
-from hybrid_kernels.linear import HIDDEN, Hidden
+from hybrid_kernels.linear.rows import CHUNKING, HEADS, Chunking, Heads
+from hybrid_kernels.objective import RowLoss, Weights
 from hybrid_kernels.rows import COEFFICIENTS, FIELDS, ROWS, Coefficients, Rows
 from hybrid_kernels.validate import TAILS
 
@@ -64,7 +65,8 @@ def problem(case, divergence, backend, support=False):
     [
         (Rows, ROWS, ""),
         (Coefficients, COEFFICIENTS, "_coefficient"),
-        (Hidden, HIDDEN, ""),
+        (Heads, HEADS, ""),
+        (Chunking, CHUNKING, ""),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -177,12 +179,11 @@ def test_a_weight_for_several_rows(late, summed, elements, backend, device, monk
     scale, outcomes = torch.tensor(0.1, device=device), []
     for given in (weights, [cases.in_runs(w, 12) for w in weights]):
         leaf = rows.student.detach().requires_grad_()
-        own = rows._replace(student=leaf)
-        loss, _ = ops.HybridLossFunction.apply(
-            leaf, own, ops.Weights(*given), scale, None, summed, False
-        )
-        loss.sum().backward()
-        outcomes.append((loss.detach(), leaf.grad))
+        loss = RowLoss(Weights(*given), scale, summed)
+        problem = rows._replace(student=leaf)
+        value, _ = ops.HybridLossFunction.apply(leaf, problem, loss, None, False)
+        value.sum().backward()
+        outcomes.append((value.detach(), leaf.grad))
     torch.testing.assert_close(*outcomes, rtol=0, atol=0)
 
 
@@ -218,8 +219,8 @@ def test_an_unknown_token_log_prob(members, backend, device):
     assert torch.equal(statistics[FIELDS.teacher_log_prob].isnan(), unknown & ~inside)
     assert (statistics[FIELDS.tail_correction][unknown] == 0).all()
     assert all(gradient.isfinite().all() for gradient in got[2:])
-    loss = ops.row_losses(statistics, ops.Weights(1.0, None, None), None)
-    assert loss.isfinite().all()
+    loss = RowLoss(Weights(1.0, None, None), torch.ones(()), summed=False)
+    assert loss.value(statistics, None).isfinite().all()
 
 
 def loss_of(case, backend, **options):

@@ -9,7 +9,16 @@ import torch.distributed
 
 import cases
 from cases import DIVERGENCES, Case, divergence_id, every_divergence
-from hybrid_kernels import Divergence, TopK, hybrid_loss, ops, reference, sharded, token_terms
+from hybrid_kernels import (
+    Divergence,
+    TopK,
+    backends,
+    hybrid_loss,
+    ops,
+    reference,
+    sharded,
+    token_terms,
+)
 from hybrid_kernels.rows import FIELDS, Coefficients, Rows
 from hybrid_kernels.validate import TAILS
 from ranks import Ranks, every_size, on_ranks
@@ -453,7 +462,7 @@ def test_a_gradient_of_another_dtype(ranks):
         backend=ranks.backend,
     )
     coefficients = Coefficients(torch.ones(1), None, made.upstream)
-    own = ops.implementation(rows)
+    own = backends.launchers(rows)
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         gradient = torch.empty_like(student, dtype=dtype)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybrid_kernels.cpu_forms import FORMS, Entries, settle, tilt
 from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.rows import (
     FIELDS,
@@ -23,6 +22,7 @@ from hybrid_kernels.rows import (
     Rows,
     weighted,
 )
+from hybrid_kernels.torch_backend.divergences import FORMS, Entries, settle, tilt
 
 # Rows that are compared at once, on the CPU; and entries elsewhere, where launches are what costs.
 _ROWS = 256

@@ -14,10 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_kernels import validate
+from hybrid_kernels.types import LinearTeacher
+
+
+class LinearStudent(NamedTuple):
+    """The student as the caller gave it to a linear function."""
+
+    hidden: Tensor
+    weight: Tensor | nn.Module
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
 
 
 class Head(NamedTuple):
-    """One side of a comparison, given by hidden states.
+    """Hidden states and an output layer, student's or teacher's, as plain tensors.
 
     Attributes:
         hiddens: `[N, D_i]`, contiguous.
@@ -35,26 +46,17 @@ class Head(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        name: str,
-        hidden: Tensor,
-        weight: object,
-        bias: Tensor | None,
-        softcap: float | None,
-        logit_scale: float,
-        valid: Tensor | None = None,
+        cls, name: str, side: "LinearStudent | LinearTeacher", valid: Tensor | None = None
     ) -> "Head":
         """The checked tensors of an output layer.
 
         Args:
             name: how the arguments' names begin in messages.
-            hidden: `[..., D]`, checked before.
-            weight: `[V, D]`, a parameter, a DTensor, or the layer.
-            bias: `[V]` or None.
-            softcap: above 0, or None.
-            logit_scale: factor on the logits.
-            valid: bool, the rows that count. Others may hold anything, which a GEMM would spread.
+            side: the hidden states, checked before, and the layer.
+            valid: bool `[N]`, the rows that count. The others may hold anything, which a GEMM would
+                spread.
         """
+        hidden, weight, bias = side.hidden, side.weight, side.bias
         dtype, autocast = hidden.dtype, _is_autocast(hidden.device.type)
         if autocast:
             # As a linear layer does.
@@ -90,9 +92,8 @@ class Head(NamedTuple):
         weights.insert(0, _whole(weight, dtype if autocast or _is_dtensor(weight) else None))
         bias = None if bias is None else _whole(bias, None)
         validate.head(name, weights[0], bias, hidden)
-        return cls(
-            [h.contiguous() for h in hiddens], weights, bias, float(logit_scale), softcap or 0.0
-        )
+        hiddens = [states.contiguous() for states in hiddens]
+        return cls(hiddens, weights, bias, float(side.logit_scale), float(side.softcap or 0.0))
 
 
 def _is_autocast(device: str) -> bool:

@@ -1,0 +1,1 @@
+"""Losses from hidden states and an output layer, in chunks of rows."""

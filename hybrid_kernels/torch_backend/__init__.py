@@ -1,0 +1,1 @@
+"""The torch backend: PyTorch operators on any device."""
