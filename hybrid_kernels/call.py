@@ -89,6 +89,7 @@ class Call(ABC):
         validate.temperature(comparison.temperature)
         weighted_members = validate.teacher(comparison.teacher, shape)
         self.shape, self.members = shape, [member for _, member in weighted_members]
+        self.has_teacher = comparison.teacher is not None
         shares = tuple(weight for weight, _ in weighted_members)
         supports = [member for member in self.members if isinstance(member, TopK)]
         support = token_log_prob = None
@@ -153,7 +154,7 @@ class Call(ABC):
     def hybrid_loss(self, objective: Objective) -> HybridLoss:
         """What `hybrid_loss` returns."""
         rows = self.rows
-        objective.check(self.shape, bool(self.members), rows.token_ids is not None)
+        objective.check(self.shape, self.has_teacher, rows.token_ids is not None)
         advantages, statistics, dropped = objective.advantages, None, None
         if callable(advantages):
             with torch.no_grad():
@@ -189,7 +190,7 @@ class Call(ABC):
         def detached(index: int, is_known: bool = True) -> Tensor | None:
             return statistics.detach()[index].view(self.shape.leading) if is_known else None
 
-        has_teacher, has_tokens = bool(self.members), self.rows.token_ids is not None
+        has_teacher, has_tokens = self.has_teacher, self.rows.token_ids is not None
         entropy, logsumexp = field(FIELDS.entropy), detached(FIELDS.logsumexp)
         assert entropy is not None
         assert logsumexp is not None
