@@ -110,7 +110,7 @@ class Sharded:
         self._take_out(source, supports)
         log_tail = statistics[_LOG_TAIL] + statistics[FIELDS.student_lse]
         supports.outside = log_tail.exp()[:, None]
-        supports.x = _centred(z, supports.kept, statistics)
+        supports.x = _centred(z, supports.counts, statistics)
         supports.compare(statistics)
         self._write_support(rows, supports, statistics, coefficients, source, gradient)
 
@@ -304,16 +304,16 @@ class Sharded:
                 own[:, span] = found
         parts = self._gather(own)
         statistics.zero_()
-        parts = torch.cat([parts.double(), _as_shard(z, supports.kept, rows, len(own))])
+        parts = torch.cat([parts.double(), _as_shard(z, supports.counts, rows, len(own))])
         student = _Side(parts[:, FIELDS.student_max], parts[:, FIELDS.student_lse], rows)
         self._write_student(rows, statistics, parts, student)
         log_tail = student.log_mass[:-1].logsumexp(0)
         statistics[_LOG_TAIL] = log_tail
         supports.outside = (log_tail + student.lse).exp().float()[:, None]
-        supports.x = _centred(z, supports.kept, statistics)
+        supports.x = _centred(z, supports.counts, statistics)
         if rows.token_ids is not None:
             assert rows.support is not None
-            found = (rows.support == rows.token_ids[:, None]) & supports.kept
+            found = (rows.support == rows.token_ids[:, None]) & supports.counts
             log_p = supports.x / rows.temperature_of() - statistics[FIELDS.student_lse][:, None]
             log_p = torch.where(found, log_p, 0.0).sum(-1)
             statistics[FIELDS.log_prob] = torch.where(
@@ -327,7 +327,7 @@ class Sharded:
         inside, places = self._inside(supports.index)
         outer, inner, _ = rows.student.shape
         z = rows.student.gather(-1, places.view(outer, inner, -1)).view(places.shape).float()
-        z = torch.where(inside & supports.kept, z, 0.0)
+        z = torch.where(inside & supports.counts, z, 0.0)
         # One rank has each of them: nothing is rounded.
         torch.distributed.all_reduce(z, group=self.group)
         return z
@@ -337,7 +337,7 @@ class Sharded:
         inside, places = self._inside(supports.index[span])
         shape = (*logits.shape[:2], -1)
         nothing = torch.full_like(places, -torch.inf, dtype=logits.dtype)
-        inside = inside & supports.kept[span]
+        inside = inside & supports.counts[span]
         places = torch.where(inside, places, 0)
         overwrite(logits, places.view(shape), inside.view(shape), nothing.view(shape))
 
@@ -361,7 +361,7 @@ class Sharded:
         problem = self._outside(rows, source)._replace(token_ids=None)
         own = statistics[: statistics_size(0)]
         self.module.row_gradient(problem, own, outside, gradient)
-        index, kept, values = supports.index, supports.kept, supports.gradient
+        index, kept, values = supports.index, supports.counts, supports.gradient
         if c_logp is not None and rows.token_ids is not None:
             assert rows.support is not None
             ids = rows.token_ids.long()[:, None]

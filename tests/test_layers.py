@@ -69,13 +69,22 @@ ALLOWED = {
     "torch_backend": set(),
     "torch_backend.divergences": {"divergences", "rows"},
     "torch_backend.topk": {"divergences", "rows", "torch_backend.divergences"},
+    "torch_backend.ordinary": {"rows", "torch_backend.divergences"},
+    "torch_backend.tokens": {"rows"},
     "torch_backend.blocks": {
         "divergences",
         "rows",
         "torch_backend.divergences",
         "torch_backend.topk",
+        "torch_backend.ordinary",
+        "torch_backend.tokens",
     },
-    "torch_backend.launch": {"rows", "torch_backend.blocks", "torch_backend.topk"},
+    "torch_backend.launch": {
+        "rows",
+        "torch_backend.blocks",
+        "torch_backend.tokens",
+        "torch_backend.topk",
+    },
     "sharded": {
         "divergences",
         "rows",

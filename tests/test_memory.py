@@ -31,10 +31,13 @@ def fast_collections():
     gc.unfreeze()
 
 
+BLOCK_ELEMENTS = 40 * 1024
+
+
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """A quarter of what the torch backend has, for problems that are smaller than those of use."""
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", blocks.BLOCK_ELEMENTS // 4)
+    """Of the torch backend, since problems here are smaller than those of use."""
+    monkeypatch.setattr(blocks, "block_elements", lambda: BLOCK_ELEMENTS)
 
 
 def size(case):

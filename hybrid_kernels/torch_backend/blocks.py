@@ -1,10 +1,9 @@
-"""The torch backend: the closed form in row blocks that stay in the processor's cache.
+"""The torch backend's arithmetic: the closed form in blocks of rows that stay in cache.
 
-Beside the gradient, nothing of size `[N, V]` ever exists: a block of rows is read once from memory
-and every intermediate lives in a few block-sized buffers. It runs on any device; on the CPU it also
-looks at its results. A block in which they are not finite, or larger than ordinary numbers, is
-computed a second time, guarded: with selects, and in double precision, where the lowest logit over
-the smallest temperature is a number. So only the blocks that hold an edge case pay for it.
+A block of rows is read once from memory, and every intermediate lives in a few block-sized buffers.
+On the CPU a block also looks at its results. If they are not finite, or larger than ordinary
+numbers, it is computed a second time, guarded: with selects, and in double precision, in which the
+lowest logit over the smallest temperature is a number. So only blocks with an edge case pay for it.
 
 Both sides are referred to their own row maxima before anything is exponentiated or subtracted: with
 x = z - max z and u = w - max w the log-ratio
@@ -12,10 +11,15 @@ x = z - max z and u = w - max w the log-ratio
     l_v = log p_v - log q_v = (x_v - u_v)/T + (log sum e^(u/T) - log sum e^(x/T))
 
 carries no error from a constant offset between the models.
+
+What a block has one of per row is a column `[r, 1]`. Long rows that are ordinary and need none of
+this take a shorter way, see `ordinary.py`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,55 +38,127 @@ from hybrid_kernels.rows import (
     weighted,
 )
 from hybrid_kernels.torch_backend.divergences import FORMS, Entries, row_dot, settle, tilt
+from hybrid_kernels.torch_backend.ordinary import ORDINARY, OrdinaryRows
+from hybrid_kernels.torch_backend.tokens import Tokens
 from hybrid_kernels.torch_backend.topk import Supports
 
-# The results of a block of ordinary numbers are smaller than that.
-ORDINARY = 2.0**20
+# The part of all L2 caches that one buffer may fill: a block reads and writes about five.
+SHARE_OF_CACHE = 0.4
 
-# Elements of a block, 640 KiB in fp32: its four buffers then share two L2 caches of 2 MiB.
-BLOCK_ELEMENTS = 160 * 1024
+# Entries of a row from which on it is computed alone, if it is ordinary: fewer are not worth a call
+# for each operator.
+LONG_ROW = 12 * 1024
 
 
-def blocks(
-    rows: Rows,
-    statistics: Tensor,
-    coefficients: Coefficients | None = None,
-    gradient: Tensor | None = None,
-    supports: Supports | None = None,
-    known: bool = False,
-) -> Iterator["_Block"]:
-    """Blocks of consecutive rows, with the masked rows cleared; `known` statistics are only read.
+@functools.cache
+def cache_bytes() -> int:
+    """The size of a core's L2 cache; 1 MiB where the system does not say."""
+    path = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
+    try:
+        return int(path.read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return 1 << 20
 
-    On the CPU masked rows are not even read. Elsewhere the mask stays on the device and is applied
-    to each block after its arithmetic.
+
+def block_elements() -> int:
+    """Entries of a block, over all its rows."""
+    return int(SHARE_OF_CACHE * cache_bytes() * torch.get_num_threads()) // 4
+
+
+class Sweep:
+    """A pass over all rows, in blocks; what these have in common.
+
+    Args:
+        rows: the problem.
+        statistics: to be filled, or read.
+        coefficients: columns `[N, 1]`, where a gradient is to be written.
+        gradient: where to write it.
+        supports: of top-K teachers.
+        known: whether the statistics are known and only read.
+        tokens: the sampled ones, whose own terms the gradient has.
     """
-    outer, inner, size = rows.student.shape
-    on_cpu = rows.student.device.type == "cpu"
-    step = max(1, min(BLOCK_ELEMENTS // size, inner))
-    count = 5 if len(rows.teachers) > 1 and rows.support is None else 4
-    shape = (count, step, size)
-    buffers = torch.empty(shape, dtype=torch.float32, device=rows.student.device).unbind()
-    for o in range(outer):
-        runs = [(0, inner)]
-        valid = None if rows.valid is None else rows.valid[o * inner : (o + 1) * inner]
-        if valid is not None and on_cpu:
-            runs = _runs(valid)
-            if not known:
-                statistics[:, o * inner : (o + 1) * inner][:, ~valid] = 0.0
-            if gradient is not None:
-                gradient[o][~valid] = 0
-        for first, last in runs:
-            for start in range(first, last, step):
-                stop = min(start + step, last)
-                block = (coefficients, gradient, buffers, supports, known, o, start, stop)
-                yield _Block(rows, statistics, *block)
-                if valid is not None and not on_cpu:
-                    hidden = ~valid[start:stop]
-                    if not known:
-                        span = slice(o * inner + start, o * inner + stop)
-                        statistics[:, span].masked_fill_(hidden, 0.0)
-                    if gradient is not None:
-                        gradient[o, start:stop].masked_fill_(hidden[:, None], 0.0)
+
+    def __init__(
+        self,
+        rows: Rows,
+        statistics: Tensor,
+        coefficients: Coefficients | None = None,
+        gradient: Tensor | None = None,
+        supports: Supports | None = None,
+        known: bool = False,
+        tokens: Tokens | None = None,
+    ) -> None:
+        self.rows, self.statistics, self.known = rows, statistics, known
+        self.coefficients, self.gradient, self.supports = coefficients, gradient, supports
+        self.form, self.family = FORMS[rows.divergence], FAMILIES[rows.divergence]
+        self.teachers = rows.teachers if rows.support is None else ()
+        self.on_cpu = rows.student.device.type == "cpu"
+        self.at_one = rows.row_temperature is None and rows.temperature == 1.0
+        size = rows.student.shape[-1]
+        self.step = max(1, min(block_elements() // size, rows.student.shape[1]))
+        several = len(self.teachers) > 1
+        # Whether x must outlive the teacher's exponentials, which otherwise take its buffer.
+        self.keeps_x = rows.teacher_floor is not None or several or self.family.tilted
+        self.keeps_x |= coefficients is not None and coefficients.entropy is not None
+        # The sampled tokens' own terms of the gradient.
+        self.tokens, self.token_terms = tokens, None
+        if tokens is not None and coefficients is not None and coefficients.log_prob is not None:
+            self.token_terms = tokens.terms(coefficients.log_prob)
+        # Added block by block where the gradient is rounded to 16 bits afterwards, else at the end.
+        self.adds_in_blocks = gradient is not None and gradient.dtype != torch.float32
+        self.ordinary: OrdinaryRows | None = None
+        if size >= LONG_ROW and not known and supports is None and OrdinaryRows.can_take(rows):
+            terms = self.token_terms if self.adds_in_blocks else None
+            self.ordinary = OrdinaryRows(rows, coefficients, gradient, terms)
+            self.step = 1
+        self.shape = (5 if several else 4, self.step, size)
+
+    @functools.cached_property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """The buffers of a block, which all blocks share."""
+        return torch.empty(
+            self.shape, dtype=torch.float32, device=self.rows.student.device
+        ).unbind()
+
+    def add_tokens(self) -> None:
+        """Adds the sampled tokens' own terms to the gradient, where blocks have not done so."""
+        if self.token_terms is not None and not self.adds_in_blocks:
+            assert self.tokens is not None
+            assert self.gradient is not None
+            self.tokens.add_to(self.gradient, self.token_terms)
+
+    def __iter__(self) -> Iterator["Block"]:
+        """Blocks of consecutive rows, with the masked rows cleared, and ordinary rows computed.
+
+        On the CPU masked rows are not even read. Elsewhere the mask stays on the device and is
+        applied to each block after its arithmetic.
+        """
+        rows, statistics, gradient, known = self.rows, self.statistics, self.gradient, self.known
+        outer, inner, _ = rows.student.shape
+        for o in range(outer):
+            runs = [(0, inner)]
+            valid = None if rows.valid is None else rows.valid[o * inner : (o + 1) * inner]
+            if valid is not None and self.on_cpu:
+                runs = _runs(valid)
+                if not known:
+                    statistics[:, o * inner : (o + 1) * inner][:, ~valid] = 0.0
+                if gradient is not None:
+                    gradient[o][~valid] = 0
+            for first, last in runs:
+                for start in range(first, last, self.step):
+                    if self.ordinary is not None and self.ordinary.compute(o * inner + start):
+                        continue
+                    stop = min(start + self.step, last)
+                    yield Block(self, o, start, stop)
+                    if valid is not None and not self.on_cpu:
+                        masked = ~valid[start:stop]
+                        if not known:
+                            span = slice(o * inner + start, o * inner + stop)
+                            statistics[:, span].masked_fill_(masked, 0.0)
+                        if gradient is not None:
+                            gradient[o, start:stop].masked_fill_(masked[:, None], 0.0)
+        if self.ordinary is not None:
+            self.ordinary.write_statistics(statistics)
 
 
 def _runs(valid: Tensor) -> list[tuple[int, int]]:
@@ -91,103 +167,84 @@ def _runs(valid: Tensor) -> list[tuple[int, int]]:
     return list(zip(flips[::2], flips[1::2], strict=True))
 
 
-class _Block:
+class Block:
     """A few consecutive rows: their logits, and four buffers in cache.
 
     `x` holds z - max z, `log_ratio` l and then u, `p` and `q` the probabilities, which `p_factor`
-    and `q_factor` have still to normalise (`q` then -v). What there is one of per row is a column
-    `[r, 1]`. With several teachers, which take their turns in these buffers, a fifth one sums up
-    dD/dz.
+    and `q_factor` have still to normalise (`q` then -v). With several teachers, which take turns in
+    these buffers, a fifth one, `pull`, sums up dD/dz. `columns` are the statistics by their number.
     """
 
-    def __init__(
-        self,
-        rows: Rows,
-        statistics: Tensor,
-        coefficients: Coefficients | None,
-        gradient: Tensor | None,
-        buffers: tuple[Tensor, ...],
-        supports: Supports | None,
-        known: bool,
-        outer: int,
-        start: int,
-        stop: int,
-    ) -> None:
-        self.rows = rows
-        self.form, self.family = FORMS[rows.divergence], FAMILIES[rows.divergence]
+    def __init__(self, sweep: Sweep, outer: int, start: int, stop: int) -> None:
+        rows = sweep.rows
         offset = outer * rows.student.shape[1]
+        self.sweep, self.rows, self.form, self.family = sweep, rows, sweep.form, sweep.family
+        self.place = (outer, start)
         self.range = slice(offset + start, offset + stop)
-        self.statistics = statistics[:, self.range]
-        self.coefficients = coefficients
         self.student = rows.student[outer, start:stop]
-        self.teachers: list[Tensor] = []
-        if rows.support is None:
-            self.teachers = [teacher[outer, start:stop] for teacher in rows.teachers]
-        self.gradient = None if gradient is None else gradient[outer, start:stop]
-        self.ids = None
-        if rows.token_ids is not None:
-            # Ids on masked rows may be anything. One outside is of a token that is not here: its
-            # log p is NaN, and it has no gradient of its own.
-            ids = rows.token_ids[self.range].long()
-            self.ids = ids.clamp(0, rows.student.shape[-1] - 1)[:, None]
-            self.outside = (ids != self.ids[:, 0])[:, None]
-        count = stop - start
+        self.teachers = [teacher[outer, start:stop] for teacher in sweep.teachers]
+        self.gradient = None if sweep.gradient is None else sweep.gradient[outer, start:stop]
+        self.p_factor: Tensor | None = None
+        self.q_factor: Tensor | None = None
+        self.inv_t = 1.0 / rows.temperature_of(self.range)
+        self.guarded = False
+        self.log_p = torch.full((), torch.nan)
+        self.log_q: Tensor | None = None
+        self.columns: dict[int, Tensor] = {}
+        if sweep.known:
+            statistics = sweep.statistics[:, self.range]
+            self.columns = dict(enumerate(statistics[:, :, None].unbind()))
+
+    def _use_buffers(self) -> None:
+        sweep, count = self.sweep, self.student.shape[0]
+        buffers = sweep.buffers
         if count < buffers[0].shape[0]:
             buffers = tuple(buffer[:count] for buffer in buffers)
         self.x, self.log_ratio, self.p, self.q = buffers[:4]
         self.pull = buffers[4] if len(buffers) > 4 else None
-        self.exponentials: Tensor | None = None  # kept for the gradient
-        if supports is not None and supports.exponentials is not None:
-            self.exponentials = self.p = supports.exponentials[outer, start:stop]
-        self.p_factor: Tensor | None = None
-        self.q_factor: Tensor | None = None
-        keeps_x = rows.teacher_floor is not None or len(self.teachers) > 1
-        keeps_x = keeps_x or self.family.tilted
-        keeps_x = keeps_x or (coefficients and coefficients.entropy is not None)
-        if not keeps_x:
+        if not sweep.keeps_x:
             self.q = self.x  # one buffer less in cache
-        self.on_cpu = rows.student.device.type == "cpu"
-        self.inv_t = 1.0 / rows.temperature_of(self.range)
-        self.at_one = rows.row_temperature is None and rows.temperature == 1.0
-        self.guarded = False
-        self.log_p = torch.full((), torch.nan)
-        self.log_q: Tensor | None = None
-        self.supports = supports
-        self.known = known
-        self.columns: dict[int, Tensor] = {}
-        if known:
-            self.columns = dict(enumerate(self.statistics[:, :, None].unbind()))
-        self.token_log_q = torch.zeros(())
+        self.exponentials: Tensor | None = None  # kept for the gradient
+        if sweep.supports is not None and sweep.supports.exponentials is not None:
+            self.exponentials = self.p = sweep.supports.exponentials[
+                self.place[0], self.place[1] : self.place[1] + count
+            ]
+
+    # -- what launchers call ----------------------------------------------------------------------
 
     def measure(self) -> None:
         """Fills the statistics, and the buffers that the gradient reads."""
-        found = self._checked(self._fill)
-        if self.ids is not None:
-            for field in (FIELDS.log_prob, FIELDS.teacher_log_prob)[: 1 + len(self.teachers)]:
-                found[:, field : field + 1].masked_fill_(self.outside, torch.nan)
-        self.statistics.copy_(found.T)
+        statistics = self.sweep.statistics[:, self.range]
+        self._checked(self._fill)
+        zero = torch.zeros_like(self.columns[FIELDS.student_max])
+        columns = [self.columns.get(field, zero) for field in range(len(statistics))]
+        statistics.copy_(torch.cat(columns, 1).T)
 
     def recall(self) -> None:
         """Fills the buffers that the gradient reads, from statistics that are known."""
         self._checked(self._refill)
 
     def write_values(self, values: Tensor) -> None:
-        """Writes what `row_values` tells."""
-        found = self._checked(self._parts)[:, 1:]
-        if self.ids is not None:
-            found[:, :1].masked_fill_(self.outside, torch.nan)
-        values[:, self.range] = found.T
+        """Writes each member's sums, as `launch.row_values` describes them."""
+        columns = self._checked(self._parts)[1:]
+        values[1:, self.range] = torch.cat(columns, 1).T.float()
 
-    def _checked(self, fill: Callable[[], Tensor]) -> Tensor:
+    def _checked(self, fill: Callable[[], list[Tensor]]) -> list[Tensor]:
         """What `fill` returns, guarded where it is not ordinary."""
+        self._use_buffers()
         # Where looking at a result would synchronise a device, every block counts as an edge case.
-        self.guarded = not self.on_cpu
-        found = fill()
-        if self.on_cpu and not bool((found.abs() < ORDINARY).all()):
+        self.guarded = not self.sweep.on_cpu
+        results = fill()
+        if not self.guarded and not bool((torch.cat(results, 1).abs() < ORDINARY).all()):
             self.guarded = True
             self._widen()
-            found = fill()
-        return found
+            results = fill()
+        return results
+
+    def _coefficients(self) -> list[Tensor | None]:
+        assert self.sweep.coefficients is not None
+        dtype = self.p.dtype
+        return [None if c is None else c[self.range].to(dtype) for c in self.sweep.coefficients]
 
     def _widen(self) -> None:
         """Replaces the buffers by ones in double precision."""
@@ -197,26 +254,23 @@ class _Block:
         self.x, self.log_ratio, self.p, self.q = buffers[:4]
         self.pull = None if self.pull is None else buffers[4]
 
-    def _fill(self) -> Tensor:
-        """Statistics `[r, STATISTICS]`."""
+    # -- statistics -------------------------------------------------------------------------------
+
+    def _fill(self) -> list[Tensor]:
+        """The statistics, in `columns`, too."""
         top, lse, self.p_factor = self._exponentials(self.student, self.x, self.p)
         self._normalise_guarded(lse)
-        zero = torch.zeros_like(lse)
-        columns = self.columns = dict.fromkeys(range(self.statistics.shape[0]), zero)
-        columns[FIELDS.student_max] = top
-        columns[FIELDS.student_lse] = lse
-        columns[FIELDS.logsumexp] = self._over_t(top) + lse
-        columns[FIELDS.entropy] = lse - self._over_t(self._mean_x())
-        if self.ids is not None:
-            columns[FIELDS.log_prob] = self._over_t(self.x.gather(1, self.ids)) - lse
-        if self.supports is not None:
-            self._gather_support(self.supports)
-        self.token_log_q = zero
+        columns = self.columns = {
+            FIELDS.student_max: top,
+            FIELDS.student_lse: lse,
+            FIELDS.logsumexp: self._over_t(top) + lse,
+            FIELDS.entropy: lse - self._over_t(self._mean_x()),
+        }
+        if self.sweep.supports is not None:
+            self._gather_support(self.sweep.supports)
         for member in range(len(self.teachers)):
             self._compare(member)
-        if self.ids is not None and self.teachers:
-            columns[FIELDS.teacher_log_prob] = self.token_log_q
-        return torch.cat(tuple(columns.values()), 1)
+        return list(columns.values())
 
     def _mean_x(self) -> Tensor:
         """The mean of x under p."""
@@ -225,49 +279,50 @@ class _Block:
         return row_dot(self.p, self.x).mul_(self.p_factor)
 
     def _recentre(self) -> Tensor:
-        """x and p by the normalisers that are known; NaN where there is an infinite logit."""
+        """Fills x and p by the normalisers that are known; NaN where there is an infinite logit."""
         columns = self.columns
         known = columns[FIELDS.student_max], columns[FIELDS.student_lse]
         self.p_factor = self._exponentials(self.student, self.x, self.p, known)[2]
         self._normalise_guarded(known[1])
         return self._mean_x()
 
-    def _refill(self) -> Tensor:
-        """What tells whether all was ordinary, `[r, *]`."""
-        found = [self._recentre()]
+    def _refill(self) -> list[Tensor]:
+        """Columns that show whether everything was ordinary."""
+        results = [self._recentre()]
         for member in range(len(self.teachers)):
             first = STUDENT_FIELDS + member * MEMBER_FIELDS
-            found += self._sums(self._log_ratios(member))
-            found.append(self.columns[first + MEMBER.slope_sum])
-            self._tilt(self.columns[first + MEMBER.log_s])
+            slope_sum = self.columns[first + MEMBER.slope_sum]
+            results += [*self._sums(self._log_ratios(member)), slope_sum]
+            if self.family.tilted:
+                log_s = self.columns[first + MEMBER.log_s]
+                tilt(self._entries(), self.rows.parameter, log_s)
             if self.pull is not None:
-                self._add_pull(self.pull, member, found[-1])
-        return torch.cat(found, 1)
+                self._add_pull(self.pull, member, slope_sum)
+        return results
 
-    def _parts(self) -> Tensor:
-        """The same, and then what `row_values` tells."""
-        found, form = [self._recentre()], self.form
-        self.token_log_q = torch.zeros_like(found[0])
+    def _parts(self) -> list[Tensor]:
+        """The mean of x, and then for each member what `write_values` writes."""
+        results, form = [self._recentre()], self.form
         for member in range(len(self.teachers)):
-            lost = self._log_ratios(member)
-            value, slope_sum = self._sums(lost)
+            raised = self._log_ratios(member)
+            value, slope_sum = self._sums(raised)
             if form.small_value is not None:
                 self._normalise()
-                value = form.small_value(self._entries()) + form.lost_sign * lost
-            found += [value, slope_sum]
-        found.insert(1, self.token_log_q)
-        return torch.cat(found, 1)
+                value = form.small_value(self._entries()) + form.lost_sign * raised
+            results += [value, slope_sum]
+        return results
 
     def _gather_support(self, supports: Supports) -> None:
-        """Notes z - max z on a top-K support, and what is outside. Leaves p 0 on it."""
-        index, kept = supports.index[self.range], supports.kept[self.range]
+        """Notes z - max z on a top-K support, and the mass outside. Leaves p 0 on it."""
+        index, counts = supports.index[self.range], supports.counts[self.range]
         supports.x[self.range] = self.x.gather(1, index)
-        # Taken away from themselves they leave an exact 0, and what is not kept leaves all alone.
-        on_support = torch.where(kept, self.p.gather(1, index), 0.0)
+        # Subtracted from themselves they leave an exact 0; ids that don't count change nothing.
+        on_support = torch.where(counts, self.p.gather(1, index), 0.0)
         self.p.scatter_add_(1, index, on_support.neg_())
         outside = self.p.sum(-1, keepdim=True)
         if self.guarded:
-            outside = outside * self.columns[FIELDS.student_lse].exp()
+            lse = self.columns[FIELDS.student_lse]
+            outside = outside * lse.exp()
             if self.exponentials is not None:
                 torch.exp(self._over_t(self.x), out=self.exponentials)
         supports.outside[self.range] = outside
@@ -277,68 +332,66 @@ class _Block:
         columns, form = self.columns, self.form
         share = self.rows.shares[member]
         first = STUDENT_FIELDS + member * MEMBER_FIELDS
-        lost = self._log_ratios(member)
-        value, slope_sum = self._sums(lost)
+        raised = self._log_ratios(member)
+        value, slope_sum = self._sums(raised)
         if self.guarded or self.family.tilted:
             lse, teacher_lse = columns[FIELDS.student_lse], columns[first + MEMBER.teacher_lse]
             finite = lse.isfinite() & teacher_lse.isfinite()
             settled = settle(self.family, value, slope_sum, finite, self.rows.parameter)
             value, slope_sum, columns[first + MEMBER.log_s] = settled
-            self._tilt(settled[-1])
+            if self.family.tilted:
+                tilt(self._entries(), self.rows.parameter, settled[2])
         columns[first + MEMBER.slope_sum] = slope_sum
         if form.small_value is not None:
             small = value < SMALL_DIVERGENCE
             if self.guarded or bool(small.any()):
                 self._normalise()
-                refined = form.small_value(self._entries()) + form.lost_sign * lost
-                value = torch.where(small, refined, value)
-        if self.pull is None:
-            columns[FIELDS.divergence] = value if share == 1.0 else share * value
-        else:
-            columns[FIELDS.divergence] = columns[FIELDS.divergence] + share * value
+                precise = form.small_value(self._entries()) + form.lost_sign * raised
+                value = torch.where(small, precise, value)
+        value = value if share == 1.0 else share * value
+        total = columns.get(FIELDS.divergence)
+        columns[FIELDS.divergence] = value if total is None else total + value
+        if self.pull is not None:
             self._add_pull(self.pull, member, slope_sum)
 
     def _log_ratios(self, member: int) -> Tensor | float:
-        """Fills q and l of a member, and adds its log q(y). Measures its normalisers, if they are
-        not known. Returns 1 - sum q, of a q raised to the floor."""
+        """Fills q and l of a member. Measures its normalisers, if they are not known.
+
+        Returns 1 - sum q, which is below 0 where q was raised to the floor.
+        """
         columns, floor = self.columns, self.rows.teacher_floor
         q, log_ratio, teacher = self.q, self.log_ratio, self.teachers[member]
         first = STUDENT_FIELDS + member * MEMBER_FIELDS
         student_max, student_lse = columns[FIELDS.student_max], columns[FIELDS.student_lse]
         known = None
-        if self.known:
+        if self.sweep.known:
             known = columns[first + MEMBER.teacher_max], columns[first + MEMBER.teacher_lse]
         top, teacher_lse, self.q_factor = self._exponentials(teacher, log_ratio, q, known)
         columns[first + MEMBER.teacher_max] = top
         columns[first + MEMBER.teacher_lse] = teacher_lse
-        if self.ids is not None:
-            log_q = self._over_t(log_ratio.gather(1, self.ids)) - teacher_lse
-            log_q = log_q if floor is None else log_q.clamp_(min=floor)
-            share = self.rows.shares[member] / sum(self.rows.shares)
-            self.token_log_q = self.token_log_q + share * log_q
         if self.guarded:
             self.log_q = self._over_t(log_ratio) - teacher_lse
         self._subtract(teacher, student_max, top, teacher_lse - student_lse)
         if self.guarded or self.family.tilted or floor is not None:
             self.log_p = self._over_t(self.x) - student_lse
-        lost = 0.0
+        mass = 0.0
         if self.guarded or floor is not None or not self.family.linear or self.pull is not None:
             self._normalise()
         if floor is not None:
             torch.minimum(log_ratio, self.log_p - floor, out=log_ratio)
-            raised = (math.exp(floor) - q).clamp_(min=0.0)
+            added = (math.exp(floor) - q).clamp_(min=0.0)
             if self.log_q is not None:
-                # Not under what both sides forbid.
-                none = (self.student == -torch.inf) & (teacher == -torch.inf)
-                raised.masked_fill_(none, 0.0)
-                self.log_q = self.log_q.clamp_(min=floor).masked_fill_(none, -torch.inf)
-            q.add_(raised)
-            lost = -raised.sum(-1, keepdim=True)
+                # What both sides forbid is not raised.
+                forbidden = (self.student == -torch.inf) & (teacher == -torch.inf)
+                added.masked_fill_(forbidden, 0.0)
+                self.log_q = self.log_q.clamp_(min=floor).masked_fill_(forbidden, -torch.inf)
+            q.add_(added)
+            mass = -added.sum(-1, keepdim=True)
         if self.log_q is not None:
             _keep_some(q, self.log_q)
-            none = (self.log_p == -torch.inf) & (self.log_q == -torch.inf)
-            log_ratio.masked_fill_(none, 0.0)
-        return lost
+            forbidden = (self.log_p == -torch.inf) & (self.log_q == -torch.inf)
+            log_ratio.masked_fill_(forbidden, 0.0)
+        return mass
 
     def _sums(self, lost: Tensor | float) -> tuple[Tensor, Tensor]:
         """`Form.compare` of these buffers."""
@@ -346,11 +399,6 @@ class _Block:
         if self.p_factor is not None:
             value = slope_sum = value * self.p_factor
         return value, slope_sum
-
-    def _tilt(self, log_s: Tensor) -> None:
-        """`tilt` of these buffers, if their slopes have waited for it."""
-        if self.family.tilted:
-            tilt(self._entries(), self.rows.parameter, log_s)
 
     def _entries(self) -> Entries:
         return Entries(self.p, self.q, self.log_ratio, self.log_p, self.log_q)
@@ -371,13 +419,12 @@ class _Block:
         """A factor of p; 0 where p is 0, if it may be infinite there, or become so."""
         return factor.masked_fill_(self.p == 0, 0.0) if self.guarded or enlarged else factor
 
-    def _scale(self, factor: Tensor, weight: Tensor) -> Tensor:
-        """A factor of p times a weight."""
-        enlarged = self.on_cpu and bool((weight.abs() > 1).any())
-        return self._of_some(factor, enlarged).mul_(weight)
+    def _enlarges(self, weight: Tensor) -> bool:
+        """Whether a weight may make an infinity of a large number, as far as looking is cheap."""
+        return self.sweep.on_cpu and bool((weight.abs() > 1).any())
 
-    def _over_t(self, value: Tensor) -> Tensor:
-        return value if self.at_one else value * self.inv_t
+    def _over_t(self, value):
+        return value if self.sweep.at_one else value * self.inv_t
 
     def _normalise_guarded(self, student_lse: Tensor) -> None:
         if self.guarded and self.p_factor is not None:
@@ -399,15 +446,16 @@ class _Block:
         out: Tensor,
         known: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Fills z - max z and exp((z - max z)/T); returns max z, and the logarithm and reciprocal
-        of the sum of the latter. `known` are the first two, of which these logits may be a part."""
-        if logits.dtype == centred.dtype:
-            top = logits.amax(-1, keepdim=True) if known is None else known[0]
-            torch.sub(logits, top, out=centred)
-        else:
-            centred.copy_(logits)
-            top = centred.amax(-1, keepdim=True) if known is None else known[0]
-            centred.sub_(top)
+        """Fills z - max z and exp((z - max z)/T).
+
+        Returns max z, and the logarithm and the reciprocal of the sum of the exponentials. `known`
+        are the first two, where these logits are a part of a row.
+        """
+        copied = logits.dtype != centred.dtype
+        if copied:
+            logits = centred.copy_(logits)
+        top = logits.amax(-1, keepdim=True) if known is None else known[0]
+        torch.sub(logits, top, out=centred)
         torch.exp(self._over_t(centred), out=out)
         if known is not None:
             return *known, known[1].neg().exp_()
@@ -420,15 +468,15 @@ class _Block:
         """Fills ((z - max z) - (w - max w))/T + shift, the difference exact for models that agree.
 
         z - w is exact for close numbers, where z - max z and w - max w would each be rounded. So
-        the difference of the maxima goes last, all but its integer part, which is taken off the
-        larger side first: a large offset between the models must not cost digits either.
+        the difference of the maxima goes last, all but its integer part, which is subtracted from
+        the larger side first: a large offset between the models must not cost digits either.
         """
         log_ratio, student = self.log_ratio, self.student
         if log_ratio.dtype == torch.float64:
             torch.sub(self.x, log_ratio, out=log_ratio).mul_(self.inv_t).add_(shift)
             return
         rest = student_max - teacher_max
-        plain = student.dtype == teacher.dtype == torch.float32 and self.on_cpu
+        plain = student.dtype == teacher.dtype == torch.float32 and self.sweep.on_cpu
         if plain and bool((rest.abs() < 0.5).all()):
             torch.sub(student, teacher, out=log_ratio)
         else:
@@ -439,89 +487,98 @@ class _Block:
             log_ratio.copy_(teacher).sub_(off_teacher)
             torch.sub(student - off_student, log_ratio, out=log_ratio)
             rest = (student_max - off_student) - (teacher_max - off_teacher)
-        if self.at_one:
+        if self.sweep.at_one:
             log_ratio.add_(shift - rest)
         else:
             log_ratio.sub_(rest).mul_(self.inv_t).add_(shift)
 
+    # -- gradients --------------------------------------------------------------------------------
+
     def write_gradient(self) -> None:
-        """dz = (1/T) (c_div (s - p sum s) + c_logp (1[v = y] - p) - c_ent p (log p + H))."""
+        """dz = (1/T) (c_div (s - p sum s) - c_logp p - c_ent p (log p + H)).
+
+        All but the sampled token's own term, which `_finish` or `Sweep.add_tokens` adds.
+        """
         assert self.gradient is not None
-        assert self.coefficients is not None
-        c_div, c_logp, c_ent = (self._own(c) for c in self.coefficients)
-        p, inner, family, columns = self.p, self.log_ratio, self.family, self.columns
+        c_div, c_logp, c_ent = self._coefficients()
+        p, family, columns = self.p, self.family, self.columns
         factor = 1.0 if self.p_factor is None else self.p_factor
         # One teacher's slopes are still in the buffers.
-        alone = c_div is not None and self.pull is None
-        constant = 0.0
-        if c_div is not None and alone:
+        alone = None if self.pull is not None else c_div
+        constant, inner = torch.zeros_like(columns[FIELDS.student_lse]), None
+        if alone is not None:
             slope_sum = columns[STUDENT_FIELDS + MEMBER.slope_sum]
             if self.guarded:
-                # A weight of 0 leaves nothing of an infinite divergence.
-                unweighted = c_div == 0
+                # A weight of 0 silences an infinite divergence.
+                unweighted = alone == 0
                 slope_sum = torch.where(unweighted, 0.0, slope_sum)
-                inner.masked_fill_(unweighted, 0.0)
+                self.log_ratio.masked_fill_(unweighted, 0.0)
                 self.q.masked_fill_(unweighted, 0.0)
-            if self.rows.shares[0] != 1.0:
-                c_div = c_div * self.rows.shares[0]
-            constant = constant - c_div * slope_sum
-        if c_div is not None and alone and family.has_u:
-            self._scale(inner, c_div * factor)
-        else:
-            inner.zero_()
+            alone = alone * self.rows.shares[0]
+            constant = constant - alone * slope_sum
         if c_logp is not None:
             constant = constant - c_logp
         if c_ent is not None:
-            inner.sub_(self._scale(self.x, c_ent * factor * self.inv_t))
             constant = constant + c_ent * (columns[FIELDS.student_lse] - columns[FIELDS.entropy])
-        inner.add_(constant * factor)
-        out = self.gradient if self.gradient.dtype == inner.dtype else inner
-        torch.mul(p, inner, out=out)
-        if c_div is not None and alone and family.has_v:
-            out.sub_(self.q.mul_(c_div))
+        constant = constant * factor
+        if alone is not None and family.has_u:
+            inner = self._scaled(self.log_ratio, alone * factor, constant)
+        if c_ent is not None:
+            weight = -c_ent * factor * self.inv_t
+            if inner is None:
+                inner = self._scaled(self.x, weight, constant)
+            else:
+                inner.add_(self._of_some(self.x, self._enlarges(weight)).mul_(weight))
+        out = self.gradient if self.gradient.dtype == p.dtype else self.log_ratio
+        torch.mul(p, constant if inner is None else inner, out=out)
+        if alone is not None and family.has_v:
+            out.sub_(self.q.mul_(alone))
         if c_div is not None and self.pull is not None:
             out.add_(weighted(c_div, self.pull))
-        if c_logp is not None and self.ids is not None:
-            own_term = torch.where(self.outside, 0.0, c_logp)
-            out.scatter_add_(1, self.ids, own_term.to(out.dtype))
-        if out is not self.gradient:
-            self.gradient.copy_(out)
+        self._finish(out)
+
+    def _scaled(self, factor: Tensor, weight: Tensor, constant: Tensor) -> Tensor:
+        """A factor of p, in place: times a weight, plus a constant."""
+        self._of_some(factor, self._enlarges(weight))
+        return factor.mul_(weight).add_(constant)
 
     def write_support_gradient(self) -> None:
-        """As `write_gradient`, where a multiple of p is all that the divergence adds outside the
-        support, and what it adds on it is known."""
+        """As `write_gradient`, where outside the support the divergence adds a multiple of p, and
+        on it the gradient is known."""
+        supports = self.sweep.supports
         assert self.gradient is not None
-        assert self.coefficients is not None
-        assert self.supports is not None
-        supports = self.supports
-        _, c_logp, c_ent = (self._own(c) for c in self.coefficients)
+        assert supports is not None
+        self._use_buffers()
+        c_ent = self._coefficients()[2]
         constant = supports.constant[self.range]
-        lse = self.statistics[FIELDS.student_lse][:, None]
+        statistics = self.sweep.statistics[:, self.range, None]
         x, out = self.x, self.p
         if supports.exponentials is None or c_ent is not None:
-            torch.sub(self.student, self.statistics[FIELDS.student_max][:, None], out=x)
+            torch.sub(self.student, statistics[FIELDS.student_max], out=x)
         if supports.exponentials is None:
             torch.exp(self._over_t(x), out=out)
-        # exp(-lse) normalises p.
-        factor = torch.exp(-lse)
+        factor = torch.exp(-statistics[FIELDS.student_lse])  # normalises p
         if c_ent is None:
             out.mul_(constant * factor)
         else:
             inner = x.clamp_(min=LOWEST).mul_(c_ent * factor * -self.inv_t).add_(constant * factor)
             out.mul_(inner)
         supports.write(out, self.range)
-        if c_logp is not None and self.ids is not None:
-            own_term = torch.where(self.outside, 0.0, c_logp)
-            out.scatter_add_(1, self.ids, own_term.to(out.dtype))
-        if out is not self.gradient:
-            self.gradient.copy_(out)
+        self._finish(out)
 
-    def _own(self, column: Tensor | None) -> Tensor | None:
-        return None if column is None else column[self.range].to(self.p.dtype)
+    def _finish(self, out: Tensor) -> None:
+        """Moves the gradient to its place, if it is not there."""
+        assert self.gradient is not None
+        terms, tokens = self.sweep.token_terms, self.sweep.tokens
+        if terms is not None and tokens is not None and self.sweep.adds_in_blocks:
+            out.scatter_add_(1, tokens.ids[self.range], terms[self.range].to(out.dtype))
+        if out.data_ptr() != self.gradient.data_ptr():
+            self.gradient.copy_(out)
 
 
 def _keep_some(probability: Tensor, log_probability: Tensor) -> None:
-    """Leaves something of a probability that is 0 in its dtype, and not in double precision."""
+    """Replaces a 0 by the smallest number where the probability is 0 only in its dtype, and not in
+    double precision."""
     if probability.dtype != torch.float64:
         hidden = (probability == 0) & (log_probability > LEAST)
         probability.masked_fill_(hidden, 2.0**-149)

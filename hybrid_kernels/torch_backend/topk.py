@@ -55,7 +55,7 @@ class Supports:
     """The supports of all rows: what sweeps over the vocabulary tell of them, and what follows.
 
     Attributes:
-        kept: `[N, K]` bool, the ids that count.
+        counts: `[N, K]` bool, the ids that count.
         full: `[N, 1]` bool, whether nothing is outside.
         index: `[N, K]` int64, those ids; 0 where none counts.
         x: `[N, K]`, z - max z on the support.
@@ -73,9 +73,9 @@ class Supports:
         ids = rows.support.long()
         self.rows = rows
         self.impossible = (ids < -1) | (ids >= size)
-        self.kept = first_of_each(ids) & ~self.impossible
-        self.full = self.kept.sum(-1, keepdim=True) >= size
-        self.index = torch.where(self.kept, ids, 0)
+        self.counts = first_of_each(ids) & ~self.impossible
+        self.full = self.counts.sum(-1, keepdim=True) >= size
+        self.index = torch.where(self.counts, ids, 0)
         self.x = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
         self.outside = torch.zeros((len(ids), 1), dtype=torch.float32, device=ids.device)
         self.compared: list[Comparison] = []
@@ -94,7 +94,7 @@ class Supports:
                 self.x[span],
                 own[FIELDS.student_lse][:, None],
                 self.outside[span],
-                self.kept[span],
+                self.counts[span],
                 self.full[span],
                 None if ids is None else ids[span, None],
                 None if ids is None else own[FIELDS.log_prob][:, None],
@@ -141,7 +141,7 @@ class Supports:
 
     def write(self, out: Tensor, span: slice) -> None:
         """Writes the gradient on the support of some rows `[r, V]` over what is there."""
-        overwrite(out, self.index[span], self.kept[span], self.gradient[span])
+        overwrite(out, self.index[span], self.counts[span], self.gradient[span])
 
 
 def overwrite(out: Tensor, index: Tensor, kept: Tensor, values: Tensor) -> None:

@@ -1,0 +1,141 @@
+"""Long ordinary rows on the torch backend take a way of their own, and have the same numbers."""
+
+import pytest
+import torch
+
+import cases
+from hybrid_kernels import Mixture, hybrid_loss, token_terms
+from hybrid_kernels.torch_backend import blocks
+from hybrid_kernels.torch_backend.ordinary import OrdinaryRows
+from tolerance import assert_close, assert_matches_reference
+
+pytestmark = pytest.mark.native
+
+
+@pytest.fixture
+def outcomes(monkeypatch):
+    """Makes every row a long one; whether it was ordinary, row by row."""
+    monkeypatch.setattr(blocks, "LONG_ROW", 1)
+    results, compute = [], OrdinaryRows.compute
+
+    def recorded(*arguments):
+        results.append(compute(*arguments))
+        return results[-1]
+
+    monkeypatch.setattr(OrdinaryRows, "compute", recorded)
+    return results
+
+
+@pytest.mark.parametrize("style", cases.STYLES)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "one_row"])
+def test_every_style(layout, dtype, style, outcomes, backend, device):
+    options = {"style": style, "layout": layout, "dtype": cases.DTYPES[dtype]}
+    case = cases.make(127, masked=layout != "one_row", device=device, **options)
+    options = {"entropy_weight": 0.3, "reduction": "none"}
+    assert_matches_reference(case, backend, **options)
+    assert outcomes
+    if style != "forbidden_by_student":
+        assert all(outcomes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.6},
+        {"temperature": 2.5, "entropy_weight": 0.2},
+        {"dense_weight": 0.0, "entropy_weight": -0.5},
+        {"dense_weight": 40.0, "reduction": "sum"},
+        {"num_tokens": 3},
+        {"inplace": True, "entropy_weight": 0.1},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_options(dtype, options, outcomes, backend, device):
+    case = cases.make(203, dtype=cases.DTYPES[dtype], device=device)
+    assert_matches_reference(case, backend, **options)
+    assert len(outcomes) == 10
+    assert all(outcomes)
+
+
+def test_without_a_teacher(outcomes, backend, device):
+    case = cases.make(127, (6,), device=device)
+
+    def gradient():
+        leaf = case.student.clone().requires_grad_()
+        options = {"dense_weight": 0, "entropy_weight": 0.1, "backend": backend}
+        hybrid_loss(leaf, None, case.token_ids, case.advantages, **options).loss.backward()
+        return leaf.grad
+
+    got = gradient()
+    assert len(outcomes) == 6
+    z = case.student.double().requires_grad_()
+    log_p = z.log_softmax(-1)
+    chosen = log_p.gather(-1, case.token_ids[:, None])[:, 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    (-(case.advantages * chosen) - 0.1 * entropy).mean().backward()
+    torch.testing.assert_close(got.double(), z.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("offset", [0.4, 3.0, -7.0, 40.0, -300.0, 2e4])
+@pytest.mark.parametrize("noise", [1e-4, 1e-2, 1.0])
+def test_an_offset_between_the_models(noise, offset, outcomes, backend, device):
+    """Softmax does not see it, and it must not cost digits: of values, nor of the gradient."""
+    case = cases.make(1000, (4,), device=device)
+    generator = torch.Generator().manual_seed(0)
+    teacher = case.student + noise * torch.randn(case.student.shape, generator=generator) + offset
+    leaf = case.student.clone().requires_grad_()
+    result = hybrid_loss(leaf, teacher, reduction="sum", backend=backend)
+    result.loss.backward()
+    z = case.student.double().requires_grad_()
+    log_p, log_q = z.log_softmax(-1), teacher.double().log_softmax(-1)
+    value = (log_p.exp() * (log_p - log_q)).sum(-1)
+    value.sum().backward()
+    assert len(outcomes) == 4
+    assert all(outcomes)
+    # What a rounding of the entries to fp32, of up to 1e-6 at -7, leaves of log-ratios of 1e-4.
+    torch.testing.assert_close(result.divergence.double(), value.detach(), rtol=3e-5, atol=0)
+    tolerance = 3e-5 if (noise, offset) == (1e-4, -7.0) else 3e-7
+    assert (leaf.grad.double() - z.grad).norm() < tolerance * z.grad.norm()
+
+
+def test_other_problems_do_not_take_this_way(outcomes, backend, device):
+    case = cases.make(127, (4,), device=device)
+    mixture = Mixture([(1.0, case.teacher), (0.5, case.teacher.flip(0))])
+    for teacher, options in (
+        (case.teacher, {"divergence": "jsd"}),
+        (case.teacher, {"teacher_floor": -20.0}),
+        (mixture, {}),
+    ):
+        token_terms(case.student, teacher, backend=backend, **options)
+    assert not outcomes
+
+
+def test_a_row_that_is_not_ordinary_among_others(outcomes, backend, device):
+    """It alone is computed again, and its neighbours keep their numbers to the bit."""
+    case = cases.make(127, (5,), device=device)
+    plain = case.hybrid_loss(backend=backend, reduction="none").gradient
+    outcomes.clear()
+    case.student[2, 7] = -torch.inf
+    gradient = case.hybrid_loss(backend=backend, reduction="none").gradient
+    assert outcomes == [True, True, False, True, True]
+    others = torch.arange(5) != 2
+    assert torch.equal(gradient[others], plain[others])
+    assert gradient[2].isfinite().all()
+
+
+def test_statistics_serve_a_later_gradient(outcomes, backend, device):
+    """They may have another reference than the maximum of the row."""
+    case = cases.make(1000, (4,), device=device)
+    leaf = case.student.clone().requires_grad_()
+    terms = token_terms(leaf, case.teacher + 5, case.token_ids, backend=backend)
+    (terms.divergence + terms.log_prob * case.advantages).sum().backward()
+    z = case.student.double().requires_grad_()
+    w = (case.teacher + 5).double()
+    log_p = z.log_softmax(-1)
+    value = (log_p.exp() * (log_p - w.log_softmax(-1))).sum(-1)
+    chosen = log_p.gather(-1, case.token_ids[:, None])[:, 0]
+    (value + chosen * case.advantages).sum().backward()
+    assert len(outcomes) == 4
+    assert_close(leaf.grad, z.grad, z.grad.float(), "gradient", scale=0.05)
