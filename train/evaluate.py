@@ -33,8 +33,7 @@ def evaluate(
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
         rollout = generate(models.student, batch, sampler, greedy=True)
-        compared = models.compare(rollout, full=True)
-        terms = compared.token_terms(mask=rollout.mask, temperature=models.temperature)
+        terms = models.loss_inputs(rollout, full=True).token_terms(mask=rollout.mask)
         assert terms.divergence is not None
         tokens += int(rollout.mask.sum())
         kl += float(terms.divergence.sum())

@@ -243,14 +243,13 @@ def micro_batch_loss(
     Args:
         num_tokens: trained tokens of the whole optimizer step.
     """
-    return models.compare(batch.rollout).hybrid_loss(
+    return models.loss_inputs(batch.rollout).hybrid_loss(
         batch.rollout.tokens,
         advantage_function(config, batch, weights, models.total_weight),
         mask=batch.mask,
         dense_weight=weights.dense_weight,
         entropy_weight=config.entropy_weight,
         divergence=parse_divergence(config.divergence),
-        temperature=models.temperature,
         num_tokens=num_tokens,
         tail=config.tail,
         teacher_floor=config.teacher_floor,
@@ -302,7 +301,7 @@ def gradient_norms(
     tokens. Costs one forward and two backwards,
     and leaves `.grad` alone.
     """
-    compared = models.compare(batch.rollout)
+    compared = models.loss_inputs(batch.rollout)
     parameters = [weight for weight in models.student.parameters() if weight.requires_grad]
     parts = {
         "grad_norm_dense": (None, weights.dense_weight),
@@ -319,7 +318,6 @@ def gradient_norms(
             mask=batch.mask,
             dense_weight=dense_weight,
             divergence=parse_divergence(config.divergence),
-            temperature=models.temperature,
             tail=config.tail,
             teacher_floor=config.teacher_floor,
         )

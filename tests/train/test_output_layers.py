@@ -97,7 +97,7 @@ def test_fused_losses_equal_those_from_logits(tmp_path, family, vocab_size):
     results, gradients, norms = [], [], []
     for heads in (models.heads, ()):
         own = replace(models, heads=heads)
-        assert own.compare(batch.rollout).linear == bool(heads)
+        assert own.loss_inputs(batch.rollout).linear == bool(heads)
         result = micro_batch_loss(run, own, batch, weights, count)
         result.loss.backward()
         results.append(result)
@@ -111,7 +111,7 @@ def test_fused_losses_equal_those_from_logits(tmp_path, family, vocab_size):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-def test_it_can_be_switched_off_and_says_where_it_can_not_be_used(tmp_path, monkeypatch):
+def test_fused_losses_can_be_switched_off_and_warn_where_they_are_impossible(tmp_path, monkeypatch):
     run = config(tmp_path, fused_linear=False)
     assert load_models(run, run.student).heads == ()
     monkeypatch.setattr("train.models.output_layer", lambda model: None)
