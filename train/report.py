@@ -5,7 +5,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import accelerate
 import torch
@@ -17,11 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import hybrid_kernels
+from train.batch import MicroBatch
 from train.checkpoint import write_atomically
 from train.config import ENVIRONMENT, TrainConfig, UserError
-
-if TYPE_CHECKING:
-    from train.loop import MicroBatch
 
 SAMPLES_PER_EVALUATION = 8
 _RECORDS = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
@@ -109,7 +107,7 @@ class RunLog:
     def warn(self, text: str) -> None:
         self.console.print(f"[bold yellow]warning:[/] {text}", highlight=False)
 
-    def step(self, row: dict[str, Any], batch: "MicroBatch") -> None:
+    def step(self, row: dict[str, Any], batch: MicroBatch) -> None:
         """Records a step, and shows it where `logging_steps` says so."""
         self._append("metrics.jsonl", row)
         line = (

@@ -145,6 +145,12 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
+    """The responses as texts, without special tokens."""
+    rows = zip(rollout.tokens, rollout.mask, strict=True)
+    return [str(tokenizer.decode(tokens[mask], skip_special_tokens=True)) for tokens, mask in rows]
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel, examples: Sequence[Example], sampler: Sampler, *, greedy: bool = False

@@ -14,9 +14,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from train.batch import collect
 from train.config import TrainConfig, make_config
 from train.data import PromptStream, read_examples
-from train.loop import collect
 from train.models import load_models
 from train.rewards import Scorer
 from train.rollout import Sampler

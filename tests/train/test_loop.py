@@ -21,16 +21,12 @@ from helpers import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_kernels import sparse_advantages
-from train import loop, report
+from train import loop, objective, report
+from train.batch import MicroBatch
 from train.config import UserError, make_config
-from train.loop import (
-    NonFiniteError,
-    StepStatistics,
-    Weights,
-    gradient_norms,
-    micro_batch_loss,
-    train,
-)
+from train.loop import train
+from train.metrics import NonFiniteError, StepStatistics
+from train.objective import ScheduledWeights, gradient_norms, micro_batch_loss, sampled_costs
 from train.rollout import Rollout
 
 
@@ -39,7 +35,7 @@ def part(batch, rows):
     fields = {
         name: None if value is None else value[rows] for name, value in vars(batch.rollout).items()
     }
-    return loop.MicroBatch(
+    return MicroBatch(
         examples=batch.examples[rows],
         completions=batch.completions[rows],
         rollout=Rollout(**fields),
@@ -51,7 +47,7 @@ def part(batch, rows):
 
 def test_two_micro_batches_give_the_gradient_of_one(tmp_path):
     run, models, batch = prepared(tmp_path, per_device_train_batch_size=16)
-    weights, count = Weights(2.0, 0.9, 0.7), int(batch.mask.sum())
+    weights, count = ScheduledWeights(2.0, 0.9, 0.7), int(batch.mask.sum())
     micro_batch_loss(run, models, batch, weights, count).loss.backward()
     whole = gradient(models)
     halves = [part(batch, slice(0, 8)), part(batch, slice(8, 16))]
@@ -68,7 +64,7 @@ def test_gradient_is_that_of_the_formula(tmp_path, temperature, sampled_kl):
     """Against plain autograd: dense KL, and advantages written from the objective's definition."""
     changes = {"temperature": temperature, "teacher_temperature": 2.0, "sampled_kl": sampled_kl}
     run, models, batch = prepared(tmp_path, **changes)
-    weights, count = Weights(2.0, 0.9, 0.7), int(batch.mask.sum())
+    weights, count = ScheduledWeights(2.0, 0.9, 0.7), int(batch.mask.sum())
     micro_batch_loss(run, models, batch, weights, count).loss.backward()
     got = gradient(models)
 
@@ -99,7 +95,7 @@ def test_gradient_is_that_of_the_formula(tmp_path, temperature, sampled_kl):
 def test_the_same_teacher_twice_is_one_of_their_weight(tmp_path, weight):
     """Twice the same teacher, half each: one teacher. With a weight each: W times its KL."""
     run, models, batch = prepared(tmp_path)
-    weights, count = Weights(2.0, 0.9, 0.7), int(batch.mask.sum())
+    weights, count = ScheduledWeights(2.0, 0.9, 0.7), int(batch.mask.sum())
     if weight == 1.0:
         half = replace(weights, reward_weight=1.0)
         micro_batch_loss(run, models, batch, half, count).loss.backward()
@@ -121,7 +117,7 @@ def test_the_same_teacher_twice_is_one_of_their_weight(tmp_path, weight):
 @pytest.mark.parametrize("support", ["student", "teacher", "union"])
 def test_a_support_of_everything_is_the_full_teacher(tmp_path, support):
     run, models, batch = prepared(tmp_path, temperature=0.7, teacher_temperature=2.0)
-    weights, count = Weights(2.0, 0.9, 0.7), int(batch.mask.sum())
+    weights, count = ScheduledWeights(2.0, 0.9, 0.7), int(batch.mask.sum())
     micro_batch_loss(run, models, batch, weights, count).loss.backward()
     expected = gradient(models)
     size = models.vocab_size if support != "union" else models.vocab_size // 2
@@ -138,7 +134,7 @@ def test_a_support_of_everything_is_the_full_teacher(tmp_path, support):
     assert 0.5 < row["student_mass"] <= 1.0001
     assert 0.5 < row["teacher_mass"] <= 1.0001
     # What it sees of a token's cost does not depend on the support.
-    costs = loop.sampled_costs(result, 1.0).sum() / count
+    costs = sampled_costs(result, 1.0).sum() / count
     assert row["kl"] == pytest.approx(float(costs), rel=1e-5)
 
 
@@ -155,7 +151,7 @@ def test_a_run_with_two_top_k_teachers(tmp_path):
 
 def test_gradient_norms_are_those_of_the_two_parts(tmp_path):
     run, models, batch = prepared(tmp_path)
-    norms = gradient_norms(run, models, batch, Weights(2.0, 1.0, 1.0))
+    norms = gradient_norms(run, models, batch, ScheduledWeights(2.0, 1.0, 1.0))
     assert all(weight.grad is None for weight in models.student.parameters())
     count = int(batch.mask.sum())
     inputs = replace(models, heads=()).loss_inputs(batch.rollout)
@@ -163,11 +159,13 @@ def test_gradient_norms_are_those_of_the_two_parts(tmp_path):
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     (kl[batch.mask].sum() / count).backward()
     assert norms["grad_norm_dense"] == pytest.approx(float(gradient(models).norm()), rel=1e-3)
-    micro_batch_loss(run, models, batch, Weights(2.0, 1.0, 1.0), count).loss.backward()
+    micro_batch_loss(run, models, batch, ScheduledWeights(2.0, 1.0, 1.0), count).loss.backward()
     both = float(gradient(models).norm())
     dense_norm, sparse_norm = norms["grad_norm_dense"], norms["grad_norm_sparse"]
     assert abs(dense_norm - sparse_norm) <= both <= dense_norm + sparse_norm
-    assert gradient_norms(run, models, batch, Weights(2.0, 1.0, 0.0))["grad_norm_dense"] == 0
+    assert (
+        gradient_norms(run, models, batch, ScheduledWeights(2.0, 1.0, 0.0))["grad_norm_dense"] == 0
+    )
 
 
 def test_truncated_responses_leave_numerator_and_denominator(tmp_path):
@@ -179,7 +177,7 @@ def test_truncated_responses_leave_numerator_and_denominator(tmp_path):
     assert not cut.all()
     assert not batch.mask[cut].any()
     assert torch.equal(batch.mask[~cut], batch.rollout.mask[~cut])
-    weights = Weights(2.0, 1.0, 1.0)
+    weights = ScheduledWeights(2.0, 1.0, 1.0)
     result = micro_batch_loss(run, models, batch, weights, int(batch.mask.sum()))
     statistics = StepStatistics(run, models.total_weight)
     statistics.add(batch, result)
@@ -198,8 +196,8 @@ def test_cost_clip_bounds_the_returns_and_is_logged(tmp_path):
         return sparse_advantages(costs, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "sparse_advantages", spy)
-        result = micro_batch_loss(run, models, batch, Weights(2.0, 1.0, 1.0), 10)
+        patch.setattr(objective, "sparse_advantages", spy)
+        result = micro_batch_loss(run, models, batch, ScheduledWeights(2.0, 1.0, 1.0), 10)
     assert seen[0].abs().max() == 0.5
     statistics = StepStatistics(run, models.total_weight)
     statistics.add(batch, result)
@@ -210,8 +208,8 @@ def test_cost_clip_bounds_the_returns_and_is_logged(tmp_path):
 def test_objective_is_reported_at_the_final_reward_weight(tmp_path):
     schedule = {"kind": "geometric", "start": 1, "end": 8}
     run, models, batch = prepared(tmp_path, reward_weight=schedule, max_steps=4)
-    assert [Weights.at(run, step).reward_weight for step in (0, 3)] == [1, 8]
-    result = micro_batch_loss(run, models, batch, Weights.at(run, 0), 10)
+    assert [ScheduledWeights.at(run, step).reward_weight for step in (0, 3)] == [1, 8]
+    result = micro_batch_loss(run, models, batch, ScheduledWeights.at(run, 0), 10)
     statistics = StepStatistics(run, models.total_weight)
     statistics.add(batch, result)
     expected = float((result.divergence.sum(1) - 8 * batch.reward).mean())

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from train.heads import output_layer
-from train.loop import Weights, gradient_norms, micro_batch_loss
 from train.models import load_models
+from train.objective import ScheduledWeights, gradient_norms, micro_batch_loss
 
 SIZES = {
     "vocab_size": len(WORDS),
@@ -93,7 +93,7 @@ def test_fused_losses_equal_those_from_logits(tmp_path, family, vocab_size):
     changes = {"temperature": 0.7, "teacher_temperature": 2.0, "vocab_size": vocab_size}
     run, models, batch = prepared(tmp_path, family=family, **changes)
     assert len(models.heads) == 2
-    weights, count = Weights(2.0, 0.9, 0.7), int(batch.mask.sum())
+    weights, count = ScheduledWeights(2.0, 0.9, 0.7), int(batch.mask.sum())
     results, gradients, norms = [], [], []
     for heads in (models.heads, ()):
         own = replace(models, heads=heads)
