@@ -135,7 +135,7 @@ def test_file_and_overrides(tmp_path: Path):
     assert config.rewards[0].function == "a.b:c"
     assert config.teachers == [TeacherConfig("q"), TeacherConfig("there/r", 2.0)]
     assert make_config(REQUIRED).teachers == [TeacherConfig(REQUIRED["teacher"])]
-    # What a run writes down is what it would be started with.
+    # The options that a run writes to its folder start an equal run.
     assert make_config({**config.as_options(), "environment": {"torch": "2"}}) == config
 
 

@@ -1,4 +1,4 @@
-"""A step's gradient, its guards, and what a run leaves behind."""
+"""The gradient and the metrics of a step, and the checks and files of a run."""
 
 import json
 import math
@@ -31,7 +31,7 @@ from train.rollout import Rollout
 
 
 def part(batch, rows):
-    """Some of a micro-batch's responses, with the padding they had."""
+    """Some responses of a micro-batch, still padded to its length."""
     fields = {
         name: None if value is None else value[rows] for name, value in vars(batch.rollout).items()
     }
@@ -51,7 +51,7 @@ def test_two_micro_batches_give_the_gradient_of_one(tmp_path):
     micro_batch_loss(run, models, batch, weights, count).loss.backward()
     whole = gradient(models)
     halves = [part(batch, slice(0, 8)), part(batch, slice(8, 16))]
-    assert halves[0].mask.sum() != halves[1].mask.sum()  # else local normalisers would do, too
+    assert halves[0].mask.sum() != halves[1].mask.sum()  # else local normalisers would pass, too
     for half in halves:
         micro_batch_loss(run, models, half, weights, count).loss.backward()
     torch.testing.assert_close(gradient(models), whole, atol=1e-6, rtol=0)
@@ -60,8 +60,8 @@ def test_two_micro_batches_give_the_gradient_of_one(tmp_path):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("sampled_kl", [True, False])
-def test_gradient_is_that_of_the_formula(tmp_path, temperature, sampled_kl):
-    """Against plain autograd: dense KL, and advantages written from the objective's definition."""
+def test_gradient_equals_the_formula(tmp_path, temperature, sampled_kl):
+    """Compares with autograd of the dense KL and of advantages from the objective's definition."""
     changes = {"temperature": temperature, "teacher_temperature": 2.0, "sampled_kl": sampled_kl}
     run, models, batch = prepared(tmp_path, **changes)
     weights, count = ScheduledWeights(2.0, 0.9, 0.7), int(batch.mask.sum())
@@ -83,17 +83,17 @@ def test_gradient_is_that_of_the_formula(tmp_path, temperature, sampled_kl):
     for t in reversed(range(length - 1)):
         returns[:, t] = 0.9 * (costs[:, t + 1] + returns[:, t + 1])
     total = 2.0 * batch.reward - costs[:, 0] - returns[:, 0]
-    own = 2.0 * batch.reward[:, None] - returns - (0.3 if sampled_kl else 0.0) * costs
+    values = 2.0 * batch.reward[:, None] - returns - (0.3 if sampled_kl else 0.0) * costs
     groups = total.view(-1, 4)
     others = ((groups.sum(1, keepdim=True) - groups) / 3).view(-1, 1)
-    loss = ((0.7 * kl - (own - others) * log_prob) * mask).sum() / count
+    loss = ((0.7 * kl - (values - others) * log_prob) * mask).sum() / count
     loss.backward()
     torch.testing.assert_close(got, gradient(models), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.5])
-def test_the_same_teacher_twice_is_one_of_their_weight(tmp_path, weight):
-    """Twice the same teacher, half each: one teacher. With a weight each: W times its KL."""
+def test_the_same_teacher_twice_equals_one_with_the_total_weight(tmp_path, weight):
+    """With weights of 1/2, that is one teacher with weight 1; with weights of 1, twice its KL."""
     run, models, batch = prepared(tmp_path)
     weights, count = ScheduledWeights(2.0, 0.9, 0.7), int(batch.mask.sum())
     if weight == 1.0:
@@ -115,14 +115,14 @@ def test_the_same_teacher_twice_is_one_of_their_weight(tmp_path, weight):
 
 
 @pytest.mark.parametrize("support", ["student", "teacher", "union"])
-def test_a_support_of_everything_is_the_full_teacher(tmp_path, support):
+def test_a_support_of_all_tokens_equals_the_full_teacher(tmp_path, support):
     run, models, batch = prepared(tmp_path, temperature=0.7, teacher_temperature=2.0)
     weights, count = ScheduledWeights(2.0, 0.9, 0.7), int(batch.mask.sum())
     micro_batch_loss(run, models, batch, weights, count).loss.backward()
     expected = gradient(models)
     size = models.vocab_size if support != "union" else models.vocab_size // 2
-    known = replace(models, top_k=size, top_k_support=support)
-    result = micro_batch_loss(run, known, batch, weights, count)
+    with_top_k = replace(models, top_k=size, top_k_support=support)
+    result = micro_batch_loss(run, with_top_k, batch, weights, count)
     result.loss.backward()
     if support != "union":
         torch.testing.assert_close(gradient(models), expected, atol=2e-6, rtol=1e-4)
@@ -133,7 +133,7 @@ def test_a_support_of_everything_is_the_full_teacher(tmp_path, support):
     row = statistics.means()
     assert 0.5 < row["student_mass"] <= 1.0001
     assert 0.5 < row["teacher_mass"] <= 1.0001
-    # What it sees of a token's cost does not depend on the support.
+    # The cost of a sampled token is known outside the support, too.
     costs = sampled_costs(result, 1.0).sum() / count
     assert row["kl"] == pytest.approx(float(costs), rel=1e-5)
 
@@ -149,7 +149,7 @@ def test_a_run_with_two_top_k_teachers(tmp_path):
     assert make_config(run.as_options()) == run
 
 
-def test_gradient_norms_are_those_of_the_two_parts(tmp_path):
+def test_gradient_norms_of_the_two_parts(tmp_path):
     run, models, batch = prepared(tmp_path)
     norms = gradient_norms(run, models, batch, ScheduledWeights(2.0, 1.0, 1.0))
     assert all(weight.grad is None for weight in models.student.parameters())
@@ -216,8 +216,8 @@ def test_objective_is_reported_at_the_final_reward_weight(tmp_path):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("mended", [False, True])
-def test_a_teacher_that_forbids_a_token(tmp_path, mended, fused, monkeypatch):
+@pytest.mark.parametrize("bounded", [False, True])
+def test_a_teacher_that_forbids_a_token(tmp_path, bounded, fused, monkeypatch):
     original = loop.load_models
 
     def load(run, path):
@@ -229,10 +229,10 @@ def test_a_teacher_that_forbids_a_token(tmp_path, mended, fused, monkeypatch):
         return models
 
     monkeypatch.setattr(loop, "load_models", load)
-    changes = {"teacher_floor": -30.0, "cost_clip": 5.0} if mended else {}
+    changes = {"teacher_floor": -30.0, "cost_clip": 5.0} if bounded else {}
     changes["fused_linear"] = fused
     run = config(tmp_path, per_device_train_batch_size=32, **changes)
-    if mended:
+    if bounded:
         summary = train(run)
         rows = read_lines(tmp_path / "run/metrics.jsonl")
         assert [row["teacher_forbidden"] > 0 for row in rows] == [True, True]
@@ -266,11 +266,11 @@ def test_foreign_checkpoints_and_a_reward_from_a_file(tmp_path, family, plots):
     output = tmp_path / "run"
     rows = read_lines(output / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 13))
-    wanted = "loss reward kl entropy grad_norm tokens tokens_per_second lr reward_weight gamma"
-    wanted += " dense_weight completion_length truncated objective"
-    assert set(wanted.split()) <= rows[0].keys()
+    names = "loss reward kl entropy grad_norm tokens tokens_per_second lr reward_weight gamma"
+    names += " dense_weight completion_length truncated objective"
+    assert set(names.split()) <= rows[0].keys()
     assert max(row["sampler_mismatch_max"] for row in rows) < 1e-5
-    # It learns: longer responses, and a lower objective.
+    # The run learns: responses get longer, and the objective decreases.
     assert summary["train"]["reward"]["last"] > summary["train"]["reward"]["first"]
     assert summary["train"]["objective"]["last"] < summary["train"]["objective"]["first"]
     assert [row["step"] for row in read_lines(output / "eval.jsonl")] == [0, 6, 12]
@@ -313,7 +313,7 @@ def test_lengths_are_checked_before_anything_runs(tmp_path):
         train(config(tmp_path, max_completion_length=60))
 
 
-def test_what_can_not_be_loaded_is_named(tmp_path):
+def test_checkpoints_and_trackers_that_can_not_be_loaded_are_named(tmp_path):
     with pytest.raises(UserError, match="teacher: can't load"):
         train(config(tmp_path, teacher=str(tmp_path / "none")))
     with pytest.raises(UserError, match="report_to: got 'paper', expected one of"):
@@ -326,7 +326,7 @@ def test_an_old_run_is_not_overwritten(tmp_path):
         train(config(tmp_path, max_steps=1))
 
 
-def test_reward_up_and_held_out_down_is_said_aloud(tmp_path):
+def test_a_rising_reward_with_a_falling_evaluation_is_warned_about(tmp_path):
     rows = [
         {"step": i, "tokens": 1, "seconds": 1.0, "reward": i, "kl": 0, "entropy": 0, "objective": 0}
         for i in range(1, 21)
@@ -345,7 +345,7 @@ def test_truncated_sampling_is_warned_about(tmp_path, capsys):
 
 
 def test_end_token_is_trained(tmp_path):
-    """A reward for ending at once is learnt, which needs a gradient on the EOS token."""
+    """Learning a reward for immediate ends needs a gradient on the EOS token."""
     (tmp_path / "reward.py").write_text(
         "def brief(prompts, completions):\n    return [float(not text) for text in completions]\n"
     )
