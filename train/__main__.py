@@ -12,7 +12,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = ", ".join(spec.name for spec in fields(TrainConfig))
     parser = argparse.ArgumentParser(
         prog="python -m train",
-        description="Trains a student with a teacher and rewards on its own responses.",
+        description="Trains a student on its own responses, with a teacher and rewards.",
         epilog=f"options (described in train/config.py): {names}",
     )
     parser.add_argument("--config", help="a YAML file of options")

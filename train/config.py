@@ -30,7 +30,7 @@ class UserError(ValueError):
 
 
 # The kinds of bounds that an option can have: in words, and as a check of a value.
-BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+_BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "at_least": ("at least", operator.ge),
     "above": ("more than", operator.gt),
     "at_most": ("at most", operator.le),
@@ -43,11 +43,11 @@ def option(default: Any, *, expected: str | None = None, **bounds: Any) -> Any:
 
     Args:
         expected: the bounds in words, for error messages; a single one is put into words here.
-        bounds: any of `BOUNDS`. For a schedule, they must hold at every step.
+        bounds: any of the keys of `_BOUNDS`. For a schedule, they must hold at every step.
     """
     if expected is None:
         ((kind, bound),) = bounds.items()
-        expected = f"{BOUNDS[kind][0]} {', '.join(bound) if kind == 'choices' else bound}"
+        expected = f"{_BOUNDS[kind][0]} {', '.join(bound) if kind == 'choices' else bound}"
     return field(default=default, metadata={"bounds": bounds, "expected": expected})
 
 
@@ -100,10 +100,10 @@ class TrainConfig:
     )
     dense_weight: Schedule = option(_ONE, at_least=0)  # eta: the dense term's share of the KL
     sampled_kl: bool = True  # charge 1 - dense_weight of each token's KL on the sample
-    entropy_weight: float = option(0.0, at_least=0)
+    entropy_weight: float = option(0.0, at_least=0)  # of an entropy bonus
     divergence: str | dict = "reverse_kl"  # a name, or {name: jsd, beta: 0.3}
     baseline: str = option("leave_one_out", choices=BASELINES)
-    cost_clip: float | None = option(None, above=0)  # nats, of |log p(y) - log q(y)| in the returns
+    cost_clip: float | None = option(None, above=0)  # bounds |log p - log q| in the returns, nats
     teacher_floor: float | None = option(  # nats; lower teacher log-probabilities are raised to it
         None, at_most=0, expected="a log-probability, at most 0"
     )
@@ -111,9 +111,9 @@ class TrainConfig:
     top_k_teacher: int | None = option(  # K: the loss sees the teachers on K tokens only
         None, at_least=1, at_most=MAX_TOP_K, expected=f"a number from 1 to {MAX_TOP_K}"
     )
-    top_k_support: str = option("student", choices=SUPPORTS)  # whose K best (the first teacher's)
+    top_k_support: str = option("student", choices=SUPPORTS)  # whose K best; of teachers, the first
     tail: str = option("bucket", choices=TAILS)  # what stands for the tokens beyond the K best
-    fused_linear: bool = True  # losses from hidden states, so that few logits exist; not for top-K
+    fused_linear: bool = True  # losses from hidden states, with logits in chunks; not for top-K
 
     # Rollouts.
     num_generations: int = option(8, at_least=1)  # responses per prompt
@@ -138,9 +138,9 @@ class TrainConfig:
 
     # Logs, evaluations and checkpoints.
     logging_steps: int = option(1, at_least=1)  # progress and trackers; metrics.jsonl has each step
-    eval_steps: int = option(0, at_least=0)  # 0: before and after only
+    eval_steps: int = option(0, at_least=0)  # 0: only before and after the run
     per_device_eval_batch_size: int = option(64, at_least=1)
-    save_steps: int = option(0, at_least=0)  # 0: at the end only
+    save_steps: int = option(0, at_least=0)  # 0: only at the end
     resume_from_checkpoint: str | None = None  # a checkpoint's folder, or `latest`
     report_to: str = "tensorboard"  # any tracker that accelerate knows, or `none`
 
@@ -261,7 +261,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 
 
 def _weighted(name: str, value: Any, kind: type, key: str, form: str) -> list:
-    """Entries of one kind from mappings with a weight, or from texts alone, without one."""
+    """Entries of one kind, given as mappings with a weight or as texts, whose weight is 1."""
     entries = value if isinstance(value, list) else [value]
     parsed = []
     for entry in entries:
@@ -317,7 +317,7 @@ def _check_bounds(name: str, value: Any, spec: Field, max_steps: int) -> None:
         reached = {f"reaches {end:g}": end for end in ends}
     for text, item in reached.items():
         for kind, bound in spec.metadata["bounds"].items():
-            if not BOUNDS[kind][1](item, bound):
+            if not _BOUNDS[kind][1](item, bound):
                 raise UserError(f"{name}: {text}, expected {spec.metadata['expected']}")
 
 

@@ -188,23 +188,24 @@ def read_curves(output: Path, arm: str, seeds: int) -> list[list[tuple[int, floa
 def summarise(output: Path, seeds: int, accuracies: dict[str, float]) -> dict[str, Any]:
     """The figures of `summary.json`. Lists have one entry for each seed."""
     runs = {
-        arm: [json.loads((run_folder(output, arm, seed) / "summary.json").read_text())
-              for seed in range(seeds)]
+        arm: [
+            json.loads((run_folder(output, arm, seed) / "summary.json").read_text())
+            for seed in range(seeds)
+        ]
         for arm in ARMS
-    }  # fmt: skip
+    }
+
+    def after(figure: str) -> dict[str, list[float]]:
+        return {arm: [run["after"][figure] for run in runs[arm]] for arm in ARMS}
+
     return {
-        "heldout_accuracy": {
-            arm: [run["after"]["eval_exact_match"] for run in of_arm]
-            for arm, of_arm in runs.items()
-        },
+        "heldout_accuracy": after("eval_exact_match"),
         **accuracies,
         "heldout_problems": HELD_OUT,
-        "heldout_kl": {
-            arm: [run["after"]["eval_kl"] for run in of_arm] for arm, of_arm in runs.items()
-        },
+        "heldout_kl": after("eval_kl"),
         "seeds": list(range(seeds)),
         "steps": runs["hybrid"][0]["steps"],
-        "tokens": {arm: [run["tokens"] for run in of_arm] for arm, of_arm in runs.items()},
+        "tokens": {arm: [run["tokens"] for run in runs[arm]] for arm in ARMS},
     }
 
 

@@ -1,4 +1,4 @@
-"""The metrics of a step, and advice when they stop being numbers."""
+"""The metrics of a step, and the error for a loss that is no longer finite."""
 
 import math
 from typing import Any
@@ -11,18 +11,11 @@ from train.batch import MicroBatch
 from train.config import TrainConfig, parse_divergence
 from train.objective import sampled_costs
 
-# A teacher log-probability (nats) at or below it counts as "the teacher forbids this token".
+# A token is counted as forbidden by the teacher if its log-probability (nats) is at most this.
 FORBIDDEN = -20.0
 _COUNTS = ("tokens", "teacher_forbidden")
-_PER_TOKEN = (
-    "kl",
-    "divergence",
-    "entropy",
-    "sampler_mismatch",
-    "costs_clipped",
-    "student_mass",
-    "teacher_mass",
-)
+_PER_TOKEN = ("kl", "divergence", "entropy", "sampler_mismatch", "costs_clipped")
+_PER_TOKEN_OF_TOP_K = ("student_mass", "teacher_mass")
 
 
 class StepStatistics:
@@ -89,7 +82,7 @@ class StepStatistics:
         final_weight = config.reward_weight.at(config.max_steps - 1, config.max_steps)
         objective = (sums["kl"] - final_weight * sums["reward"]) / sequences
         for name in sums:
-            if name in _PER_TOKEN:
+            if name in _PER_TOKEN + _PER_TOKEN_OF_TOP_K:
                 sums[name] /= tokens
             elif name != "loss" and name not in _COUNTS:
                 sums[name] /= sequences

@@ -93,7 +93,7 @@ class Models:
         return sum(self.weights)
 
     def loss_inputs(self, rollout: Rollout, full: bool = False) -> LossInputs:
-        """What a loss takes as its student, which is differentiable, and as its teacher.
+        """The student, which is differentiable, and its teachers, as a loss takes them.
 
         A teacher is given by its hidden states and output layer, by its log-probabilities on a
         top-K support, or by its logits. Several teachers, or one with a weight other than 1, are
@@ -208,7 +208,7 @@ def _load(option: str, loader: type, path: str, **options):
 
 
 def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, teacher: str) -> None:
-    """The teacher scores the student's token ids, so an id must mean the same to both."""
+    """Checks that token ids mean the same to the teacher, which scores the student's ids."""
     try:
         teacher_ids = AutoTokenizer.from_pretrained(teacher).get_vocab()
     except (OSError, ValueError):

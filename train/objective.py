@@ -1,4 +1,4 @@
-"""What is minimised: E[KL(student || teacher) - reward_weight * reward] (arXiv 2512.23097).
+"""The objective, E[KL(student || teacher) - reward_weight * reward] (arXiv 2512.23097).
 
 The KL at each visited token is exact. What a token does to later tokens and to the reward is
 estimated from the sample, as a policy gradient with the advantages below.
@@ -130,19 +130,12 @@ def gradient_norms(
     """
     inputs = models.loss_inputs(batch.rollout)
     parameters = [weight for weight in models.student.parameters() if weight.requires_grad]
-    parts = {
-        "grad_norm_dense": (None, weights.dense_weight),
-        "grad_norm_sparse": (
-            partial(advantages, config, batch, weights, models.total_weight),
-            0.0,
-        ),
-    }
+    sparse = partial(advantages, config, batch, weights, models.total_weight)
+    parts = (("grad_norm_dense", None, weights.dense_weight), ("grad_norm_sparse", sparse, 0.0))
     norms = {}
-    for name, (advantage_function, dense_weight) in parts.items():
+    for name, advantage_function, dense_weight in parts:
         part = _hybrid_loss(config, inputs, batch, advantage_function, dense_weight=dense_weight)
         gradients = torch.autograd.grad(part.loss, parameters, retain_graph=True, allow_unused=True)
-        squares = [
-            gradient.float().square().sum() for gradient in gradients if gradient is not None
-        ]
+        squares = [grad.float().square().sum() for grad in gradients if grad is not None]
         norms[name] = math.sqrt(float(torch.stack(squares).sum()))
     return norms

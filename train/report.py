@@ -196,11 +196,8 @@ def summarise(config: TrainConfig, metrics: list[dict], evaluations: list[dict])
         name = "eval_reward"
         if config.eval_metrics:
             name = "eval_" + config.eval_metrics[0].function.rpartition(":")[2]
-        reward, before, after = (
-            summary["train"]["reward"],
-            evaluations[0][name],
-            evaluations[-1][name],
-        )
+        reward = summary["train"]["reward"]
+        before, after = evaluations[0][name], evaluations[-1][name]
         if reward["last"] > reward["first"] and after < before:
             summary["warnings"].append(
                 f"The training reward rose ({reward['first']:.3f} to {reward['last']:.3f}) while "
@@ -265,15 +262,10 @@ def _sample_table(samples: list[dict]) -> Table:
     shown = [row for row in samples if row["split"] == "eval"] or samples
     table = Table("step", "prompt", "completion", "reward", title="samples")
     for row in shown[-SAMPLES_PER_EVALUATION:]:
-        prompt = (
-            row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1].get("content")
-        )
-        cells = [
-            str(row["step"]),
-            str(prompt)[-60:],
-            row["completion"][:80],
-            f"{row['reward']:.2f}",
-        ]
+        prompt = row["prompt"]
+        if not isinstance(prompt, str):
+            prompt = str(prompt[-1].get("content"))
+        cells = (str(row["step"]), prompt[-60:], row["completion"][:80], f"{row['reward']:.2f}")
         # Square brackets in the texts would be taken for markup.
         table.add_row(*(cell.replace("[", "\\[") for cell in cells))
     return table

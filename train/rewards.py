@@ -139,8 +139,8 @@ def _columns_for(name: str, function: Callable, columns: dict[str, list]) -> dic
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return columns
     required = {parameter.name: parameter.default is parameter.empty for parameter in parameters}
-    for column, is_required in required.items():
-        if is_required and column not in columns:
+    for column in required:
+        if required[column] and column not in columns:
             available = ", ".join(columns) or "none"
             raise UserError(
                 f"reward {name}: wants the column {column!r}, which the data lacks (it has: "

@@ -231,10 +231,11 @@ def completion_logits(model: PreTrainedModel, rollout: Rollout, vocab_size: int)
     output layer is not computed for the prompt.
     """
     positions = _positions(rollout)
-    keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
     indices = torch.arange(positions.start, positions.stop, device=rollout.input_ids.device)
-    logits = _forward(model, rollout, **({"logits_to_keep": indices} if keeps else {})).logits
-    return (logits if keeps else logits[:, positions])[..., :vocab_size]
+    logits = _forward(model, rollout, logits_to_keep=indices).logits
+    if logits.shape[1] > len(indices):
+        logits = logits[:, positions]
+    return logits[..., :vocab_size]
 
 
 def completion_hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
@@ -244,8 +245,7 @@ def completion_hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
     Its output layer is computed at one position only, if the model can do that.
     """
     with captured_hidden(model) as states:
-        keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-        _forward(model, rollout, **({"logits_to_keep": 1} if keeps else {}))
+        _forward(model, rollout, logits_to_keep=1)
     return states[0][:, _positions(rollout)]
 
 
@@ -278,12 +278,13 @@ def _positions(rollout: Rollout) -> slice:
     return slice(first, first + length)
 
 
-def _forward(model: PreTrainedModel, rollout: Rollout, **extra: Any) -> Any:
-    if "position_ids" in inspect.signature(type(model).forward).parameters:
-        extra["position_ids"] = position_ids(rollout.attention_mask)
+def _forward(model: PreTrainedModel, rollout: Rollout, **optional: Any) -> Any:
+    """The model's output; arguments that its forward does not have are left out."""
+    optional["position_ids"] = position_ids(rollout.attention_mask)
+    accepted = inspect.signature(type(model).forward).parameters
     return model(
         input_ids=rollout.input_ids,
         attention_mask=rollout.attention_mask,
         use_cache=False,
-        **extra,
+        **{name: value for name, value in optional.items() if name in accepted},
     )
