@@ -233,6 +233,30 @@ def test_users_take_public_names_only():
                 assert names <= public, f"{path.name} imports {names - public}"
 
 
+# The modules of train/. Each may import those before it.
+TRAIN_ORDER = (
+    *("__init__", "schedules", "config", "data", "rewards", "checkpoint", "rollout", "heads"),
+    *("models", "batch", "objective", "metrics", "evaluate", "report", "loop", "addition"),
+    *("demo", "__main__"),
+)
+
+
+@pytest.mark.parametrize("path", sources(ROOT / "train"), ids=lambda path: path.stem)
+def test_imports_of_the_training_loop_run_downward(path):
+    assert path.stem in TRAIN_ORDER, f"{path.name} is new: give it a place in TRAIN_ORDER"
+    above = TRAIN_ORDER[TRAIN_ORDER.index(path.stem) :]
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert getattr(node, "id", None) != "TYPE_CHECKING", "an import for annotations only"
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        for module in modules:
+            package, _, rest = module.partition(".")
+            assert package != "train" or rest.split(".")[0] not in above, module
+
+
 def test_the_public_names_are_there():
     assert sorted(hybrid_kernels.__all__) == hybrid_kernels.__all__
     for name in hybrid_kernels.__all__:

@@ -8,11 +8,11 @@ from train.config import TrainConfig, UserError, load_config
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line. Exit status: 2 for what the user can mend, 1 for a failed run."""
+    """Runs the command line. Returns the exit status: 2 for a user's error, 1 for a failed run."""
     names = ", ".join(spec.name for spec in fields(TrainConfig))
     parser = argparse.ArgumentParser(
         prog="python -m train",
-        description="Trains a student with a teacher and rewards on its own responses.",
+        description="Trains a student on its own responses, with a teacher and rewards.",
         epilog=f"options (described in train/config.py): {names}",
     )
     parser.add_argument("--config", help="a YAML file of options")
@@ -22,8 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         config = load_config(parsed.config, parsed.overrides)
-        # Late: a wrong option is told at once, not after seconds of imports.
-        from train.loop import NonFiniteError, train
+        # Imported late, so that a wrong option is reported before seconds of imports.
+        from train.loop import train
+        from train.metrics import NonFiniteError
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 """Two-digit addition: problems, a tokenizer and models, for the demo and `configs/tiny.yaml`.
 
-The teacher has learned to add without carrying from the ones to the tens: right in the 55 % of
-problems where nothing is carried, wrong in the others. The student has seen noisy sums only.
+The teacher has learned to add without carrying from the ones to the tens: it is right in the 55 %
+of problems where nothing is carried, and wrong in the others. The student has seen noisy sums only.
 """
 
 import json
@@ -13,42 +13,42 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-Problem = tuple[int, int]
+Addends = tuple[int, int]
 VOCABULARY = ("<pad>", "<eos>", "<unk>", *"0123456789", "+", "=", " ")
 PAD, END = VOCABULARY.index("<pad>"), VOCABULARY.index("<eos>")
 MAX_ANSWER = 4  # tokens: three digits and the end
 
 
-def prompt(problem: Problem) -> str:
+def prompt(problem: Addends) -> str:
     return f"{problem[0]:02d}+{problem[1]:02d}="
 
 
-def true_sum(problem: Problem) -> str:
+def true_sum(problem: Addends) -> str:
     return f"{sum(problem):03d}"
 
 
-def sum_without_carry(problem: Problem) -> str:
+def sum_without_carry(problem: Addends) -> str:
     """The biased teacher's answer: 27+48 is 65, because the 1 carried by 7+8 is dropped."""
     (tens_a, ones_a), (tens_b, ones_b) = (divmod(number, 10) for number in problem)
     return f"{(tens_a + tens_b) * 10 + (ones_a + ones_b) % 10:03d}"
 
 
-def noisy_sum(problem: Problem, noise: random.Random) -> str:
+def noisy_sum(problem: Addends, noise: random.Random) -> str:
     """The true sum, each digit replaced by a random one with probability 1/2."""
     return "".join(
         digit if noise.random() < 0.5 else noise.choice("0123456789") for digit in true_sum(problem)
     )
 
 
-def all_problems(seed: int) -> list[Problem]:
+def all_problems(seed: int) -> list[Addends]:
     """The 10,000 pairs from 00 to 99, in a shuffled order that `seed` fixes."""
     problems = [(a, b) for a in range(100) for b in range(100)]
     random.Random(seed).shuffle(problems)
     return problems
 
 
-def write_problems(path: Path, problems: Sequence[Problem]) -> None:
-    """A JSONL file of `prompt` and the true `answer`."""
+def write_problems(path: Path, problems: Sequence[Addends]) -> None:
+    """Writes a JSONL file with each `prompt` and the true `answer`."""
     rows = [{"prompt": prompt(problem), "answer": true_sum(problem)} for problem in problems]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -85,17 +85,18 @@ def make_model(seed: int, hidden_size: int = 64, layers: int = 2) -> Qwen2ForCau
 
 def fit(
     model: Qwen2ForCausalLM,
-    problems: Sequence[Problem],
-    label: Callable[[Problem], str],
+    problems: Sequence[Addends],
+    label: Callable[[Addends], str],
     *,
     steps: int,
     stop: Callable[[], bool] | None = None,
 ) -> None:
-    """Supervised training on `label`, which is called afresh each time a problem is drawn.
+    """Trains a model under supervision.
 
     Args:
-        steps: of 128 problems each, at most.
-        stop: asked every 10 steps whether it is enough.
+        label: the answer to a problem; called each time that the problem is drawn.
+        steps: the largest number of updates, on 128 problems each.
+        stop: called every 10 steps; true ends the training.
     """
     tokenizer = make_tokenizer()
     order = random.Random(0)
@@ -103,7 +104,7 @@ def fit(
     prompt_length = len(prompt((0, 0)))
     for step in range(1, steps + 1):
         batch = order.choices(problems, k=128)
-        # Every problem has as many characters as any other, so there is nothing to pad.
+        # All problems have the same number of characters, so no padding is needed.
         rows = [tokenizer(prompt(problem) + label(problem))["input_ids"] for problem in batch]
         ids = torch.tensor([[*row, END] for row in rows])
         answers = ids.clone()
@@ -118,13 +119,13 @@ def fit(
 
 
 def save(model: Qwen2ForCausalLM, folder: Path) -> None:
-    """An ordinary `transformers` checkpoint, tokenizer included."""
+    """Writes an ordinary `transformers` checkpoint, including the tokenizer."""
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
 
 
 def make_tiny(folder: Path) -> None:
-    """Two untrained models and a few problems: enough to see a run's machinery work."""
+    """Writes two untrained models and a few problems, enough to try out a run."""
     for seed, name in enumerate(("student", "teacher")):
         save(make_model(seed, hidden_size=16, layers=1), folder / name)
     problems = all_problems(seed=0)
@@ -135,8 +136,8 @@ def make_tiny(folder: Path) -> None:
 def right_digits(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str]
 ) -> list[float]:
-    """A reward: the share of the answer's digits that stand in their place."""
+    """A reward: the share of the answer's digits that the completion has at the same place."""
     return [
-        sum(digit == wanted for digit, wanted in zip(text, expected, strict=False)) / len(expected)
+        sum(a == b for a, b in zip(text, expected, strict=False)) / len(expected)
         for text, expected in zip(completions, answer, strict=True)
     ]

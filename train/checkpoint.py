@@ -1,11 +1,11 @@
-"""Folders that are either whole or not there, and the state that makes a resume exact.
+"""Folders that are written completely or not at all, and checkpoints that resume a run exactly.
 
 A checkpoint is `checkpoints/step-000123/`:
 
-    model/     the student and its tokenizer, as `transformers` saves them (safetensors)
-    state.pt   optimizer, learning-rate scheduler, random states, data position; tensors and plain
-               values only (loaded with `weights_only=True`)
-    config.yaml
+    model/       the student and its tokenizer, as `transformers` saves them (safetensors)
+    state.pt     optimizer, learning-rate scheduler, random states, data position; tensors and plain
+                 values only, so that it loads with `weights_only=True`
+    config.yaml  the options of the run
 """
 
 import json
@@ -32,7 +32,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 def atomic_directory(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends, and is on disk by then.
 
-    A crash at any moment leaves either no `target`, or the old one, or the whole new one.
+    A crash at any moment leaves no `target`, the old one, or the complete new one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".partial-{target.name}"
@@ -52,7 +52,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The file holds either what it held or all of `text`."""
+    """Writes a file such that a crash leaves its old content or all of `text`."""
     temporary = path.with_name(f".partial-{path.name}")
     temporary.write_text(text, encoding="utf-8")
     _fsync(temporary)
@@ -75,7 +75,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any],
 ) -> Path:
-    """Writes `checkpoints/step-<step>` whole or not at all.
+    """Writes `checkpoints/step-<step>` completely or not at all.
 
     Args:
         state: tensors, numbers, strings and containers of them; the random states are added here.
@@ -90,27 +90,27 @@ def save_checkpoint(
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The folder that `resume_from_checkpoint` means; None for a start from nothing.
+    """The folder that `resume_from_checkpoint` names; None for a run from scratch.
 
-    `latest` without any checkpoint is a start from nothing, too: a run that was killed before its
-    first one is restarted with the same command.
+    `latest` without any checkpoint is a run from scratch, too, so that the same command restarts a
+    run that was killed before its first checkpoint.
 
     Raises:
         UserError: a path that is not a checkpoint.
     """
-    wanted = config.resume_from_checkpoint
-    if wanted is None:
+    option = config.resume_from_checkpoint
+    if option is None:
         return None
-    if wanted == "latest":
+    if option == "latest":
         folders = (Path(config.output_dir) / "checkpoints").glob("step-*")
-        whole = [folder for folder in folders if _NAME.fullmatch(folder.name)]
-        return max(whole, key=lambda folder: int(folder.name[5:]), default=None)
-    if not (Path(wanted) / "state.pt").is_file():
+        complete = [folder for folder in folders if _NAME.fullmatch(folder.name)]
+        return max(complete, key=lambda folder: int(folder.name[5:]), default=None)
+    if not (Path(option) / "state.pt").is_file():
         raise UserError(
-            f"resume_from_checkpoint: {wanted!r} is not a checkpoint; give a folder such as "
+            f"resume_from_checkpoint: {option!r} is not a checkpoint; give a folder such as "
             f"{config.output_dir}/checkpoints/step-000100, or latest"
         )
-    return Path(wanted)
+    return Path(option)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def changed_options(folder: Path, config: TrainConfig) -> list[str]:
-    """The options that differ from those of the checkpoint, where a difference changes the run."""
+    """The options that affect the numbers of a run and differ from the checkpoint's."""
     saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     harmless = {"output_dir", "resume_from_checkpoint", "save_steps", "logging_steps", "report_to"}
     current = config.as_options()
@@ -128,7 +128,7 @@ def changed_options(folder: Path, config: TrainConfig) -> list[str]:
 
 def _random_state() -> dict[str, Any]:
     numpy_state = np.random.get_state()
-    assert isinstance(numpy_state, tuple)  # a dict only from get_state(legacy=False)
+    assert isinstance(numpy_state, tuple)  # get_state(legacy=False) would return a dict
     name, keys, position, has_gauss, gauss = numpy_state
     state: dict[str, Any] = {
         "python": json.dumps(random.getstate()),
@@ -141,7 +141,7 @@ def _random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Puts Python's, NumPy's and torch's global generators where `_random_state` found them."""
+    """Sets the global generators of Python, NumPy and torch to what `_random_state` returned."""
     version, keys, gauss = json.loads(state["python"])
     random.setstate((version, tuple(keys), gauss))
     name, numpy_keys, *rest = state["numpy"]

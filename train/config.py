@@ -1,9 +1,12 @@
-"""Every option of a run: one dataclass, read from a YAML file and `key=value` overrides."""
+"""All options of a run: one dataclass, read from a YAML file and `key=value` overrides."""
+
+# ruff: noqa: RUF009  `option` makes a field, as `field` does.
 
 import difflib
+import operator
 import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,35 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 SUPPORTS = ("student", "teacher", "union")
 TAILS = ("bucket", "renormalize", "mask")
 MAX_TOP_K = 512  # of each side; the kernels hold a union of twice as many
-# Written into a run's config.yaml for the reader; not an option.
+# A key in a run's config.yaml that informs the reader and is not an option.
 ENVIRONMENT = "environment"
 _ONE = Schedule(1.0)
 
 
 class UserError(ValueError):
-    """Something the user can mend: an option, a file, a reward. The message says how."""
+    """Something that the user can correct: an option, a file, a reward. The message says how."""
+
+
+# The kinds of bounds that an option can have: in words, and as a check of a value.
+_BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "at_least": ("at least", operator.ge),
+    "above": ("more than", operator.gt),
+    "at_most": ("at most", operator.le),
+    "choices": ("one of", lambda value, choices: value in choices),
+}
+
+
+def option(default: Any, *, expected: str | None = None, **bounds: Any) -> Any:
+    """A field with bounds, which `make_config` checks.
+
+    Args:
+        expected: the bounds in words, for error messages; a single one is put into words here.
+        bounds: any of the keys of `_BOUNDS`. For a schedule, they must hold at every step.
+    """
+    if expected is None:
+        ((kind, bound),) = bounds.items()
+        expected = f"{_BOUNDS[kind][0]} {', '.join(bound) if kind == 'choices' else bound}"
+    return field(default=default, metadata={"bounds": bounds, "expected": expected})
 
 
 @dataclass(frozen=True)
@@ -41,7 +66,7 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """One teacher: its checkpoint, and the weight of its divergence.
+    """One teacher: its checkpoint, and the weight of the divergence from it.
 
     Attributes:
         model: a local `transformers` directory or a hub name.
@@ -49,74 +74,75 @@ class TeacherConfig:
     """
 
     model: str
-    weight: float = 1.0
+    weight: float = option(1.0, above=0)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The options of a run. `{output_dir}` in the four paths below stands for that folder."""
+    """The options of a run.
+
+    `{output_dir}` in `student`, `teachers`, `train_file` and `eval_file` stands for that folder.
+    """
 
     output_dir: str
     student: str  # a local `transformers` directory or a hub name
     teachers: list[TeacherConfig]  # `teacher: path` is short for one
     train_file: str  # JSONL: `prompt` (text, or chat messages) and the columns of the rewards
-    eval_file: str | None = None  # held out; None skips every evaluation
+    eval_file: str | None = None  # held-out prompts; None skips every evaluation
     setup: str | None = None  # `module:function`, called once with {output_dir}/assets to fill it
 
     # The objective: KL(student || teacher) - reward_weight * reward.
     rewards: list[RewardConfig] = field(default_factory=list)
     eval_metrics: list[RewardConfig] = field(default_factory=list)  # on eval_file only
-    reward_weight: Schedule = _ONE  # lambda
-    gamma: Schedule = _ONE  # discount of future KL costs in the sparse term
-    dense_weight: Schedule = _ONE  # eta: the share of the KL that the dense term charges
+    reward_weight: Schedule = option(_ONE, at_least=0)  # lambda
+    gamma: Schedule = option(  # discount of future KL costs in the sparse term
+        _ONE, at_least=0, at_most=1, expected="in [0, 1]"
+    )
+    dense_weight: Schedule = option(_ONE, at_least=0)  # eta: the dense term's share of the KL
     sampled_kl: bool = True  # charge 1 - dense_weight of each token's KL on the sample
-    entropy_weight: float = 0.0
+    entropy_weight: float = option(0.0, at_least=0)  # of an entropy bonus
     divergence: str | dict = "reverse_kl"  # a name, or {name: jsd, beta: 0.3}
-    baseline: str = "leave_one_out"
-    cost_clip: float | None = None  # bounds |log p(y) - log q(y)| where it enters the returns, nats
-    teacher_floor: float | None = None  # teacher log-probabilities below are raised to it, nats
-    vocab_size: int | None = None  # the shared prefix, where the models pad differently
-    top_k_teacher: int | None = None  # K: teachers tell their log-probabilities on a support only
-    top_k_support: str = "student"  # whose best K: student, teacher (the first) or union
-    tail: str = "bucket"  # what stands for the rest: bucket, renormalize or mask
-    fused_linear: bool = True  # losses from hidden states: logits exist in chunks only (not top-K)
+    baseline: str = option("leave_one_out", choices=BASELINES)
+    cost_clip: float | None = option(None, above=0)  # bounds |log p - log q| in the returns, nats
+    teacher_floor: float | None = option(  # nats; lower teacher log-probabilities are raised to it
+        None, at_most=0, expected="a log-probability, at most 0"
+    )
+    vocab_size: int | None = option(None, above=0)  # the shared prefix, if models pad differently
+    top_k_teacher: int | None = option(  # K: the loss sees the teachers on K tokens only
+        None, at_least=1, at_most=MAX_TOP_K, expected=f"a number from 1 to {MAX_TOP_K}"
+    )
+    top_k_support: str = option("student", choices=SUPPORTS)  # whose K best; of teachers, the first
+    tail: str = option("bucket", choices=TAILS)  # what stands for the tokens beyond the K best
+    fused_linear: bool = True  # losses from hidden states, with logits in chunks; not for top-K
 
     # Rollouts.
-    num_generations: int = 8  # responses per prompt
-    max_completion_length: int = 128  # tokens
-    temperature: float = 1.0  # of the policy: sampling and log-probabilities alike
-    teacher_temperature: float | None = None  # None: the same as `temperature`
-    top_p: float = 1.0
-    top_k: int = 0
-    mask_truncated_completions: bool = False
+    num_generations: int = option(8, at_least=1)  # responses per prompt
+    max_completion_length: int = option(128, at_least=1)  # tokens
+    temperature: float = option(1.0, above=0)  # of the policy: sampling and log-probabilities
+    teacher_temperature: float | None = option(None, above=0)  # None: the same as `temperature`
+    top_p: float = option(1.0, above=0, at_most=1, expected="a number in (0, 1]")  # 1: no limit
+    top_k: int = option(0, at_least=0)  # 0: no limit
+    mask_truncated_completions: bool = False  # don't train on responses without an end
 
     # Optimisation.
-    max_steps: int = 100
-    per_device_train_batch_size: int = 32  # completions in a micro-batch
-    gradient_accumulation_steps: int = 1  # micro-batches in a step
-    learning_rate: float = 1e-5
-    lr_scheduler_type: str = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0  # 0: no clipping
+    max_steps: int = option(100, at_least=1)
+    per_device_train_batch_size: int = option(32, at_least=1)  # completions in a micro-batch
+    gradient_accumulation_steps: int = option(1, at_least=1)  # micro-batches in a step
+    learning_rate: float = option(1e-5, at_least=0)
+    lr_scheduler_type: str = option("constant", choices=LR_SCHEDULERS)
+    warmup_steps: int = option(0, at_least=0)
+    weight_decay: float = option(0.0, at_least=0)
+    max_grad_norm: float = option(1.0, at_least=0)  # 0: no clipping
     bf16: bool = False
-    seed: int = 0
+    seed: int = option(0, at_least=0)
 
-    # Watching and keeping.
-    logging_steps: int = 1  # progress line and trackers; metrics.jsonl has every step
-    eval_steps: int = 0  # 0: before and after only
-    per_device_eval_batch_size: int = 64
-    save_steps: int = 0  # 0: at the end only
+    # Logs, evaluations and checkpoints.
+    logging_steps: int = option(1, at_least=1)  # progress and trackers; metrics.jsonl has each step
+    eval_steps: int = option(0, at_least=0)  # 0: only before and after the run
+    per_device_eval_batch_size: int = option(64, at_least=1)
+    save_steps: int = option(0, at_least=0)  # 0: only at the end
     resume_from_checkpoint: str | None = None  # a checkpoint's folder, or `latest`
     report_to: str = "tensorboard"  # any tracker that accelerate knows, or `none`
-
-    @property
-    def prompts_per_step(self) -> int:
-        return (
-            self.per_device_train_batch_size
-            * self.gradient_accumulation_steps
-            // self.num_generations
-        )
 
     def as_options(self) -> dict[str, Any]:
         """Plain values that `make_config` reads back into an equal config."""
@@ -132,10 +158,10 @@ class TrainConfig:
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The config of a YAML file with `key=value` overrides; values are read as YAML, too.
+    """The config of a YAML file with `key=value` overrides, whose values are YAML, too.
 
     Raises:
-        UserError: an unreadable file, an unknown key, a value of the wrong type or range.
+        UserError: an unreadable file, an unknown key, a value of the wrong type or out of bounds.
     """
     options: dict[str, Any] = {}
     if path is not None:
@@ -160,10 +186,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
 
 
 def make_config(options: dict[str, Any]) -> TrainConfig:
-    """The checked config of plain values.
+    """The config with these options, checked.
 
     Raises:
-        UserError: as in `load_config`.
+        UserError: an unknown key, a value of the wrong type or out of bounds.
     """
     options = {key: value for key, value in options.items() if key != ENVIRONMENT}
     teacher = options.pop("teacher", None)
@@ -199,13 +225,13 @@ def make_config(options: dict[str, Any]) -> TrainConfig:
     return config
 
 
-def _suggestion(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
+def _suggestion(key: str, options: list[str]) -> str:
+    close = difflib.get_close_matches(key, options, n=1)
     return f"; did you mean {close[0]}?" if close else "; the options are in train/config.py"
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type of the field, or a ValueError that names it."""
+    """`value` as the type of the field, or a ValueError with the field's name."""
     is_list = typing.get_origin(hint) is list
     choices = (hint,) if is_list else typing.get_args(hint) or (hint,)
     if value is None and type(None) in choices:
@@ -235,9 +261,9 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 
 
 def _weighted(name: str, value: Any, kind: type, key: str, form: str) -> list:
-    """Entries that may be given with a weight or, as the text alone, without one."""
+    """Entries of one kind, given as mappings with a weight or as texts, whose weight is 1."""
     entries = value if isinstance(value, list) else [value]
-    found = []
+    parsed = []
     for entry in entries:
         if isinstance(entry, str):
             entry = {key: entry}
@@ -248,74 +274,19 @@ def _weighted(name: str, value: Any, kind: type, key: str, form: str) -> list:
         if unknown := sorted(set(entry) - {key, "weight"}):
             raise UserError(f"{name}: unknown key {unknown[0]!r}; use {key} and weight")
         weight = number(f"{name}: weight of {entry[key]}", entry.get("weight", 1.0))
-        found.append(kind(entry[key], weight))
-    return found
+        parsed.append(kind(entry[key], weight))
+    return parsed
 
 
 def _check(config: TrainConfig) -> None:
-    at_least = {
-        "num_generations": 1,
-        "max_completion_length": 1,
-        "top_k": 0,
-        "max_steps": 1,
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "learning_rate": 0,
-        "warmup_steps": 0,
-        "weight_decay": 0,
-        "max_grad_norm": 0,
-        "entropy_weight": 0,
-        "logging_steps": 1,
-        "eval_steps": 0,
-        "per_device_eval_batch_size": 1,
-        "save_steps": 0,
-        "seed": 0,
-    }
-    for name, least in at_least.items():
-        if getattr(config, name) < least:
-            raise UserError(f"{name}: got {getattr(config, name)}, expected at least {least}")
-    for name in ("temperature", "teacher_temperature", "cost_clip", "vocab_size"):
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise UserError(f"{name}: got {value}, expected more than 0")
+    for spec in fields(config):
+        _check_bounds(spec.name, getattr(config, spec.name), spec, config.max_steps)
     if not config.teachers:
         raise UserError("teachers: got an empty list; give at least one checkpoint")
     for teacher in config.teachers:
-        if teacher.weight <= 0:
-            raise UserError(
-                f"teachers: weight of {teacher.model}: got {teacher.weight}, expected more than 0"
-            )
-    if config.top_k_teacher is not None and not 1 <= config.top_k_teacher <= MAX_TOP_K:
-        raise UserError(
-            f"top_k_teacher: got {config.top_k_teacher}, expected a number from 1 to {MAX_TOP_K}"
-        )
-    if not 0 < config.top_p <= 1:
-        raise UserError(f"top_p: got {config.top_p}, expected a number in (0, 1]")
-    if config.teacher_floor is not None and config.teacher_floor > 0:
-        raise UserError(
-            f"teacher_floor: got {config.teacher_floor}, expected a log-probability, at most 0"
-        )
-    choices_of = {
-        "baseline": BASELINES,
-        "lr_scheduler_type": LR_SCHEDULERS,
-        "top_k_support": SUPPORTS,
-        "tail": TAILS,
-    }
-    for name, choices in choices_of.items():
-        if getattr(config, name) not in choices:
-            raise UserError(
-                f"{name}: got {getattr(config, name)!r}, expected one of {', '.join(choices)}"
-            )
-    for name, high in (("reward_weight", None), ("gamma", 1.0), ("dense_weight", None)):
-        schedule = getattr(config, name)
-        # Every kind is monotone, so its two ends bound it.
-        for value in (
-            schedule.at(0, config.max_steps),
-            schedule.at(config.max_steps - 1, config.max_steps),
-        ):
-            if value < 0 or (high is not None and value > high):
-                bound = "at least 0" if high is None else f"in [0, {high:g}]"
-                raise UserError(f"{name}: reaches {value:g}, expected {bound}")
+        for spec in fields(teacher):
+            name = f"teachers: {spec.name} of {teacher.model}"
+            _check_bounds(name, getattr(teacher, spec.name), spec, config.max_steps)
     parse_divergence(config.divergence)
     if config.per_device_train_batch_size % config.num_generations:
         raise UserError(
@@ -335,8 +306,23 @@ def _check(config: TrainConfig) -> None:
         )
 
 
+def _check_bounds(name: str, value: Any, spec: Field, max_steps: int) -> None:
+    """Checks an option against the bounds of its field; None and unbounded fields pass."""
+    if value is None or not spec.metadata:
+        return
+    reached = {f"got {value!r}": value}
+    if isinstance(value, Schedule):
+        # Every kind of schedule is monotone, so its two ends bound it.
+        ends = (value.at(step, max_steps) for step in (0, max(0, max_steps - 1)))
+        reached = {f"reaches {end:g}": end for end in ends}
+    for text, item in reached.items():
+        for kind, bound in spec.metadata["bounds"].items():
+            if not _BOUNDS[kind][1](item, bound):
+                raise UserError(f"{name}: {text}, expected {spec.metadata['expected']}")
+
+
 def parse_divergence(value: str | dict) -> Divergence:
-    """The `Divergence` that the option stands for.
+    """The `Divergence` that the option's value describes.
 
     Raises:
         UserError: an unknown name or parameter.

@@ -15,12 +15,12 @@ from train.config import UserError
 
 @dataclass(frozen=True)
 class Example:
-    """One line of a file.
+    """One line of a prompt file.
 
     Attributes:
         prompt: text, or chat messages `{"role": ..., "content": ...}`, as in the file.
-        token_ids: the prompt's tokens, the chat template's generation prompt included.
-        columns: everything else on the line, for the rewards.
+        token_ids: the prompt's tokens, including the chat template's generation prompt.
+        columns: the line's other keys and values, for the rewards.
     """
 
     prompt: str | list[dict[str, str]]
@@ -29,11 +29,14 @@ class Example:
 
 
 def read_examples(option: str, path: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """The examples of a JSONL file; a column that some lines lack is None there.
+    """The examples of a JSONL file. Lines that lack a column of other lines get None for it.
+
+    Args:
+        option: the option that names the file, for error messages.
 
     Raises:
         UserError: no such file, a line that is not a JSON object with a `prompt`, an empty
-            prompt, or messages without a chat template. Names `option` and the line.
+            prompt, or messages without a chat template.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
@@ -69,7 +72,8 @@ def _example(where: str, line: str, tokenizer: PreTrainedTokenizerBase) -> Examp
     elif isinstance(prompt, list) and prompt and all(isinstance(turn, dict) for turn in prompt):
         if not tokenizer.chat_template:
             raise UserError(f"{where}: chat messages, but the student's tokenizer has no template")
-        # The template writes the special tokens itself; a second BOS would be foreign to the model.
+        # The template contains the special tokens. The tokenizer would add a second BOS, which the
+        # model has never seen.
         text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         assert isinstance(text, str)
         token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -81,7 +85,9 @@ def _example(where: str, line: str, tokenizer: PreTrainedTokenizerBase) -> Examp
 
 
 class PromptStream:
-    """Examples without end: a new shuffle each epoch, all of it fixed by (seed, position).
+    """An endless stream of examples, shuffled differently in each epoch.
+
+    The seed and the position determine everything that follows.
 
     Attributes:
         position: how many examples have been drawn. Set it to resume.
@@ -102,7 +108,7 @@ class PromptStream:
     def _at(self, position: int) -> Example:
         epoch, index = divmod(position, len(self._examples))
         if self._shuffled is None or self._shuffled[0] != epoch:
-            # A generator of its own: sampling must not depend on how often an epoch turns over.
+            # With torch's global generator, sampling would depend on the number of epochs so far.
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
             order = torch.randperm(len(self._examples), generator=generator).tolist()
             self._shuffled = (epoch, order)
@@ -110,7 +116,7 @@ class PromptStream:
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Prompts as one batch that ends together, so that every completion starts at one index.
+    """Prompts as one batch, padded on the left: all completions start at the same index.
 
     Returns:
         input_ids `[B, P]` int64, and the attention mask `[B, P]` int64 (0 on padding).

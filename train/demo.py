@@ -1,12 +1,12 @@
 """A student that surpasses its biased teacher: `python -m train.demo`.
 
 Two-digit addition. The teacher drops the carry, so it is right in 55 % of the problems at best. The
-student starts from noisy sums. Three arms run the same loop (`python -m train`) on the same
-checkpoints and prompts, from `configs/demo.yaml`, and differ in nothing but two weights:
+student starts from noisy sums. Three arms run the same loop (`python -m train`) with the same
+checkpoints, prompts and options (`configs/demo.yaml`), and differ only in two weights:
 
     arm         reward_weight   dense_weight
     imitation   0               as configured    distillation on the student's own responses
-    reward      as configured   0                policy gradient on the reward alone
+    reward      as configured   0                policy gradient on the reward only
     hybrid      as configured   as configured    the KL exactly, the reward by policy gradient
 """
 
@@ -27,7 +27,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from train import addition
-from train.addition import Problem
+from train.addition import Addends
 from train.checkpoint import atomic_directory, write_atomically
 from train.data import Example
 from train.rewards import exact_match
@@ -39,10 +39,10 @@ ARMS: dict[str, list[str]] = {
     "reward": ["dense_weight=0"],
     "hybrid": [],
 }
-# The Okabe-Ito palette: told apart by colour-blind readers, too.
+# From the Okabe-Ito palette, which colour-blind readers can distinguish, too.
 COLOURS = {"imitation": "#E69F00", "reward": "#0072B2", "hybrid": "#009E73"}
-HELD_OUT = 1000  # problems that no model ever sees, out of 10,000
-START_ACCURACY = 0.16  # where the student's supervised training stops
+HELD_OUT = 1000  # problems, out of 10,000, that are never trained on
+START_ACCURACY = 0.16  # at which the student's supervised training stops
 PARALLEL_RUNS = 2
 
 
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
-    parser.add_argument("--quick", action="store_true", help="a few steps: does it run at all?")
+    parser.add_argument("--quick", action="store_true", help="a few steps only, as a test")
     parsed = parser.parse_args(arguments)
     logging.disable_progress_bar()
     console = Console(soft_wrap=True)
@@ -77,12 +77,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def make_assets(folder: Path, *, quick: bool, console: Console) -> dict[str, float]:
-    """Trains the two models under supervision and writes checkpoints and problems.
+    """Trains teacher and student under supervision, and writes checkpoints and problems.
 
     Returns:
         `teacher_accuracy` and `start_accuracy`, greedy, on the held-out problems.
     """
-    torch.set_num_threads(1)  # models this small gain nothing from more
+    torch.set_num_threads(1)  # more would not speed up models of this size
     problems = addition.all_problems(seed=0)
     held_out, rest = problems[:HELD_OUT], problems[HELD_OUT:]
     addition.write_problems(folder / "eval.jsonl", held_out)
@@ -95,7 +95,7 @@ def make_assets(folder: Path, *, quick: bool, console: Console) -> dict[str, flo
     noise = random.Random(0)
 
     def good_enough() -> bool:
-        # On prompts of the training split: the held-out ones decide nothing.
+        # Measured on problems of the training split, so that held-out ones don't decide anything.
         return greedy_accuracy(student, rest[:500]) >= START_ACCURACY
 
     addition.fit(
@@ -113,7 +113,7 @@ def make_assets(folder: Path, *, quick: bool, console: Console) -> dict[str, flo
     return accuracies
 
 
-def greedy_accuracy(model: Any, problems: list[Problem]) -> float:
+def greedy_accuracy(model: Any, problems: list[Addends]) -> float:
     """The share of problems whose greedy answer is the true sum."""
     tokenizer = addition.make_tokenizer()
     texts = [addition.prompt(problem) for problem in problems]
@@ -133,10 +133,10 @@ def greedy_accuracy(model: Any, problems: list[Problem]) -> float:
 def run_all(
     output: Path, runs: list[tuple[str, int]], overrides: list[str], console: Console
 ) -> None:
-    """All runs as processes of one thread each, `PARALLEL_RUNS` at a time.
+    """Executes all runs, `PARALLEL_RUNS` at a time, each in a process with one thread.
 
     Raises:
-        RuntimeError: a run failed; its log is named.
+        RuntimeError: a run failed. The message names its log.
     """
     waiting = list(runs)
     active: dict[tuple[str, int], subprocess.Popen] = {}
@@ -165,7 +165,7 @@ def start_run(output: Path, arm: str, seed: int, overrides: list[str]) -> subpro
     command += [f"student={assets}/student", f"teacher={assets}/teacher", f"seed={seed}"]
     command += [f"train_file={assets}/train.jsonl", f"eval_file={assets}/eval.jsonl"]
     command += [*ARMS[arm], *overrides]
-    # More threads than cores would cost more than they bring to models of this size.
+    # More threads would slow down models of this size, with several runs at a time.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with Path(f"{folder}.log").open("w") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -176,7 +176,7 @@ def run_folder(output: Path, arm: str, seed: int) -> Path:
 
 
 def read_curves(output: Path, arm: str, seeds: int) -> list[list[tuple[int, float]]]:
-    """For each seed, (optimizer step, held-out accuracy)."""
+    """One curve of (optimizer step, held-out accuracy) for each seed."""
     curves = []
     for seed in range(seeds):
         lines = (run_folder(output, arm, seed) / "eval.jsonl").read_text().splitlines()
@@ -186,30 +186,31 @@ def read_curves(output: Path, arm: str, seeds: int) -> list[list[tuple[int, floa
 
 
 def summarise(output: Path, seeds: int, accuracies: dict[str, float]) -> dict[str, Any]:
-    """The figures of `summary.json`; one list entry per seed."""
+    """The figures of `summary.json`. Lists have one entry for each seed."""
     runs = {
-        arm: [json.loads((run_folder(output, arm, seed) / "summary.json").read_text())
-              for seed in range(seeds)]
+        arm: [
+            json.loads((run_folder(output, arm, seed) / "summary.json").read_text())
+            for seed in range(seeds)
+        ]
         for arm in ARMS
-    }  # fmt: skip
+    }
+
+    def after(figure: str) -> dict[str, list[float]]:
+        return {arm: [run["after"][figure] for run in runs[arm]] for arm in ARMS}
+
     return {
-        "heldout_accuracy": {
-            arm: [run["after"]["eval_exact_match"] for run in found] for arm, found in runs.items()
-        },
+        "heldout_accuracy": after("eval_exact_match"),
         **accuracies,
         "heldout_problems": HELD_OUT,
-        "heldout_kl": {
-            arm: [run["after"]["eval_kl"] for run in found] for arm, found in runs.items()
-        },
+        "heldout_kl": after("eval_kl"),
         "seeds": list(range(seeds)),
         "steps": runs["hybrid"][0]["steps"],
-        "tokens": {arm: [run["tokens"] for run in found] for arm, found in runs.items()},
+        "tokens": {arm: [run["tokens"] for run in runs[arm]] for arm in ARMS},
     }
 
 
 def verdict(summary: dict[str, Any]) -> str:
-    """Whether the hybrid arm came out above the others and the teacher for every seed, and by
-    how much at least."""
+    """States whether the hybrid arm beats the other arms and the teacher for every seed."""
     accuracy, teacher = summary["heldout_accuracy"], summary["teacher_accuracy"]
     margins = [
         hybrid - max(imitation, reward, teacher)
@@ -229,7 +230,7 @@ def verdict(summary: dict[str, Any]) -> str:
 
 
 def collapses(summary: dict[str, Any]) -> list[str]:
-    """A line for each arm that ended below where the student started, for any seed."""
+    """One line for each arm that ended below the student's start for at least one seed."""
     start = summary["start_accuracy"]
     lines = []
     for arm, values in summary["heldout_accuracy"].items():
@@ -255,7 +256,7 @@ def result_table(summary: dict[str, Any]) -> Table:
 
 
 def report(summary: dict[str, Any]) -> str:
-    """The run in a page of Markdown."""
+    """The content of `report.md`."""
     seeds = summary["seeds"]
     lines = [
         "# Two-digit addition with a teacher that drops the carry",
@@ -280,10 +281,10 @@ def report(summary: dict[str, Any]) -> str:
             "",
             "![held-out accuracy against optimizer steps](learning_curves.png)",
             "",
-            "The arms share every option of `config.yaml` in their folders but two: imitation has "
-            "`reward_weight=0`, reward has `dense_weight=0` (as all arms have `sampled_kl: false` "
-            "and `gamma: 0`, the reward alone then drives it). No held-out problem is used in any "
-            "training, the supervised one included.",
+            "The arms have the same options (`config.yaml` in their folders), with two exceptions: "
+            "imitation has `reward_weight=0`, and reward has `dense_weight=0`. All arms have "
+            "`sampled_kl: false` and `gamma: 0`, so that only the reward drives the reward arm. "
+            "No held-out problem is used in any training, including the supervised one.",
             "",
             f"Made by `python -m train.demo` in {summary['seconds']:.0f} s.",
             "",
@@ -294,7 +295,7 @@ def report(summary: dict[str, Any]) -> str:
 def draw_learning_curves(
     path: Path, curves: dict[str, list[list[tuple[int, float]]]], teacher_accuracy: float
 ) -> None:
-    """Held-out accuracy against optimizer steps: each seed thin, the mean thick."""
+    """Plots held-out accuracy against optimizer steps: a thin line per seed, a thick mean."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")

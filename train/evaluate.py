@@ -1,4 +1,4 @@
-"""The student on the held-out prompts: greedy rewards, metrics, and its distance to the teacher."""
+"""Evaluation on the held-out prompts: rewards and metrics of greedy responses, and the KL."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from train.data import Example
 from train.models import Models
 from train.rewards import Scorer
-from train.rollout import Rollout, Sampler, generate
+from train.rollout import Sampler, decode, generate
 
 
 @torch.no_grad()
@@ -20,27 +20,27 @@ def evaluate(
     metrics: Scorer,
     batch_size: int,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Greedy responses to all examples. Draws no random numbers.
+    """Evaluates greedy responses to all examples. Draws no random numbers.
 
     Returns:
-        means over the examples: `eval_reward` (the weighted sum), `eval_<name>` of each reward and
-        metric, `eval_truncated`, `eval_completion_length` (tokens); means over the tokens of the
-        greedy responses: `eval_kl` = KL(student || teacher) and `eval_entropy`, nats. And the
-        responses themselves, `{prompt, completion, reward, <name>...}` each.
+        the figures, and one row `{prompt, completion, reward, <name>...}` for each response. The
+        figures are means over the examples: `eval_reward` (the weighted sum), `eval_<name>` for
+        each reward and metric, `eval_truncated` (share), `eval_completion_length` (tokens); and
+        means over the tokens of the responses: `eval_kl` = KL(student || teacher) and
+        `eval_entropy`, in nats.
     """
     per_example: list[dict[str, Any]] = []
     tokens, kl, entropy, truncated = 0, 0.0, 0.0, 0
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
         rollout = generate(models.student, batch, sampler, greedy=True)
-        compared = models.compare(rollout, full=True)
-        terms = compared.token_terms(mask=rollout.mask, temperature=models.temperature)
+        terms = models.loss_inputs(rollout, full=True).token_terms(mask=rollout.mask)
         assert terms.divergence is not None
         tokens += int(rollout.mask.sum())
         kl += float(terms.divergence.sum())
         entropy += float(terms.entropy.sum())
         truncated += int(rollout.truncated.sum())
-        completions = decode(models, rollout)
+        completions = decode(models.tokenizer, rollout)
         scores = rewards.score(batch, completions)
         columns = {
             "reward": rewards.total(scores, len(batch)),
@@ -58,10 +58,3 @@ def evaluate(
     result["eval_completion_length"] = tokens / count
     result["eval_truncated"] = truncated / count
     return result, per_example
-
-
-def decode(models: Models, rollout: Rollout) -> list[str]:
-    """The responses as texts, without special tokens."""
-    rows = zip(rollout.tokens, rollout.mask, strict=True)
-    decode_one = models.tokenizer.decode
-    return [str(decode_one(tokens[mask], skip_special_tokens=True)) for tokens, mask in rows]

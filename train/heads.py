@@ -1,4 +1,4 @@
-"""Output layers of `transformers` models, as the linear ops of the package take them."""
+"""Output layers of `transformers` models, as the linear functions of the package take them."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ from train.rollout import captured_hidden
 
 @dataclass(frozen=True)
 class OutputLayer:
-    """How a model makes logits of its last hidden states.
+    """How a model computes logits from its last hidden states.
 
     Attributes:
         layer: has `weight` `[V, D]`, and maybe `bias` `[V]`.
-        softcap: of the logits, or None.
+        softcap: bounds the logits to (-softcap, softcap); None if nothing does.
         logit_scale: factor on the logits, before the softcap.
     """
 
@@ -23,29 +23,32 @@ class OutputLayer:
     softcap: float | None
     logit_scale: float
 
-    def tensors(self, vocab_size: int) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the first `vocab_size` tokens."""
+    def parameters(
+        self, vocab_size: int, factor: float = 1.0
+    ) -> tuple[Tensor, Tensor | None, float | None, float]:
+        """Weight, bias, softcap and scale of `factor` times the first `vocab_size` logits."""
         weight, bias = self.layer.weight, getattr(self.layer, "bias", None)
         assert isinstance(weight, Tensor)
         if len(weight) > vocab_size:
             weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
-        return weight, bias
+        softcap = None if self.softcap is None else self.softcap * factor
+        return weight, bias, softcap, self.logit_scale * factor
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self.logit_scale * self.layer(hidden)
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
-# What configs call the softcap of the logits.
+# The names under which configs of `transformers` have the softcap of the logits.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 @torch.no_grad()
 def output_layer(model: PreTrainedModel) -> OutputLayer | None:
-    """The model's output layer; None where its logits are not made as an `OutputLayer` makes them.
+    """The model's output layer; None if `OutputLayer.logits` does not give the model's logits.
 
-    That is tried out: on a few tokens as they are, and with hidden states so large that a softcap,
-    or a factor that one has not heard of, would show.
+    Both are compared on a few tokens, first with the model's own hidden states, then with much
+    larger ones, which reveal a softcap or a factor under a name that is unknown here.
     """
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
@@ -57,16 +60,16 @@ def output_layer(model: PreTrainedModel) -> OutputLayer | None:
     if not all(factor is None or isinstance(factor, int | float) for factor in factors):
         return None
     scale, divisor = (1.0 if factor is None else factor for factor in factors)
-    found = OutputLayer(layer, softcap, scale / divisor)
+    output = OutputLayer(layer, softcap, scale / divisor)
     probe = torch.arange(4, device=model.device)[None] % layer.out_features
     for factor in (1.0, 50.0, 1e3):
         with captured_hidden(model, factor) as states:
             expected = model(input_ids=probe, use_cache=False).logits
         if len(states) != 1:
             return None
-        logits, expected = found.logits(states[0]).float(), expected.float()
+        logits, expected = output.logits(states[0]).float(), expected.float()
         largest = expected.abs().max()
         allowed = 1e-4 if layer.weight.dtype == torch.float32 else 0.02
         if not bool((logits - expected).abs().max() <= allowed * largest) or not bool(largest):
             return None
-    return found
+    return output

@@ -1,4 +1,4 @@
-"""Student, teachers and tokenizer from `transformers` checkpoints, and what binds them."""
+"""Student, teachers and tokenizer from `transformers` checkpoints, as inputs of a loss."""
 
 import warnings
 from dataclasses import dataclass
@@ -32,18 +32,20 @@ from train.rollout import Rollout, completion_hidden, completion_logits, vocabul
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Both sides on one rollout, from hidden states or from logits, for any number of losses.
+class LossInputs:
+    """The student and its teachers on one rollout, for any number of losses.
 
     Attributes:
-        student: the leading arguments of a loss.
+        student: logits `[B, T, V]` or, for the linear functions, hidden states `[B, T, D]` and the
+            output layer's weight `[V, D]`.
         teacher: as the losses take it.
-        options: what the student's output layer adds to them.
-        linear: whether the arguments are those of the linear functions.
+        options: the temperature, and for the linear functions the rest of the student's output
+            layer.
+        linear: whether these are inputs of the linear functions.
     """
 
     student: tuple[Tensor, ...]
-    teacher: Any
+    teacher: Tensor | TopK | LinearTeacher | Mixture
     options: dict[str, Any]
     linear: bool
 
@@ -58,20 +60,20 @@ class Comparison:
 
 @dataclass
 class Models:
-    """The student that learns, the teachers that it is compared with, and their tokenizer.
+    """The student, the teachers that it is compared with, and the student's tokenizer.
 
     Attributes:
         student: fp32 weights.
         teachers: frozen.
-        weights: of the teachers' divergences.
+        weights: one factor for the divergence from each teacher.
         tokenizer: the student's.
-        vocab_size: the tokens that all know; logits beyond are cut off.
+        vocab_size: how many tokens all models share; logits beyond are cut off.
         temperature: T of the student's policy, in sampling and in log-probabilities.
         teacher_temperature: T of the teachers' distributions.
-        top_k: how many entries of a side a teacher's support has; None for full teachers.
-        top_k_support: whose they are: "student", "teacher" or "union".
-        heads: the output layers of the student and of each teacher, where losses are computed from
-            hidden states; empty where from logits.
+        top_k: K, if the loss sees the teachers on a support of the K best tokens only; else None.
+        top_k_support: whose K best: "student", "teacher" (the first) or "union".
+        heads: the output layers of the student and of each teacher if losses are computed from
+            hidden states; empty if they are computed from logits.
     """
 
     student: PreTrainedModel
@@ -85,104 +87,80 @@ class Models:
     top_k_support: str = "student"
     heads: tuple[OutputLayer, ...] = ()
 
-    def compare(self, rollout: Rollout, full: bool = False) -> Comparison:
-        """Both sides on a rollout; `full` for teachers on the whole vocabulary, whatever they tell
-        the loss. The student's is differentiable."""
-        if not self.heads or not (full or self.top_k is None):
-            logits = self.student_logits(rollout)
-            teacher = self.full_teacher(rollout) if full else self.teacher(rollout, logits)
-            return Comparison((logits,), teacher, {}, linear=False)
-        own, *theirs = self.heads
-        weight, bias = own.tensors(self.vocab_size)
-        options = {"student_bias": bias, "softcap": own.softcap, "logit_scale": own.logit_scale}
-        teachers = [
-            self._linear_teacher(model, head, rollout)
-            for model, head in zip(self.teachers, theirs, strict=True)
-        ]
-        hidden = completion_hidden(self.student, rollout)
-        return Comparison((hidden, weight), self._weighted(teachers), options, linear=True)
-
-    @torch.no_grad()
-    def _linear_teacher(
-        self, model: PreTrainedModel, head: OutputLayer, rollout: Rollout
-    ) -> LinearTeacher:
-        # (With this factor on the logits as `teacher_logits` has it.)
-        factor = self.temperature / self.teacher_temperature
-        weight, bias = head.tensors(self.vocab_size)
-        return LinearTeacher(
-            completion_hidden(model, rollout),
-            weight,
-            bias,
-            None if head.softcap is None else head.softcap * factor,
-            head.logit_scale * factor,
-        )
-
-    def student_logits(self, rollout: Rollout) -> Tensor:
-        """`[B, T, vocab_size]`, differentiable, not yet divided by the temperature."""
-        return completion_logits(self.student, rollout, self.vocab_size)
-
     @property
     def total_weight(self) -> float:
         """W = sum of the teachers' weights: a token costs W (log p(y) - mean log q(y))."""
         return sum(self.weights)
 
-    def teacher(self, rollout: Rollout, student_logits: Tensor) -> Tensor | TopK | Mixture:
-        """What `hybrid_loss` takes as its teacher.
+    def loss_inputs(self, rollout: Rollout, full: bool = False) -> LossInputs:
+        """The student, which is differentiable, and its teachers, as a loss takes them.
+
+        A teacher is given by its hidden states and output layer, by its log-probabilities on a
+        top-K support, or by its logits. Several teachers, or one with a weight other than 1, are
+        a `Mixture`.
 
         Args:
-            rollout: the sampled tokens.
-            student_logits: `[B, T, vocab_size]`, whose best entries may be the support.
+            full: take the teachers on the whole vocabulary, even if `top_k` is set.
         """
-        if self.top_k is None:
-            return self.full_teacher(rollout)
-        members: list[TopK] = []
-        for model in self.teachers:
-            logits = self.teacher_logits(model, rollout)
-            ids = members[0].ids if members else self._support(student_logits, logits)
-            member = TopK.from_logits(
-                logits, ids=ids, token_ids=rollout.tokens, temperature=self.temperature
-            )
-            members.append(member)
-        return self._weighted(members)
-
-    def full_teacher(self, rollout: Rollout) -> Tensor | Mixture:
-        """The teachers on the whole vocabulary, whatever they tell the loss."""
-        return self._weighted([self.teacher_logits(model, rollout) for model in self.teachers])
-
-    def _weighted(self, members: list) -> Any:
-        if self.weights == [1.0]:
-            return members[0]
-        return Mixture(list(zip(self.weights, members, strict=True)))
+        vocab_size = self.vocab_size
+        options: dict[str, Any] = {"temperature": self.temperature}
+        # A loss divides the logits of both sides by the student's temperature.
+        teacher_factor = self.temperature / self.teacher_temperature
+        by_top_k = self.top_k is not None and not full
+        linear = bool(self.heads) and not by_top_k
+        teachers: list[Any] = []
+        if linear:
+            # Teachers first, so that the student's activations are not held meanwhile.
+            student_head, *teacher_heads = self.heads
+            for model, head in zip(self.teachers, teacher_heads, strict=True):
+                with torch.no_grad():
+                    hidden = completion_hidden(model, rollout)
+                parameters = head.parameters(vocab_size, teacher_factor)
+                teachers.append(LinearTeacher(hidden, *parameters))
+            weight, bias, softcap, scale = student_head.parameters(vocab_size)
+            options |= {"student_bias": bias, "softcap": softcap, "logit_scale": scale}
+            student = (completion_hidden(self.student, rollout), weight)
+        else:
+            student = (completion_logits(self.student, rollout, vocab_size),)
+            for model in self.teachers:
+                with torch.no_grad():
+                    teacher: Any = completion_logits(model, rollout, vocab_size)
+                    teacher.mul_(teacher_factor)
+                if by_top_k:
+                    ids = teachers[0].ids if teachers else self._support(student[0], teacher)
+                    teacher = TopK.from_logits(
+                        teacher, ids=ids, token_ids=rollout.tokens, temperature=self.temperature
+                    )
+                teachers.append(teacher)
+        teacher = teachers[0]
+        if self.weights != [1.0]:
+            teacher = Mixture(list(zip(self.weights, teachers, strict=True)))
+        return LossInputs(student, teacher, options, linear)
 
     def _support(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """`[B, T, K]` token ids, the K best of one side; up to 2 K ids if both sides choose."""
         assert self.top_k is not None
         size = min(self.top_k, self.vocab_size)
         sides = {"student": [student_logits], "teacher": [teacher_logits]}
         chosen = sides.get(self.top_k_support, [student_logits, teacher_logits])
         if len(chosen) * size > self.vocab_size:
-            everything = torch.arange(self.vocab_size, device=student_logits.device)
-            return everything.expand(student_logits.shape).contiguous()
+            every_token = torch.arange(self.vocab_size, device=student_logits.device)
+            return every_token.expand(student_logits.shape).contiguous()
         return torch.cat([side.detach().topk(size, dim=-1).indices for side in chosen], -1)
-
-    @torch.no_grad()
-    def teacher_logits(self, teacher: PreTrainedModel, rollout: Rollout) -> Tensor:
-        """`[B, T, vocab_size]`, scaled so that dividing by `temperature` (the student's, which the
-        loss does to both sides) leaves softmax(w / teacher_temperature)."""
-        logits = completion_logits(teacher, rollout, self.vocab_size)
-        if self.teacher_temperature != self.temperature:
-            logits.mul_(self.temperature / self.teacher_temperature)
-        return logits
 
 
 def load_models(config: TrainConfig, student_path: str | Path) -> Models:
-    """Student, teacher and tokenizer, checked against each other.
+    """Student, teachers and tokenizer, checked against each other.
 
-    Both models are in eval mode: dropout would make the sampled and the trained policy two
-    different ones. Gradients flow all the same.
+    All models are in eval mode: with dropout, the trained policy would differ from the sampled one.
+    Gradients flow in eval mode, too.
 
     Args:
-        config: `bf16` halves the teacher; the student keeps fp32 master weights.
+        config: its `bf16` is the dtype of the teachers; the student keeps fp32 master weights.
         student_path: `config.student`, or the model of a checkpoint.
+
+    Raises:
+        UserError: a model can't be loaded, or two of them don't share their tokens.
     """
     tokenizer = _load("student", AutoTokenizer, str(student_path))
     student = _load("student", AutoModelForCausalLM, str(student_path), dtype=torch.float32)
@@ -198,12 +176,12 @@ def load_models(config: TrainConfig, student_path: str | Path) -> Models:
         _check_same_tokens(tokenizer, entry.model)
         teachers.append(teacher.eval().requires_grad_(False))
     student = student.eval()
-    found = [output_layer(model) for model in (student, *teachers)] if config.fused_linear else []
-    heads = tuple(head for head in found if head is not None)
-    if len(heads) < len(found):
+    models = (student, *teachers) if config.fused_linear else ()
+    heads = tuple(head for model in models if (head := output_layer(model)) is not None)
+    if len(heads) < len(models):
         warnings.warn(
-            "fused_linear: a model's output layer is not a product, scale and softcap; losses are "
-            "computed from whole logits",
+            "fused_linear: a model's output layer does more than multiply, scale and softcap; "
+            "losses are computed from whole logits",
             stacklevel=2,
         )
         heads = ()
@@ -230,55 +208,55 @@ def _load(option: str, loader: type, path: str, **options):
 
 
 def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, teacher: str) -> None:
-    """The teacher scores the student's token ids, so an id must mean the same to both."""
+    """Checks that token ids mean the same to the teacher, which scores the student's ids."""
     try:
-        theirs = AutoTokenizer.from_pretrained(teacher).get_vocab()
+        teacher_ids = AutoTokenizer.from_pretrained(teacher).get_vocab()
     except (OSError, ValueError):
         warnings.warn(
-            f"teacher: {teacher!r} has no tokenizer to compare; its token ids are taken to be the "
-            "student's",
+            f"teacher: {teacher!r} has no tokenizer to compare; its token ids are assumed to be "
+            "those of the student",
             stacklevel=2,
         )
         return
     for token, index in tokenizer.get_vocab().items():
-        if theirs.get(token, index) != index:
+        if teacher_ids.get(token, index) != index:
             raise UserError(
-                f"teacher: token {token!r} has id {theirs[token]} in {teacher!r}, and {index} in "
-                "the student's tokenizer; student and teacher must share one tokenizer"
+                f"teacher: token {token!r} has id {teacher_ids[token]} in {teacher!r}, but {index} "
+                "in the student's tokenizer; student and teacher must share one tokenizer"
             )
 
 
 def shared_vocabulary(
     config: TrainConfig, student: PreTrainedModel, *teachers: PreTrainedModel
 ) -> int:
-    """How many tokens the models have in common: declared, never guessed.
+    """How many tokens the models have in common; it is never guessed from different sizes.
 
     Raises:
         UserError: the models' output layers differ and `vocab_size` is not given, or is too large.
     """
     sizes = [vocabulary_of(model) for model in (student, *teachers)]
-    others = ", ".join(f"{size}" for size in sizes[1:])
+    teacher_sizes = ", ".join(map(str, sizes[1:]))
     if config.vocab_size is None:
         if len(set(sizes)) > 1:
             raise UserError(
                 f"vocab_size: missing, and the student has {sizes[0]} logits, the teacher "
-                f"{others}; where they only pad differently, set vocab_size to the shared prefix "
-                "(the tokenizer's length, as a rule)"
+                f"{teacher_sizes}; if they differ in padding only, set vocab_size to the shared "
+                "prefix (usually the tokenizer's length)"
             )
         return sizes[0]
     if config.vocab_size > min(sizes):
         raise UserError(
             f"vocab_size: got {config.vocab_size}, but the student has {sizes[0]} logits and the "
-            f"teacher {others}; give at most {min(sizes)}"
+            f"teacher {teacher_sizes}; give at most {min(sizes)}"
         )
     return config.vocab_size
 
 
 def check_lengths(config: TrainConfig, examples: list[Example], *models: PreTrainedModel) -> None:
-    """The longest prompt and its response fit into every model's positions.
+    """Checks that the longest prompt and its response fit into every model's positions.
 
     Raises:
-        UserError: they don't.
+        UserError: they don't fit.
     """
     longest = max(len(example.token_ids) for example in examples)
     for model in models:

@@ -1,11 +1,11 @@
-"""What a run leaves to be read: files, trackers, the progress bar, plots, the closing summary."""
+"""The output of a run: files, trackers, a progress bar, plots, and a summary at the end."""
 
 import json
 import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import accelerate
 import torch
@@ -17,36 +17,35 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import hybrid_kernels
+from train.batch import MicroBatch
 from train.checkpoint import write_atomically
 from train.config import ENVIRONMENT, TrainConfig, UserError
-
-if TYPE_CHECKING:
-    from train.loop import MicroBatch
 
 SAMPLES_PER_EVALUATION = 8
 _RECORDS = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
 
 
 def check_output_folder(config: TrainConfig, resumed_from: Path | None) -> None:
-    """Refuses to mix a new run into an old one's files.
+    """Checks that a new run does not write into the files of an old one.
 
     Raises:
-        UserError: the folder holds a run, and this one is not its continuation.
+        UserError: the folder holds a run that this one does not continue.
     """
     starts_over = resumed_from is None and config.resume_from_checkpoint != "latest"
     metrics = Path(config.output_dir) / "metrics.jsonl"
     if starts_over and metrics.exists() and metrics.stat().st_size:
         raise UserError(
             f"output_dir: {config.output_dir!r} holds a run already; continue it with "
-            "resume_from_checkpoint=latest, or name another folder"
+            "resume_from_checkpoint=latest, or choose another folder"
         )
 
 
 class RunLog:
-    """Everything that is written while a run goes on.
+    """Writes everything that a run writes except checkpoints.
 
-    `metrics.jsonl` gets one object a step, `eval.jsonl` one an evaluation, `samples.jsonl` a few
-    responses. On resume, lines after the checkpoint's step are dropped: those steps come again.
+    `metrics.jsonl` gets one object per step, `eval.jsonl` one per evaluation, and `samples.jsonl` a
+    few responses. A resumed run drops the lines after its checkpoint, because it repeats those
+    steps.
     """
 
     def __init__(
@@ -73,17 +72,17 @@ class RunLog:
         if resumed_from is not None:
             self.console.print(f"resumed from {resumed_from}, {done} steps done", highlight=False)
         elif config.resume_from_checkpoint:
-            self.console.print("no checkpoint yet: starting from nothing")
+            self.console.print("no checkpoint yet: starting from scratch")
         if changed:
             self.warn(
-                f"these options differ from the checkpoint's: {', '.join(changed)}; the run goes "
-                "on with the new ones and will not repeat the old one exactly"
+                f"these options differ from the checkpoint's: {', '.join(changed)}; the run "
+                "continues with the new ones and will not repeat the old run exactly"
             )
         if config.top_k or config.top_p < 1:
             self.warn(
                 f"top_k={config.top_k}, top_p={config.top_p:g}: responses are drawn from a "
-                "truncated distribution, which is not the one whose gradient is taken; the "
-                "gradient is biased. Use top_k=0 top_p=1 unless that is wanted"
+                "truncated distribution, but the gradient is computed for the whole one and so is "
+                "biased. Use top_k=0 top_p=1 unless that is intended"
             )
         self._progress = Progress(
             TextColumn("training"),
@@ -101,7 +100,7 @@ class RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Gives the terminal back and closes the files, also after an error."""
+        """Ends the progress bar and closes the files, also after an error."""
         self._progress.stop()
         for file in self._files.values():
             file.close()
@@ -109,8 +108,8 @@ class RunLog:
     def warn(self, text: str) -> None:
         self.console.print(f"[bold yellow]warning:[/] {text}", highlight=False)
 
-    def step(self, row: dict[str, Any], batch: "MicroBatch") -> None:
-        """Records a step, and shows it where `logging_steps` says so."""
+    def step(self, row: dict[str, Any], batch: MicroBatch) -> None:
+        """Records a step, and shows every `logging_steps`th one."""
         self._append("metrics.jsonl", row)
         line = (
             f"reward {row['reward']:.3f}  kl {row['kl']:.3f}  entropy {row['entropy']:.3f}  "
@@ -130,7 +129,7 @@ class RunLog:
         self._append("samples.jsonl", {"step": row["step"], "split": "train", **sample})
 
     def evaluation(self, step: int, result: dict[str, float], rows: Sequence[dict]) -> None:
-        """Records the held-out figures after `step` updates and the first few responses."""
+        """Records the figures of an evaluation after `step` updates, and its first responses."""
         self._append("eval.jsonl", {"step": step, **result})
         for row in rows[:SAMPLES_PER_EVALUATION]:
             self._append("samples.jsonl", {"step": step, "split": "eval", **row})
@@ -139,7 +138,7 @@ class RunLog:
         self.console.print(f"held out, after {step} steps: {figures}", highlight=False)
 
     def finish(self) -> dict[str, Any]:
-        """Plots, `summary.json`, the sample table, the last word; after the `with` block."""
+        """Writes plots and `summary.json`, prints samples and warnings; after the `with` block."""
         metrics, evaluations, samples = (_read(self._output / name) for name in _RECORDS)
         draw_plots(self._output / "plots", metrics, evaluations)
         summary = summarise(self._config, metrics, evaluations)
@@ -156,7 +155,7 @@ class RunLog:
 
 
 def environment() -> dict[str, str]:
-    """The versions that a run depends on, and the commit of this code where it is a checkout."""
+    """The versions that a run depends on, and this code's commit if it is a git checkout."""
     versions = {
         "python": platform.python_version(),
         "hybrid_kernels": hybrid_kernels.__version__,
@@ -166,16 +165,16 @@ def environment() -> dict[str, str]:
     }
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return versions
-    return {**versions, "commit": found.stdout.strip()}
+    return {**versions, "commit": described.stdout.strip()}
 
 
 def summarise(config: TrainConfig, metrics: list[dict], evaluations: list[dict]) -> dict[str, Any]:
-    """The run in a few figures: held-out before and after, training first and last tenth."""
+    """A few figures: evaluations before and after, means of the first and last tenth of steps."""
     tenth = max(1, len(metrics) // 10)
 
     def mean(rows: list[dict], name: str) -> float:
@@ -197,11 +196,8 @@ def summarise(config: TrainConfig, metrics: list[dict], evaluations: list[dict])
         name = "eval_reward"
         if config.eval_metrics:
             name = "eval_" + config.eval_metrics[0].function.rpartition(":")[2]
-        reward, before, after = (
-            summary["train"]["reward"],
-            evaluations[0][name],
-            evaluations[-1][name],
-        )
+        reward = summary["train"]["reward"]
+        before, after = evaluations[0][name], evaluations[-1][name]
         if reward["last"] > reward["first"] and after < before:
             summary["warnings"].append(
                 f"The training reward rose ({reward['first']:.3f} to {reward['last']:.3f}) while "
@@ -218,8 +214,8 @@ def summarise(config: TrainConfig, metrics: list[dict], evaluations: list[dict])
 
 
 def draw_plots(folder: Path, metrics: list[dict], evaluations: list[dict]) -> None:
-    """reward.png, kl.png, gradient_norms.png and objective.png, over the optimizer steps."""
-    # Late: matplotlib costs half a second that a run with a wrong option should not wait for.
+    """Draws reward.png, kl.png, gradient_norms.png and objective.png against optimizer steps."""
+    # Imported late, because it takes half a second, even if a run stops at a wrong option.
     from matplotlib.figure import Figure
 
     folder.mkdir(exist_ok=True)
@@ -262,20 +258,15 @@ def draw_plots(folder: Path, metrics: list[dict], evaluations: list[dict]) -> No
 
 
 def _sample_table(samples: list[dict]) -> Table:
-    """The last few responses, held-out ones where there are any."""
+    """The last few responses, to held-out prompts if there are any."""
     shown = [row for row in samples if row["split"] == "eval"] or samples
     table = Table("step", "prompt", "completion", "reward", title="samples")
     for row in shown[-SAMPLES_PER_EVALUATION:]:
-        prompt = (
-            row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1].get("content")
-        )
-        cells = [
-            str(row["step"]),
-            str(prompt)[-60:],
-            row["completion"][:80],
-            f"{row['reward']:.2f}",
-        ]
-        # Texts may hold square brackets, which are not markup here.
+        prompt = row["prompt"]
+        if not isinstance(prompt, str):
+            prompt = str(prompt[-1].get("content"))
+        cells = (str(row["step"]), prompt[-60:], row["completion"][:80], f"{row['reward']:.2f}")
+        # Square brackets in the texts would be taken for markup.
         table.add_row(*(cell.replace("[", "\\[") for cell in cells))
     return table
 
@@ -286,15 +277,15 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keeps the lines up to `step`; a last line that a crash cut short goes, too."""
+    """Drops the lines of later steps, and a last line that a crash cut short."""
     if not path.exists():
         return
-    kept = []
+    earlier = []
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
         if row["step"] <= step:
-            kept.append(line + "\n")
-    write_atomically(path, "".join(kept))
+            earlier.append(line + "\n")
+    write_atomically(path, "".join(earlier))

@@ -1,8 +1,8 @@
 """Rewards: any Python callable `(prompts, completions, **columns) -> one number each`.
 
-`prompts` are the examples' prompts as they stand in the file, `completions` are texts, and every
-further column of the file arrives as a keyword list in the same order. A function that names its
-columns gets those alone; one with `**columns` gets them all.
+`prompts` are the examples' prompts as in the file, `completions` are texts, and each other column
+of the file is passed as a keyword argument, a list in the same order. A function gets only the
+columns that it names as parameters, or all of them if it has `**columns`.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?")
 
 
 def exact_match(prompts: Sequence, completions: Sequence[str], answer: Sequence) -> list[float]:
-    """1 where the completion is the `answer` column, white space around both aside; else 0."""
+    """1 if the completion equals the `answer` column up to surrounding white space, else 0."""
     return [
         float(text.strip() == str(expected).strip())
         for text, expected in zip(completions, answer, strict=True)
@@ -31,7 +31,7 @@ def exact_match(prompts: Sequence, completions: Sequence[str], answer: Sequence)
 
 
 def numeric_answer(prompts: Sequence, completions: Sequence[str], answer: Sequence) -> list[float]:
-    """1 where the last number in the completion equals the one in the `answer` column; else 0."""
+    """1 if the last number in the completion equals the last one in the `answer` column, else 0."""
     return [
         float(_last_number(text) is not None and _last_number(text) == _last_number(str(expected)))
         for text, expected in zip(completions, answer, strict=True)
@@ -39,12 +39,12 @@ def numeric_answer(prompts: Sequence, completions: Sequence[str], answer: Sequen
 
 
 def _last_number(text: str) -> float | None:
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    numbers = _NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 class Scorer:
-    """Several rewards, by name, with their weights."""
+    """Several rewards with their names and weights."""
 
     def __init__(self, option: str, specs: Sequence[RewardConfig]) -> None:
         self._functions: dict[str, tuple[Callable, float]] = {}
@@ -71,7 +71,7 @@ class Scorer:
             name -> one finite number per completion, not weighted.
 
         Raises:
-            UserError: a reward wants a column that is not there, or returns something else.
+            UserError: a reward needs a column that the data lacks, or does not return that.
         """
         columns = {
             key: [example.columns.get(key) for example in examples] for key in examples[0].columns
@@ -84,7 +84,7 @@ class Scorer:
         return scores
 
     def total(self, scores: dict[str, list[float]], count: int) -> list[float]:
-        """The weighted sum of `score`'s result, for `count` completions; 0 without any reward."""
+        """The weighted sum of the scores of `count` completions; 0 if there are no rewards."""
         weights = self.weights
         return [sum(weights[name] * scores[name][i] for name in weights) for i in range(count)]
 
@@ -93,7 +93,7 @@ def load_function(option: str, path: str) -> Callable[..., Any]:
     """The function at `package.module:name` or `path/to/file.py:name`.
 
     Raises:
-        UserError: there is no such file, module or function; names `option`.
+        UserError: there is no such file, module or function. The message names `option`.
     """
     location, colon, name = path.rpartition(":")
     if not colon or not location or not name:
@@ -116,7 +116,7 @@ def load_function(option: str, path: str) -> Callable[..., Any]:
 def _module_from_file(option: str, file: Path) -> Any:
     if not file.is_file():
         raise UserError(f"{option}: there is no file {str(file)!r}")
-    # A name of its own, so that two files called rewards.py don't meet in sys.modules.
+    # The digest keeps two files called rewards.py from sharing an entry of sys.modules.
     digest = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]
     name = f"user_rewards_{digest}"
     if name in sys.modules:
@@ -138,14 +138,15 @@ def _columns_for(name: str, function: Callable, columns: dict[str, list]) -> dic
     parameters = list(inspect.signature(function).parameters.values())[2:]
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return columns
-    wanted = {parameter.name: parameter.default is parameter.empty for parameter in parameters}
-    for column, required in wanted.items():
-        if required and column not in columns:
-            have = ", ".join(columns) or "none"
+    required = {parameter.name: parameter.default is parameter.empty for parameter in parameters}
+    for column in required:
+        if required[column] and column not in columns:
+            available = ", ".join(columns) or "none"
             raise UserError(
-                f"reward {name}: wants the column {column!r}, which the data lacks (it has: {have})"
+                f"reward {name}: wants the column {column!r}, which the data lacks (it has: "
+                f"{available})"
             )
-    return {key: value for key, value in columns.items() if key in wanted}
+    return {key: value for key, value in columns.items() if key in required}
 
 
 def _checked(name: str, values: Any, count: int) -> list[float]:

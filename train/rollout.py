@@ -1,7 +1,7 @@
-"""Sampling from the student, and the logits of what was sampled.
+"""Sampling from the student, and logits or hidden states at the sampled tokens.
 
-The rules that decide whether the log-probabilities are right live here: padding on the left,
-positions, which EOS counts, which tokens are trained, and the checkpoint's own sampling settings.
+The log-probabilities are right only with the rules in this file: padding on the left, position ids,
+which EOS ends a response, which tokens are trained, and no sampling settings from the checkpoint.
 """
 
 import inspect
@@ -31,10 +31,10 @@ class Rollout:
     Attributes:
         input_ids: `[B, P + T]`, prompts padded on the left, responses on the right.
         attention_mask: `[B, P + T]`, 0 on both paddings.
-        tokens: `[B, T]`, the responses alone.
-        mask: `[B, T]` bool, the response's tokens up to its first EOS, that one included.
-        truncated: `[B]` bool, responses that ran into the length limit without an EOS.
-        sampler_log_prob: `[B, T]` fp32, log p(y) as the sampler saw it; None for greedy decoding.
+        tokens: `[B, T]`, the responses without their prompts.
+        mask: `[B, T]` bool, the response's tokens up to and including its first EOS.
+        truncated: `[B]` bool, responses that reached the length limit without an EOS.
+        sampler_log_prob: `[B, T]` fp32, log p(y) in nats during sampling; None for greedy decoding.
     """
 
     input_ids: Tensor
@@ -47,14 +47,14 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Sampler:
-    """How responses are drawn; nothing of it comes from the checkpoint's generation config.
+    """How responses are drawn. The checkpoint's generation config has no influence beyond its EOS.
 
     Attributes:
         eos_ids: the tokens that end a response.
-        pad_id: what fills the batch; may be one of `eos_ids`.
-        vocab_size: tokens from here on are never drawn.
+        pad_id: the padding token; may be one of `eos_ids`.
+        vocab_size: token ids from this one on are never drawn.
         max_completion_length: tokens.
-        temperature, top_p, top_k: 1, 1 and 0 sample from the model itself.
+        temperature, top_p, top_k: with 1, 1 and 0, responses are drawn from the model itself.
     """
 
     eos_ids: tuple[int, ...]
@@ -107,7 +107,7 @@ class Sampler:
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The union of the generation config's EOS ids and the tokenizer's, sorted.
 
-    Chat models end a turn with one of them and a document with another; both end a response.
+    Chat models end a turn with one EOS and a document with another. Both end a response.
     """
     ids: set[int] = set()
     configured: Any = model.generation_config.eos_token_id if model.generation_config else None
@@ -119,21 +119,23 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """The width of the model's logits, padding entries included."""
+    """The number of the model's logits, including padding entries."""
     layer = model.get_output_embeddings()
     assert layer is not None
     return layer.weight.shape[0]
 
 
 def completion_mask(tokens: Tensor, eos_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Which sampled tokens count, by position: padding may be the EOS id itself.
+    """Which sampled tokens belong to the responses, and which responses have no end.
+
+    The first EOS decides, not the padding id, which may be an EOS id.
 
     Args:
-        tokens: `[B, T]`, responses and whatever the sampler wrote after their EOS.
+        tokens: `[B, T]`, responses and what the sampler wrote after their EOS.
         eos_ids: the ids that end a response.
 
     Returns:
-        the mask `[B, T]` bool, true up to the first EOS and on it; truncated `[B]` bool.
+        the mask `[B, T]` bool, true up to and including the first EOS; truncated `[B]` bool.
     """
     ends = torch.isin(tokens, torch.tensor(list(eos_ids), device=tokens.device))
     ended_before = ends.cumsum(1) - ends.long() > 0
@@ -141,19 +143,25 @@ def completion_mask(tokens: Tensor, eos_ids: Sequence[int]) -> tuple[Tensor, Ten
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """`[B, L]`: each sequence counts from 0 at its first real token, however far it was padded."""
+    """`[B, L]`: positions in each sequence, counted from 0 at its first token after the padding."""
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
+    """The responses as texts, without special tokens."""
+    rows = zip(rollout.tokens, rollout.mask, strict=True)
+    return [str(tokenizer.decode(tokens[mask], skip_special_tokens=True)) for tokens, mask in rows]
 
 
 @torch.no_grad()
 def generate(
     model: PreTrainedModel, examples: Sequence[Example], sampler: Sampler, *, greedy: bool = False
 ) -> Rollout:
-    """One response to each example, by sampling or (`greedy`) by argmax.
+    """One response to each example, sampled or, if `greedy`, by argmax.
 
     Args:
         model: in eval mode.
-        examples: B of them; repeat an example for several responses.
+        examples: B of them, in which an example may be repeated for several responses.
     """
     prompt_ids, prompt_mask = pad_left([example.token_ids for example in examples], sampler.pad_id)
     prompt_ids, prompt_mask = prompt_ids.to(model.device), prompt_mask.to(model.device)
@@ -181,7 +189,7 @@ def generate(
 
 @contextmanager
 def _generation_config(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """`generate` fills what `settings` leaves open from the model's own config: lend it ours."""
+    """Replaces the model's config, from which `generate` takes what `settings` leaves open."""
     original = model.generation_config
     model.generation_config = settings
     try:
@@ -191,9 +199,9 @@ def _generation_config(model: PreTrainedModel, settings: GenerationConfig) -> It
 
 
 class _SampledLogProbs(LogitsProcessor):
-    """Notes log p(y) of each token drawn, one `[B, V]` buffer at a time.
+    """Records log p(y) of each token drawn, with one `[B, V]` buffer at a time.
 
-    Processors run before temperature and truncation, so what arrives here are the model's logits.
+    Processors run before temperature and truncation, so `scores` are the model's logits.
     """
 
     def __init__(self, temperature: float) -> None:
@@ -211,7 +219,7 @@ class _SampledLogProbs(LogitsProcessor):
         return torch.stack(self._log_probs, 1)
 
     def _settle(self, input_ids: Tensor) -> None:
-        """The token drawn from the pending distribution is the last of `input_ids` by now."""
+        """Records the last of `input_ids`, which was drawn from the pending distribution."""
         if self._pending is not None:
             self._log_probs.append(self._pending.gather(1, input_ids[:, -1:]).squeeze(1))
 
@@ -219,32 +227,34 @@ class _SampledLogProbs(LogitsProcessor):
 def completion_logits(model: PreTrainedModel, rollout: Rollout, vocab_size: int) -> Tensor:
     """`[B, T, vocab_size]`: row t is the distribution that `rollout.tokens[:, t]` is drawn from.
 
-    Never a copy of the model's logits. Models that can are asked for these positions alone, which
-    spares the prompt's share of the output layer.
+    A view of the model's logits, not a copy. If the model can return these positions only, the
+    output layer is not computed for the prompt.
     """
     positions = _positions(rollout)
-    keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-    kept = torch.arange(positions.start, positions.stop, device=rollout.input_ids.device)
-    logits = _forward(model, rollout, **({"logits_to_keep": kept} if keeps else {})).logits
-    return (logits if keeps else logits[:, positions])[..., :vocab_size]
+    indices = torch.arange(positions.start, positions.stop, device=rollout.input_ids.device)
+    logits = _forward(model, rollout, logits_to_keep=indices).logits
+    if logits.shape[1] > len(indices):
+        logits = logits[:, positions]
+    return logits[..., :vocab_size]
 
 
 def completion_hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
-    """`[B, T, D]`: what the output layer makes the rows of `completion_logits` of.
+    """`[B, T, D]`: the last hidden states, from which the model computes `completion_logits`.
 
-    The whole model is called, because wrappers (mixed precision, sharding) hook into that; its own
-    output layer works on one position only.
+    The whole model is called, because wrappers (mixed precision, sharding) hook into its forward.
+    Its output layer is computed at one position only, if the model can do that.
     """
     with captured_hidden(model) as states:
-        keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-        _forward(model, rollout, **({"logits_to_keep": 1} if keeps else {}))
+        _forward(model, rollout, logits_to_keep=1)
     return states[0][:, _positions(rollout)]
 
 
 @contextmanager
 def captured_hidden(model: PreTrainedModel, factor: float = 1.0) -> Iterator[list[Tensor]]:
-    """A list to which each forward of the model adds its last hidden states `[B, S, D]`, times a
-    factor with which the output layer sees them, too."""
+    """A list to which each forward pass of the model adds its last hidden states `[B, S, D]`.
+
+    They are multiplied by `factor`, in the list and as the input of the output layer.
+    """
     states: list[Tensor] = []
 
     def capture(module: Any, inputs: Any, output: Any) -> Any:
@@ -261,19 +271,20 @@ def captured_hidden(model: PreTrainedModel, factor: float = 1.0) -> Iterator[lis
 
 
 def _positions(rollout: Rollout) -> slice:
-    # Logits at position i predict token i + 1: from the prompt's last token to the response's last
-    # but one.
+    # Logits at position i predict token i + 1, so the slice starts at the prompt's last token and
+    # ends at the response's last but one.
     length = rollout.tokens.shape[1]
     first = rollout.input_ids.shape[1] - length - 1
     return slice(first, first + length)
 
 
-def _forward(model: PreTrainedModel, rollout: Rollout, **extra: Any) -> Any:
-    if "position_ids" in inspect.signature(type(model).forward).parameters:
-        extra["position_ids"] = position_ids(rollout.attention_mask)
+def _forward(model: PreTrainedModel, rollout: Rollout, **optional: Any) -> Any:
+    """The model's output; arguments that its forward does not have are left out."""
+    optional["position_ids"] = position_ids(rollout.attention_mask)
+    accepted = inspect.signature(type(model).forward).parameters
     return model(
         input_ids=rollout.input_ids,
         attention_mask=rollout.attention_mask,
         use_cache=False,
-        **extra,
+        **{name: value for name, value in optional.items() if name in accepted},
     )

@@ -1,10 +1,10 @@
-"""How a weight moves over the optimizer steps: constant, linear, geometric, cosine."""
+"""Schedules of a weight over the optimizer steps: constant, linear, geometric, cosine."""
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
-# The options of each kind; those with a value are optional.
+# The options of each kind. None marks a required option; the others may be left out.
 _OPTIONS: dict[str, dict[str, float | None]] = {
     "linear": {"start": None, "alpha": None, "cap": None},
     "geometric": {"start": None, "end": None, "steps": math.nan},
@@ -14,7 +14,7 @@ _OPTIONS: dict[str, dict[str, float | None]] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """A number as a function of the step t = 0, 1, ...
+    """A number that depends on the step t = 0, 1, ...
 
     ============  ====================================================================
     kind          value at step t
@@ -25,7 +25,7 @@ class Schedule:
     ``cosine``    end + (start - end) (1 + cos(pi t / steps)) / 2, then end
     ============  ====================================================================
 
-    `steps` None stands for the run's last step, so that the last update uses `end` itself.
+    Without `steps`, the value reaches `end` at the last update of the run.
     """
 
     start: float
@@ -36,7 +36,7 @@ class Schedule:
     steps: int | None = None
 
     def at(self, step: int, max_steps: int) -> float:
-        """The value for the update number `step`, counted from 0, of a run of `max_steps`."""
+        """The value at update number `step`, counted from 0, in a run of `max_steps` updates."""
         if self.kind == "constant":
             return self.start
         if self.kind == "linear":
@@ -53,7 +53,7 @@ class Schedule:
         return self.end + (self.start - self.end) * (1.0 + math.cos(math.pi * progress)) / 2.0
 
     def as_option(self) -> Any:
-        """The value that `parse_schedule` would read back: a number, or a mapping."""
+        """The number or mapping from which `parse_schedule` makes an equal schedule."""
         if self.kind == "constant":
             return self.start
         names = ("kind", "start", "end", "alpha", "cap", "steps")
@@ -90,7 +90,7 @@ def parse_schedule(name: str, value: Any) -> Schedule:
 
 
 def number(name: str, value: Any) -> float:
-    """`value` as a finite float. YAML reads 1e-3 (no dot) as a string, so strings are tried too.
+    """`value` as a finite float. Strings are converted, because YAML reads 1e-3 as a string.
 
     Raises:
         ValueError: it is not a number.

@@ -1,4 +1,4 @@
-"""Runs draw no plots, which take longer than a few steps, but for tests that ask for `plots`."""
+"""Plots take longer than a few steps, so they are drawn only in tests with the fixture `plots`."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of two families, a word tokenizer, a prompt file and a step's rollouts."""
+"""Tiny checkpoints of two families, a word tokenizer, a prompt file, and one micro-batch."""
 
 import json
 from pathlib import Path
@@ -14,9 +14,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from train.batch import collect
 from train.config import TrainConfig, make_config
 from train.data import PromptStream, read_examples
-from train.loop import collect
 from train.models import load_models
 from train.rewards import Scorer
 from train.rollout import Sampler
@@ -65,7 +65,7 @@ def make_model(family: str, seed: int, vocab: int = len(WORDS), dropout: float =
             **ids,
         )
         model = LlamaForCausalLM(config)
-    # The usual initialisation is nearly uniform over the vocabulary; these have opinions.
+    # With the usual initialisation, predictions are nearly uniform over the vocabulary.
     for parameter in model.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -89,7 +89,7 @@ def write_prompts(path: Path, rows: list[dict] | None = None) -> Path:
 
 
 def options(folder: Path, family: str = "gpt2", **changes) -> dict:
-    """The options of a small run in `folder`; makes what they point to."""
+    """The options of a small run in `folder`, whose checkpoints and prompts are written there."""
     for seed, name in enumerate(("student", "teacher")):
         if not (folder / name).exists():
             save(folder / name, family, seed)
@@ -125,10 +125,10 @@ def length(prompts, completions):
 
 
 def prepared(tmp_path, **changes):
-    """A config, its models and one micro-batch of rollouts."""
+    """A config, its models and one micro-batch."""
     (tmp_path / "reward.py").write_text(REWARD)
-    changed = {"rewards": [f"{tmp_path}/reward.py:length"], "reward_weight": 2.0, **changes}
-    run = config(tmp_path, **changed)
+    changes = {"rewards": [f"{tmp_path}/reward.py:length"], "reward_weight": 2.0, **changes}
+    run = config(tmp_path, **changes)
     models = load_models(run, run.student)
     sampler = Sampler.create(run, models.student, models.tokenizer, models.vocab_size)
     prompts = PromptStream(read_examples("train_file", run.train_file, models.tokenizer), seed=0)

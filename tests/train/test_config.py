@@ -1,13 +1,22 @@
-"""Every wrong option is told by name, and schedules do what their table says."""
+"""A wrong option is reported by its name, and schedules follow the formulas of their table."""
 
 import subprocess
 import sys
+import typing
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
-from train.config import TeacherConfig, UserError, load_config, make_config
+from train.config import (
+    RewardConfig,
+    TeacherConfig,
+    TrainConfig,
+    UserError,
+    load_config,
+    make_config,
+)
 from train.schedules import Schedule, parse_schedule
 
 REQUIRED = {"output_dir": "out", "student": "s", "teacher": "t", "train_file": "f"}
@@ -62,6 +71,58 @@ def test_wrong_options_are_named(changes, message):
     assert message in str(error.value)
 
 
+# With these, every option may take the last value within its bounds.
+LENIENT = {
+    "num_generations": 1,
+    "per_device_train_batch_size": 1,
+    "baseline": "none",
+    "lr_scheduler_type": "linear",
+}
+# Numbers without a bound: a reward with a negative weight is a penalty.
+UNBOUNDED = {"rewards: weight"}
+OWNERS = {"": TrainConfig, "teachers: ": TeacherConfig, "rewards: ": RewardConfig}
+FIELDS = {prefix + spec.name: spec for prefix, owner in OWNERS.items() for spec in fields(owner)}
+TYPES = {
+    prefix + name: {hint, *typing.get_args(hint)}
+    for prefix, owner in OWNERS.items()
+    for name, hint in typing.get_type_hints(owner).items()
+}
+
+
+def inside_and_outside(option, kind, bound):
+    """The last value that a bound allows, and the next one."""
+    if kind == "choices":
+        return bound[0], "something else"
+    step = 1 if int in TYPES[option] else 1e-6
+    return {
+        "at_least": (bound, bound - step),
+        "above": (bound + step, bound),
+        "at_most": (bound, bound + step),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("option", "kind"),
+    [(option, kind) for option, spec in FIELDS.items() for kind in spec.metadata.get("bounds", {})],
+)
+def test_every_bound(option, kind):
+    metadata = FIELDS[option].metadata
+    inside, outside = (
+        {"teacher": {"model": "t", "weight": value}} if ": " in option else {option: value}
+        for value in inside_and_outside(option, kind, metadata["bounds"][kind])
+    )
+    make_config({**REQUIRED, **LENIENT, **inside})
+    with pytest.raises(UserError) as error:
+        make_config({**REQUIRED, **LENIENT, **outside})
+    assert str(error.value).startswith(option)
+    assert str(error.value).endswith(f", expected {metadata['expected']}")
+
+
+def test_every_number_has_a_bound():
+    numbers = {option for option, types in TYPES.items() if types & {int, float, Schedule}}
+    assert {option for option in numbers if not FIELDS[option].metadata} == UNBOUNDED
+
+
 def test_file_and_overrides(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({**REQUIRED, "train_file": "{output_dir}/x", "seed": 1}))
@@ -74,7 +135,7 @@ def test_file_and_overrides(tmp_path: Path):
     assert config.rewards[0].function == "a.b:c"
     assert config.teachers == [TeacherConfig("q"), TeacherConfig("there/r", 2.0)]
     assert make_config(REQUIRED).teachers == [TeacherConfig(REQUIRED["teacher"])]
-    # What a run writes down is what it would be started with.
+    # The options that a run writes to its folder start an equal run.
     assert make_config({**config.as_options(), "environment": {"torch": "2"}}) == config
 
 

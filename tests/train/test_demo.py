@@ -1,4 +1,4 @@
-"""The demo's parts: the task, the arms, and one short run of everything."""
+"""The demo: its task, its verdict, and one short run of all arms."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ def test_noisy_sums_keep_about_half_of_the_digits():
     noise = random.Random(0)
     noisy = [addition.noisy_sum((12, 34), noise) for _ in range(2000)]
     share = sum(text[2] == "6" for text in noisy) / len(noisy)
-    assert 0.5 < share < 0.6  # a half, and a tenth of the other half by chance
+    assert 0.5 < share < 0.6  # half of them, and by chance a tenth of the others
     assert all(len(text) == 3 for text in noisy)
 
 
@@ -58,7 +58,7 @@ def test_the_verdict_is_honest():
 
 def test_the_demo_is_a_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo", "--help"])
-    monkeypatch.delitem(sys.modules, "train.demo")  # else runpy warns that it is there already
+    monkeypatch.delitem(sys.modules, "train.demo")  # runpy warns about imported modules
     with pytest.raises(SystemExit) as end:
         runpy.run_module("train.demo", run_name="__main__")
     assert end.value.code == 0
@@ -66,7 +66,7 @@ def test_the_demo_is_a_command(monkeypatch, capsys):
 
 
 class Here:
-    """Runs a command in this process, which has imported everything already."""
+    """Stands in for Popen, and runs the command in this process to save the imports."""
 
     def __init__(self, command, env, stdout, stderr):
         assert command[:3] == [sys.executable, "-m", "train"]
@@ -104,7 +104,7 @@ def test_quick_demo(tmp_path, monkeypatch):
     assert len(prompts["eval.jsonl"]) == 100
     assert len(prompts["train.jsonl"]) == 500
     assert prompts["train.jsonl"].isdisjoint(prompts["eval.jsonl"])
-    # The arms differ in the two weights and in nothing else.
+    # The arms differ only in the two weights.
     configs = {
         arm: yaml.safe_load((output / f"{arm}-0/config.yaml").read_text()) for arm in demo.ARMS
     }

@@ -1,4 +1,4 @@
-"""A step's gradient, its guards, and what a run leaves behind."""
+"""The gradient and the metrics of a step, and the checks and files of a run."""
 
 import json
 import math
@@ -21,25 +21,21 @@ from helpers import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_kernels import sparse_advantages
-from train import loop, report
+from train import loop, objective, report
+from train.batch import MicroBatch
 from train.config import UserError, make_config
-from train.loop import (
-    NonFiniteError,
-    StepStatistics,
-    Weights,
-    gradient_norms,
-    micro_batch_loss,
-    train,
-)
+from train.loop import train
+from train.metrics import NonFiniteError, StepStatistics
+from train.objective import ScheduledWeights, gradient_norms, micro_batch_loss, sampled_costs
 from train.rollout import Rollout
 
 
 def part(batch, rows):
-    """Some of a micro-batch's responses, with the padding they had."""
+    """Some responses of a micro-batch, still padded to its length."""
     fields = {
         name: None if value is None else value[rows] for name, value in vars(batch.rollout).items()
     }
-    return loop.MicroBatch(
+    return MicroBatch(
         examples=batch.examples[rows],
         completions=batch.completions[rows],
         rollout=Rollout(**fields),
@@ -51,11 +47,11 @@ def part(batch, rows):
 
 def test_two_micro_batches_give_the_gradient_of_one(tmp_path):
     run, models, batch = prepared(tmp_path, per_device_train_batch_size=16)
-    weights, count = Weights(2.0, 0.9, 0.7), int(batch.mask.sum())
+    weights, count = ScheduledWeights(2.0, 0.9, 0.7), int(batch.mask.sum())
     micro_batch_loss(run, models, batch, weights, count).loss.backward()
     whole = gradient(models)
     halves = [part(batch, slice(0, 8)), part(batch, slice(8, 16))]
-    assert halves[0].mask.sum() != halves[1].mask.sum()  # else local normalisers would do, too
+    assert halves[0].mask.sum() != halves[1].mask.sum()  # else local normalisers would pass, too
     for half in halves:
         micro_batch_loss(run, models, half, weights, count).loss.backward()
     torch.testing.assert_close(gradient(models), whole, atol=1e-6, rtol=0)
@@ -64,11 +60,11 @@ def test_two_micro_batches_give_the_gradient_of_one(tmp_path):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("sampled_kl", [True, False])
-def test_gradient_is_that_of_the_formula(tmp_path, temperature, sampled_kl):
-    """Against plain autograd: dense KL, and advantages written from the objective's definition."""
+def test_gradient_equals_the_formula(tmp_path, temperature, sampled_kl):
+    """Compares with autograd of the dense KL and of advantages from the objective's definition."""
     changes = {"temperature": temperature, "teacher_temperature": 2.0, "sampled_kl": sampled_kl}
     run, models, batch = prepared(tmp_path, **changes)
-    weights, count = Weights(2.0, 0.9, 0.7), int(batch.mask.sum())
+    weights, count = ScheduledWeights(2.0, 0.9, 0.7), int(batch.mask.sum())
     micro_batch_loss(run, models, batch, weights, count).loss.backward()
     got = gradient(models)
 
@@ -87,19 +83,19 @@ def test_gradient_is_that_of_the_formula(tmp_path, temperature, sampled_kl):
     for t in reversed(range(length - 1)):
         returns[:, t] = 0.9 * (costs[:, t + 1] + returns[:, t + 1])
     total = 2.0 * batch.reward - costs[:, 0] - returns[:, 0]
-    own = 2.0 * batch.reward[:, None] - returns - (0.3 if sampled_kl else 0.0) * costs
+    values = 2.0 * batch.reward[:, None] - returns - (0.3 if sampled_kl else 0.0) * costs
     groups = total.view(-1, 4)
     others = ((groups.sum(1, keepdim=True) - groups) / 3).view(-1, 1)
-    loss = ((0.7 * kl - (own - others) * log_prob) * mask).sum() / count
+    loss = ((0.7 * kl - (values - others) * log_prob) * mask).sum() / count
     loss.backward()
     torch.testing.assert_close(got, gradient(models), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.5])
-def test_the_same_teacher_twice_is_one_of_their_weight(tmp_path, weight):
-    """Twice the same teacher, half each: one teacher. With a weight each: W times its KL."""
+def test_the_same_teacher_twice_equals_one_with_the_total_weight(tmp_path, weight):
+    """With weights of 1/2, that is one teacher with weight 1; with weights of 1, twice its KL."""
     run, models, batch = prepared(tmp_path)
-    weights, count = Weights(2.0, 0.9, 0.7), int(batch.mask.sum())
+    weights, count = ScheduledWeights(2.0, 0.9, 0.7), int(batch.mask.sum())
     if weight == 1.0:
         half = replace(weights, reward_weight=1.0)
         micro_batch_loss(run, models, batch, half, count).loss.backward()
@@ -119,14 +115,14 @@ def test_the_same_teacher_twice_is_one_of_their_weight(tmp_path, weight):
 
 
 @pytest.mark.parametrize("support", ["student", "teacher", "union"])
-def test_a_support_of_everything_is_the_full_teacher(tmp_path, support):
+def test_a_support_of_all_tokens_equals_the_full_teacher(tmp_path, support):
     run, models, batch = prepared(tmp_path, temperature=0.7, teacher_temperature=2.0)
-    weights, count = Weights(2.0, 0.9, 0.7), int(batch.mask.sum())
+    weights, count = ScheduledWeights(2.0, 0.9, 0.7), int(batch.mask.sum())
     micro_batch_loss(run, models, batch, weights, count).loss.backward()
     expected = gradient(models)
     size = models.vocab_size if support != "union" else models.vocab_size // 2
-    known = replace(models, top_k=size, top_k_support=support)
-    result = micro_batch_loss(run, known, batch, weights, count)
+    with_top_k = replace(models, top_k=size, top_k_support=support)
+    result = micro_batch_loss(run, with_top_k, batch, weights, count)
     result.loss.backward()
     if support != "union":
         torch.testing.assert_close(gradient(models), expected, atol=2e-6, rtol=1e-4)
@@ -137,8 +133,8 @@ def test_a_support_of_everything_is_the_full_teacher(tmp_path, support):
     row = statistics.means()
     assert 0.5 < row["student_mass"] <= 1.0001
     assert 0.5 < row["teacher_mass"] <= 1.0001
-    # What it sees of a token's cost does not depend on the support.
-    costs = loop.sampled_costs(result, 1.0).sum() / count
+    # The cost of a sampled token is known outside the support, too.
+    costs = sampled_costs(result, 1.0).sum() / count
     assert row["kl"] == pytest.approx(float(costs), rel=1e-5)
 
 
@@ -153,21 +149,22 @@ def test_a_run_with_two_top_k_teachers(tmp_path):
     assert make_config(run.as_options()) == run
 
 
-def test_gradient_norms_are_those_of_the_two_parts(tmp_path):
+def test_gradient_norms_of_the_two_parts(tmp_path):
     run, models, batch = prepared(tmp_path)
-    norms = gradient_norms(run, models, batch, Weights(2.0, 1.0, 1.0))
+    norms = gradient_norms(run, models, batch, ScheduledWeights(2.0, 1.0, 1.0))
     assert all(weight.grad is None for weight in models.student.parameters())
     count = int(batch.mask.sum())
-    dense = models.student_logits(batch.rollout).log_softmax(-1)
-    teacher = models.full_teacher(batch.rollout).log_softmax(-1)
-    kl = (dense.exp() * (dense - teacher)).sum(-1)
+    inputs = replace(models, heads=()).loss_inputs(batch.rollout)
+    log_p, log_q = inputs.student[0].log_softmax(-1), inputs.teacher.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     (kl[batch.mask].sum() / count).backward()
     assert norms["grad_norm_dense"] == pytest.approx(float(gradient(models).norm()), rel=1e-3)
-    micro_batch_loss(run, models, batch, Weights(2.0, 1.0, 1.0), count).loss.backward()
+    micro_batch_loss(run, models, batch, ScheduledWeights(2.0, 1.0, 1.0), count).loss.backward()
     both = float(gradient(models).norm())
     dense_norm, sparse_norm = norms["grad_norm_dense"], norms["grad_norm_sparse"]
     assert abs(dense_norm - sparse_norm) <= both <= dense_norm + sparse_norm
-    assert gradient_norms(run, models, batch, Weights(2.0, 1.0, 0.0))["grad_norm_dense"] == 0
+    norms = gradient_norms(run, models, batch, ScheduledWeights(2.0, 1.0, 0.0))
+    assert norms["grad_norm_dense"] == 0
 
 
 def test_truncated_responses_leave_numerator_and_denominator(tmp_path):
@@ -179,7 +176,7 @@ def test_truncated_responses_leave_numerator_and_denominator(tmp_path):
     assert not cut.all()
     assert not batch.mask[cut].any()
     assert torch.equal(batch.mask[~cut], batch.rollout.mask[~cut])
-    weights = Weights(2.0, 1.0, 1.0)
+    weights = ScheduledWeights(2.0, 1.0, 1.0)
     result = micro_batch_loss(run, models, batch, weights, int(batch.mask.sum()))
     statistics = StepStatistics(run, models.total_weight)
     statistics.add(batch, result)
@@ -198,8 +195,8 @@ def test_cost_clip_bounds_the_returns_and_is_logged(tmp_path):
         return sparse_advantages(costs, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "sparse_advantages", spy)
-        result = micro_batch_loss(run, models, batch, Weights(2.0, 1.0, 1.0), 10)
+        patch.setattr(objective, "sparse_advantages", spy)
+        result = micro_batch_loss(run, models, batch, ScheduledWeights(2.0, 1.0, 1.0), 10)
     assert seen[0].abs().max() == 0.5
     statistics = StepStatistics(run, models.total_weight)
     statistics.add(batch, result)
@@ -210,8 +207,8 @@ def test_cost_clip_bounds_the_returns_and_is_logged(tmp_path):
 def test_objective_is_reported_at_the_final_reward_weight(tmp_path):
     schedule = {"kind": "geometric", "start": 1, "end": 8}
     run, models, batch = prepared(tmp_path, reward_weight=schedule, max_steps=4)
-    assert [Weights.at(run, step).reward_weight for step in (0, 3)] == [1, 8]
-    result = micro_batch_loss(run, models, batch, Weights.at(run, 0), 10)
+    assert [ScheduledWeights.at(run, step).reward_weight for step in (0, 3)] == [1, 8]
+    result = micro_batch_loss(run, models, batch, ScheduledWeights.at(run, 0), 10)
     statistics = StepStatistics(run, models.total_weight)
     statistics.add(batch, result)
     expected = float((result.divergence.sum(1) - 8 * batch.reward).mean())
@@ -219,8 +216,8 @@ def test_objective_is_reported_at_the_final_reward_weight(tmp_path):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("mended", [False, True])
-def test_a_teacher_that_forbids_a_token(tmp_path, mended, fused, monkeypatch):
+@pytest.mark.parametrize("bounded", [False, True])
+def test_a_teacher_that_forbids_a_token(tmp_path, bounded, fused, monkeypatch):
     original = loop.load_models
 
     def load(run, path):
@@ -232,10 +229,10 @@ def test_a_teacher_that_forbids_a_token(tmp_path, mended, fused, monkeypatch):
         return models
 
     monkeypatch.setattr(loop, "load_models", load)
-    changes = {"teacher_floor": -30.0, "cost_clip": 5.0} if mended else {}
+    changes = {"teacher_floor": -30.0, "cost_clip": 5.0} if bounded else {}
     changes["fused_linear"] = fused
     run = config(tmp_path, per_device_train_batch_size=32, **changes)
-    if mended:
+    if bounded:
         summary = train(run)
         rows = read_lines(tmp_path / "run/metrics.jsonl")
         assert [row["teacher_forbidden"] > 0 for row in rows] == [True, True]
@@ -269,11 +266,11 @@ def test_foreign_checkpoints_and_a_reward_from_a_file(tmp_path, family, plots):
     output = tmp_path / "run"
     rows = read_lines(output / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 13))
-    wanted = "loss reward kl entropy grad_norm tokens tokens_per_second lr reward_weight gamma"
-    wanted += " dense_weight completion_length truncated objective"
-    assert set(wanted.split()) <= rows[0].keys()
+    names = "loss reward kl entropy grad_norm tokens tokens_per_second lr reward_weight gamma"
+    names += " dense_weight completion_length truncated objective"
+    assert set(names.split()) <= rows[0].keys()
     assert max(row["sampler_mismatch_max"] for row in rows) < 1e-5
-    # It learns: longer responses, and a lower objective.
+    # The run learns: responses get longer, and the objective decreases.
     assert summary["train"]["reward"]["last"] > summary["train"]["reward"]["first"]
     assert summary["train"]["objective"]["last"] < summary["train"]["objective"]["first"]
     assert [row["step"] for row in read_lines(output / "eval.jsonl")] == [0, 6, 12]
@@ -316,7 +313,7 @@ def test_lengths_are_checked_before_anything_runs(tmp_path):
         train(config(tmp_path, max_completion_length=60))
 
 
-def test_what_can_not_be_loaded_is_named(tmp_path):
+def test_checkpoints_and_trackers_that_can_not_be_loaded_are_named(tmp_path):
     with pytest.raises(UserError, match="teacher: can't load"):
         train(config(tmp_path, teacher=str(tmp_path / "none")))
     with pytest.raises(UserError, match="report_to: got 'paper', expected one of"):
@@ -329,7 +326,7 @@ def test_an_old_run_is_not_overwritten(tmp_path):
         train(config(tmp_path, max_steps=1))
 
 
-def test_reward_up_and_held_out_down_is_said_aloud(tmp_path):
+def test_a_rising_reward_with_a_falling_evaluation_is_warned_about(tmp_path):
     rows = [
         {"step": i, "tokens": 1, "seconds": 1.0, "reward": i, "kl": 0, "entropy": 0, "objective": 0}
         for i in range(1, 21)
@@ -348,7 +345,7 @@ def test_truncated_sampling_is_warned_about(tmp_path, capsys):
 
 
 def test_end_token_is_trained(tmp_path):
-    """A reward for ending at once is learnt, which needs a gradient on the EOS token."""
+    """Learning a reward for immediate ends needs a gradient on the EOS token."""
     (tmp_path / "reward.py").write_text(
         "def brief(prompts, completions):\n    return [float(not text) for text in completions]\n"
     )

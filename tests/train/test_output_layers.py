@@ -1,4 +1,4 @@
-"""Losses from hidden states are those from the models' own logits."""
+"""Losses from hidden states equal losses from the models' logits."""
 
 from dataclasses import replace
 
@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from train.heads import output_layer
-from train.loop import Weights, gradient_norms, micro_batch_loss
 from train.models import load_models
+from train.objective import ScheduledWeights, gradient_norms, micro_batch_loss
 
 SIZES = {
     "vocab_size": len(WORDS),
@@ -53,16 +53,15 @@ def test_the_output_layer_of_a_family(family, monkeypatch):
     for parameter in model.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.3)
-    found = output_layer(model)
-    assert found is not None
-    plain = (found.softcap, found.logit_scale)
+    head = output_layer(model)
+    assert head is not None
     expected = {"gemma2": (2.0, 1.0), "cohere2": (None, 0.3), "granite": (None, 0.25)}
     expected["recurrent_gemma"] = (30.0, 1.0)
-    assert plain == expected.get(family, (None, 1.0))
+    assert (head.softcap, head.logit_scale) == expected.get(family, (None, 1.0))
     ids = torch.randint(3, len(WORDS), (2, 6))
     hidden = model.base_model(ids).last_hidden_state
-    torch.testing.assert_close(found.logits(hidden), model(ids).logits, rtol=1e-5, atol=1e-5)
-    # An output layer that does something else is not taken for one.
+    torch.testing.assert_close(head.logits(hidden), model(ids).logits, rtol=1e-5, atol=1e-5)
+    # A model that does something else to its logits is recognised.
     forward = type(model).forward
 
     def changed(change):
@@ -74,14 +73,14 @@ def test_the_output_layer_of_a_family(family, monkeypatch):
         return call
 
     changes = [lambda z: 1.01 * z, torch.zeros_like]
-    if found.softcap is None:  # (of which a wider one is hardly anything)
+    if head.softcap is None:  # next to a small softcap, a wide one changes almost nothing
         changes.append(lambda z: 500 * (z / 500).tanh())
     for change in changes:
         monkeypatch.setattr(type(model), "forward", changed(change))
         assert output_layer(model) is None
     monkeypatch.setattr(type(model), "forward", forward)
     if family == "llama":
-        model.config.logit_scale = "inv_sqrt_d_model"  # as MPT has it
+        model.config.logit_scale = "inv_sqrt_d_model"  # a value in MPT configs
         assert output_layer(model) is None
         model.config.logit_scale = None
         assert output_layer(model) is not None
@@ -93,16 +92,16 @@ def test_fused_losses_equal_those_from_logits(tmp_path, family, vocab_size):
     changes = {"temperature": 0.7, "teacher_temperature": 2.0, "vocab_size": vocab_size}
     run, models, batch = prepared(tmp_path, family=family, **changes)
     assert len(models.heads) == 2
-    weights, count = Weights(2.0, 0.9, 0.7), int(batch.mask.sum())
+    weights, count = ScheduledWeights(2.0, 0.9, 0.7), int(batch.mask.sum())
     results, gradients, norms = [], [], []
     for heads in (models.heads, ()):
-        own = replace(models, heads=heads)
-        assert own.compare(batch.rollout).linear == bool(heads)
-        result = micro_batch_loss(run, own, batch, weights, count)
+        variant = replace(models, heads=heads)
+        assert variant.loss_inputs(batch.rollout).linear == bool(heads)
+        result = micro_batch_loss(run, variant, batch, weights, count)
         result.loss.backward()
         results.append(result)
-        gradients.append(gradient(own))
-        norms.append(gradient_norms(run, own, batch, weights))
+        gradients.append(gradient(variant))
+        norms.append(gradient_norms(run, variant, batch, weights))
     for fused, plain in zip(results[0], results[1], strict=True):
         assert (fused is None) == (plain is None)
         if plain is not None:
@@ -111,7 +110,7 @@ def test_fused_losses_equal_those_from_logits(tmp_path, family, vocab_size):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-def test_it_can_be_switched_off_and_says_where_it_can_not_be_used(tmp_path, monkeypatch):
+def test_fused_losses_can_be_switched_off_and_warn_where_they_are_impossible(tmp_path, monkeypatch):
     run = config(tmp_path, fused_linear=False)
     assert load_models(run, run.student).heads == ()
     monkeypatch.setattr("train.models.output_layer", lambda model: None)

@@ -1,4 +1,4 @@
-"""A run that stops and goes on is the run that never stopped, bit for bit."""
+"""A run that is stopped and resumed equals a run that was never stopped, bit for bit."""
 
 import os
 import signal
@@ -28,8 +28,8 @@ RUN = {
     "warmup_steps": 2,
     "reward_weight": {"kind": "cosine", "start": 0, "end": 4},
 }
-# Uses every global generator, so that a resume which forgets one is found out, and ends its process
-# at the call that it is told to.
+# Uses every global generator, so that a resume fails the tests if it forgets one. Kills its process
+# at the call number in KILL_AT_CALL.
 REWARD = """
 import os
 import random
@@ -57,20 +57,20 @@ def run_options(folder: Path, **changes) -> dict:
 
 
 def rows(output: Path, name: str = "metrics") -> list[dict]:
-    found = read_lines(output / f"{name}.jsonl")
-    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in found]
+    lines = read_lines(output / f"{name}.jsonl")
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in lines]
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
-    """A run that nothing stopped."""
+    """The output of a run that was never stopped."""
     folder = tmp_path_factory.mktemp("straight")
     train(make_config(run_options(folder)))
     assert [row["step"] for row in rows(folder / "run")] == list(range(1, 7))
     return folder / "run"
 
 
-def test_a_checkpoint_goes_on_elsewhere(tmp_path, straight):
+def test_a_checkpoint_is_resumed_in_another_folder(tmp_path, straight):
     torch.rand(7)
     path = str(straight / "checkpoints/step-000002")
     assert train(make_config(run_options(tmp_path, resume_from_checkpoint=path)))["steps"] == 6
@@ -82,8 +82,9 @@ def test_kill_and_resume(tmp_path, straight, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(run_options(tmp_path)))
     command = ["--config", str(file)]
-    # The first call is of the evaluation before step 1, then there are two a step; the 12th is of
-    # the evaluation after step 5. So what comes after the checkpoint of step 4 comes again.
+    # Call 1 is the evaluation before step 1, calls 2 to 11 are steps 1 to 5, and call 12 is the
+    # evaluation after step 5. The run is killed at call 13, in step 6, and repeats step 5 when it
+    # resumes from the checkpoint of step 4.
     environment = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "KILL_AT_CALL": "13"}
     done = subprocess.run(
         [sys.executable, "-m", "train", *command],
@@ -97,7 +98,7 @@ def test_kill_and_resume(tmp_path, straight, capsys):
     assert [row["step"] for row in rows(killed, "eval")] == [0, 5]
     assert {path.name for path in killed.glob("checkpoints/*")} == {"step-000002", "step-000004"}
     assert not (killed / "final").exists()
-    # A line that the kill cut short, and a checkpoint that it left half written.
+    # A kill can also leave an incomplete line and an incomplete checkpoint.
     with (killed / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 6, "lo')
     (killed / "checkpoints" / ".partial-step-000006").mkdir()
@@ -112,16 +113,16 @@ def test_kill_and_resume(tmp_path, straight, capsys):
         assert torch.equal(weights[name], expected[name]), name
 
 
-def test_latest_without_a_checkpoint_starts_from_nothing(tmp_path):
+def test_latest_without_a_checkpoint_starts_from_scratch(tmp_path):
     run = config(tmp_path, resume_from_checkpoint="latest")
     folder = tmp_path / "run" / "checkpoints" / ".partial-step-000005"
     folder.mkdir(parents=True)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "from": "a killed run"}\n')
     assert find_checkpoint(run) is None
     train(run)
-    found = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert [row["step"] for row in found] == [1, 2]
-    assert all("from" not in row for row in found)
+    metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2]
+    assert all("from" not in row for row in metrics)
 
 
 def test_a_wrong_checkpoint_is_named(tmp_path):
@@ -129,12 +130,12 @@ def test_a_wrong_checkpoint_is_named(tmp_path):
         train(config(tmp_path, resume_from_checkpoint="nowhere"))
 
 
-def test_changed_options_are_told(straight, tmp_path, capsys):
+def test_changed_options_are_reported(straight, tmp_path, capsys):
     changes = {"output_dir": str(tmp_path), "max_steps": 3, "learning_rate": 0.5}
     path = str(straight / "checkpoints/step-000002")
     train(make_config(run_options(straight.parent, resume_from_checkpoint=path, **changes)))
-    told = " ".join(capsys.readouterr().out.split())
-    assert "these options differ from the checkpoint's: max_steps, learning_rate" in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "these options differ from the checkpoint's: max_steps, learning_rate" in printed
 
 
 def test_checkpoints_hold_plain_data_only(straight):
@@ -145,7 +146,7 @@ def test_checkpoints_hold_plain_data_only(straight):
     assert (state["step"], state["position"]) == (2, 8)
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path):
+def test_a_failed_write_leaves_the_old_folder(tmp_path):
     target = tmp_path / "thing"
     with atomic_directory(target) as folder:
         (folder / "x").write_text("old")
@@ -164,7 +165,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert (target / "x").read_text() == "new"
 
 
-def test_tiny_config_runs_from_nothing(tmp_path):
+def test_tiny_config_makes_its_own_models(tmp_path):
     output = tmp_path / "x"
     tiny = str(ROOT / "train/configs/tiny.yaml")
     assert main(["--config", tiny, f"output_dir={output}", "save_steps=3"]) == 0
