@@ -30,6 +30,15 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
+
+
 def summarise(raw: dict) -> list[Row]:
     """One row for each case of pytest-benchmark's results."""
     stamp = raw["machine_info"]["hybrid_kernels"]
