@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 # Commands whose module parses their options.
 MODULES = {
-    "aot": "bench.aot",
+    "aot": "bench.aot.report",
     "prebuild": "bench.gpu.prebuild",
     "gpu": "bench.gpu.conductor",
 }

@@ -9,7 +9,9 @@ from hybrid_kernels.divergences import FAMILIES
 
 pytest.importorskip("triton", reason="needs Triton's compiler")
 
-from bench import aot, machine_code, standin
+from bench import standin
+from bench.aot import machine_code
+from bench.aot import report as aot
 from hybrid_kernels.triton_backend import plan
 
 pytestmark = pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""What `bench/machine_code.py` reads off listings, on some that are short and written by hand."""
+"""What `bench/aot/machine_code.py` reads off listings, on some that are short and written by hand."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton", reason="machine code comes from Triton's compiler")
 
-from bench import machine_code
+from bench.aot import machine_code
 
 # A row as the resident kernel takes it: sums, the meeting with a later row's load ahead of it, the
 # gradient. One thread publishes, each looks for itself.

@@ -1,6 +1,6 @@
 """`python -m bench aot`: compiles the shipped kernels for GPUs that are not here, reads the result.
 
-For each configuration of the row-resident kernel, as `bench/machine_code.py` reads it: registers,
+For each configuration of the row-resident kernel, as `machine_code.py` reads it: registers,
 spilled bytes and shared memory; what an entry of the vocabulary costs in bytes and instructions;
 and in what order a row's instructions come.
 
@@ -25,8 +25,9 @@ import torch
 import triton
 from triton import knobs
 
-from bench import machine_code, standin
-from bench.machine_code import Compiled
+from bench import standin
+from bench.aot import machine_code
+from bench.aot.machine_code import Compiled
 from hybrid_kernels import Divergence
 from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.rows import Coefficients, Rows
@@ -343,7 +344,7 @@ def main(arguments: list[str]) -> int:
 
 def _save(path: Path, versions: list[dict], table: list[str], arguments: list[str]) -> None:
     git = ["git", "describe", "--always", "--dirty"]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     commit = subprocess.run(git, cwd=root, capture_output=True, text=True).stdout.strip()
     compilers = ", ".join(f"Triton {v['triton']} with ptxas {v['ptxas']}" for v in versions)
     command = shlex.join(["python", "-m", "bench", "aot", *arguments])
