@@ -1,11 +1,11 @@
-"""What a compiled kernel does, read off its machine code: registers, costs, and in what order.
+"""What a compiled kernel does, read from its machine code: registers, costs, order of instructions.
 
-ptxas assembles; `cuobjdump` lists what came of it. Of a resident kernel the loop over rows is read:
-the cheapest way through it that stores every entry, which is what rows take that are not masked,
-hold finite numbers and have no small divergence.
+ptxas assembles; `cuobjdump` lists the result. In a row-resident kernel the loop over rows is read,
+along the cheapest path that stores every entry. Rows take it that are not masked, hold finite
+numbers and have no small divergence.
 
-No test on a CPU can see the last of these: a prefetch whose values something touches before the
-meeting is none, because the program waits for them there, and meets late.
+The order decides whether a prefetch is one: the program waits for its values where an instruction
+first touches them, and if that is before a meeting, it meets late. No test on a CPU can see this.
 """
 
 import functools
@@ -18,18 +18,17 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from triton import knobs
-from triton.compiler import CompiledKernel
 
-from hybrid_kernels.triton_backend import plan
+from bench.aot.compile import Compiled
 
-LEAVES = ("BRA", "EXIT", "RET", "BPT")
+JUMPS = ("BRA", "EXIT", "RET", "BPT")
 WIDE_LOAD = "LDG.E.128"
 WIDE_STORE = "STG.E.128"
 BARRIER = "BAR.SYNC"
 
 
 class Resources(NamedTuple):
-    """What `cuobjdump` says of a kernel: registers a thread, bytes of stack, local and shared."""
+    """Registers of a thread, and bytes of stack, local and shared memory."""
 
     registers: int
     stack: int
@@ -39,21 +38,6 @@ class Resources(NamedTuple):
     @property
     def spilled(self) -> int:
         return self.stack + self.local
-
-
-class Compiled(NamedTuple):
-    """A kernel, the launch that it was compiled for and the size of a gradient's entry."""
-
-    kernel: CompiledKernel
-    launch: plan.Sweep | plan.Resident
-    itemsize: int
-
-    @property
-    def entries(self) -> float:
-        """Entries of the vocabulary that a thread holds."""
-        launch = self.launch
-        held = launch.block_v if isinstance(launch, plan.Sweep) else launch.slice_v
-        return max(1.0, held / (launch.num_warps * plan.WARP))
 
 
 class Instruction(NamedTuple):
@@ -67,12 +51,12 @@ class Instruction(NamedTuple):
 
     @property
     def ends(self) -> bool:
-        """Whether what follows it in memory does not follow in time."""
-        return not self.predicated and self.name.split(".")[0] in LEAVES and not self.diverges
+        """Whether control never passes to the next instruction in memory."""
+        return not self.predicated and self.name.split(".")[0] in JUMPS and not self.diverges
 
     @property
     def diverges(self) -> bool:
-        """Whether it is a branch that only warps take whose threads have come apart."""
+        """Whether it is a branch for warps whose threads have diverged."""
         return self.name == "BRA.DIV"
 
     @property
@@ -81,34 +65,35 @@ class Instruction(NamedTuple):
 
     @property
     def loads_past_l1(self) -> bool:
+        """Whether it loads what programs on other multiprocessors publish."""
         return re.match(r"LDG?\..*\bSTRONG\.(GPU|SYS)", self.name) is not None
 
     def registers(self) -> set[int]:
-        """Those that it reads or writes. (Of double precision there is nothing in our kernels.)"""
+        """The registers that it reads or writes, unless it computes in double precision."""
         parts = [p for p in self.operands.split(",") if not re.match(r"\s*!?U?P[T\d]", p)]
         touched: set[int] = set()
-        for place, part in enumerate(parts):
-            outer = place in (0, len(parts) - 1)
+        for position, part in enumerate(parts):
+            outer = position in (0, len(parts) - 1)
             touched.update(_registers(part, _width(self.name, outer)))
         return touched
 
     def loaded(self) -> set[int]:
-        """Those that a load writes."""
+        """The registers that it writes, if it is a load."""
         return set(_registers(self.operands.split(",")[0], _width(self.name, True)))
 
 
 class Cost(NamedTuple):
-    """What one entry of the vocabulary costs, counted from machine code on the cheapest way.
+    """What one entry of the vocabulary costs on the cheapest path through a row.
 
     Attributes:
-        loaded: bytes in accesses of 128 bits, but for what siblings published.
-        stored: bytes, likewise.
-        narrow: narrower loads and stores of a thread in the whole pass.
-        exponentials: of the special function unit (logarithms and reciprocals not counted).
+        loaded: bytes in accesses of 128 bits, except from what siblings publish.
+        stored: bytes in accesses of 128 bits.
+        narrow: narrower loads and stores of a thread, per row.
+        exponentials: of the special function unit, without logarithms and reciprocals.
         special: all instructions of that unit.
-        converted: conversions one by one, which take as long. (Those of pairs do not.)
+        converted: conversions of single numbers, which take as long as those; pairs do not count.
         instructions: all.
-        barriers: of a program in the whole pass, where nobody has to be waited for.
+        barriers: of a program per row, if no other program has to be waited for.
     """
 
     loaded: float
@@ -122,14 +107,14 @@ class Cost(NamedTuple):
 
 
 class Order(NamedTuple):
-    """In what order a row's instructions come, on the way of the thread that arrives.
+    """The order of a row's instructions, on the path of the thread that publishes.
 
     Attributes:
-        ahead: wide loads of a later row that are begun before a meeting is waited for.
-        early: instructions that touch what these load before the wait is over: 0 where the
-            prefetch is one. None without a prefetch.
-        late: loads that are begun between the wait and the gradient's first store, and are not of
-            what siblings published: each is a journey to memory while nothing else is done.
+        ahead: wide loads of a later row that begin before a meeting.
+        early: instructions that touch the loaded values before that meeting is over; a prefetch
+            that works has none. None without a prefetch.
+        late: loads that begin between the meeting and the gradient's first store, except from what
+            siblings publish. The program waits for each of them and does nothing else.
     """
 
     ahead: int
@@ -143,26 +128,26 @@ class Order(NamedTuple):
 def resources(compiled: Compiled) -> Resources:
     """Registers and memory of a kernel that was compiled for an NVIDIA GPU."""
     text = _cuobjdump(compiled, "-res-usage")
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
-    return Resources(found["REG"], found["STACK"], found["LOCAL"], found["SHARED"])
+    sizes = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+    return Resources(sizes["REG"], sizes["STACK"], sizes["LOCAL"], sizes["SHARED"])
 
 
-@functools.lru_cache(maxsize=1)  # a kernel is asked for its cost, then for its order
+@functools.lru_cache(maxsize=1)  # callers ask for the cost of a kernel, then for its order
 def instructions(compiled: Compiled) -> list[Instruction]:
-    """Those of a kernel that was compiled for an NVIDIA GPU."""
+    """The machine code of a kernel that was compiled for an NVIDIA GPU."""
     return parse(_cuobjdump(compiled, "-sass"))
 
 
 def parse(listing: str) -> list[Instruction]:
     """The instructions of a listing by `cuobjdump -sass`."""
     line = r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
-    found = []
+    code = []
     for address, predicate, name, rest in re.findall(line, listing):
         goes = re.search(r"0x[0-9a-f]+", rest) if name.startswith("BRA") else None
         target = int(goes[0], 16) if goes else None
         predicated = bool(predicate) or (target is not None and "P" in rest)
-        found.append(Instruction(int(address, 16), name, rest, target, predicated))
-    return found
+        code.append(Instruction(int(address, 16), name, rest, target, predicated))
+    return code
 
 
 def _cuobjdump(compiled: Compiled, option: str) -> str:
@@ -174,56 +159,59 @@ def _cuobjdump(compiled: Compiled, option: str) -> str:
 
 
 def _bits(access: str) -> int:
-    """The width of LDG.E.128, or of LDG.E.U16; 32 where the name has none."""
+    """The width of LDG.E.128 or LDG.E.U16; 32 where the name has none."""
     widths = [int(part.lstrip("US")) for part in access.split(".") if part.lstrip("US").isdigit()]
     return widths[0] if widths else 32
 
 
 def _width(name: str, outer: bool) -> int:
-    """Registers of an operand outside of brackets; `outer` for the first and the last of them."""
+    """How many registers an operand outside brackets has; `outer` if it is the first or last."""
     if name.startswith(("LD", "ST")):
         return max(1, _bits(name) // 32)
-    # IMAD.WIDE R4, R7, R8, R10 multiplies two registers, and adds and writes two pairs.
+    # IMAD.WIDE R4, R7, R8, R10 multiplies two registers, adds a pair and writes a pair.
     return 2 if outer and (".WIDE" in name or name == "CS2R") else 1
 
 
 def _registers(operand: str, width: int) -> Iterator[int]:
-    """Of R5, -R5.reuse, |R5|, R5.H0_H0, R5.64, [R5.64+UR4+0x10]; a bracket holds an address."""
-    within = "[" in operand
+    """The registers of R5, -R5.reuse, |R5|, R5.H0_H0, R5.64, [R5.64+UR4+0x10].
+
+    In brackets is an address, whose size does not depend on `width`.
+    """
+    address = "[" in operand
     for number, pair in re.findall(r"(?<!\w)R(\d+)(\.64)?", operand):
-        count = 2 if pair else 1 if within else width
+        count = 2 if pair else 1 if address else width
         yield from range(int(number), int(number) + count)
 
 
-# -- the loop over rows, and the ways through it ---------------------------------------------------
+# -- the loop over rows, and the paths through it --------------------------------------------------
 
 
-class Way(NamedTuple):
-    """A way from a block to the end of the loop. Ways share their ends.
+class Path(NamedTuple):
+    """A path from a block of instructions to the end of the loop. Paths share their ends.
 
     Attributes:
-        names: how many instructions of a name it has.
-        reads: how often it reads what they published.
-        block: where it begins.
-        rest: how it goes on.
+        names: how many instructions it has of each name.
+        reads: how often it reads what siblings publish.
+        block: its first block.
+        rest: the path after that block.
     """
 
     names: Counter[str]
     reads: int
     block: list[Instruction]
-    rest: "Way | None"
+    rest: "Path | None"
 
     def sequence(self) -> list[Instruction]:
-        found: list[Instruction] = []
-        way: Way | None = self
-        while way is not None:
-            found += way.block
-            way = way.rest
-        return found
+        sequence: list[Instruction] = []
+        path: Path | None = self
+        while path is not None:
+            sequence += path.block
+            path = path.rest
+        return sequence
 
 
 def row_loop(code: list[Instruction]) -> list[Instruction]:
-    """The longest loop, which is the one over rows; all of the code where there is none."""
+    """The loop over rows, which is the longest; all of the code if it has no loop."""
     code = _without_detours(code)
     backward = [i for i in code if i.goes_back]
     if not backward:
@@ -233,23 +221,25 @@ def row_loop(code: list[Instruction]) -> list[Instruction]:
 
 
 def _without_detours(code: list[Instruction]) -> list[Instruction]:
-    """Without what only warps run whose threads have come apart. It lies behind everything else,
-    and its way back looks like that of a loop."""
-    found: list[Instruction] = []
-    wanted: set[int] = set()
+    """Drops what only warps with diverged threads run.
+
+    It lies behind all other code, so that its branch back would look like a loop.
+    """
+    reachable: list[Instruction] = []
+    targets: set[int] = set()
     follows = True
     for i in code:
-        follows = follows or i.address in wanted
+        follows = follows or i.address in targets
         if follows:
-            found.append(i)
+            reachable.append(i)
             if i.target is not None and not i.diverges:
-                wanted.add(i.target)
+                targets.add(i.target)
             follows = not i.ends
-    return found
+    return reachable
 
 
 def waits(loop: list[Instruction]) -> list[range]:
-    """The addresses of each inner loop that looks whether siblings have arrived."""
+    """The addresses of each inner loop that polls whether siblings have published."""
     bodies = {
         i.target: range(i.target, i.address + 1)
         for i in loop
@@ -259,29 +249,30 @@ def waits(loop: list[Instruction]) -> list[range]:
     return [body for body in bodies.values() if any(address in body for address in polls)]
 
 
-def ways(loop: list[Instruction]) -> list[Way]:
-    """The ways from the first instruction to the last, without inner loops.
+def paths(loop: list[Instruction]) -> list[Path]:
+    """The paths from the first instruction to the last, each inner loop passed once.
 
-    Of ways that differ in nothing but their length there is only the shortest. (Lanes for which
-    there is no sibling may jump over a read; those that read are wanted.)
+    Of paths with equal numbers of exponentials, wide loads and wide stores only one is kept: the
+    one that reads most of what siblings publish (lanes without a sibling skip reads), then the
+    shortest.
     """
-    found: dict[int, list[Way]] = {}
-    behind: list[Way] | None = None
+    starting_at: dict[int, list[Path]] = {}
+    behind: list[Path] | None = None
     for block in reversed(_blocks(loop)):
         end = block[-1]
-        rests: list[Way | None] = []
+        rests: list[Path | None] = []
         if behind is None:
             rests = [None]
         elif not end.ends:
             rests += behind
         if end.target is not None and end.target > end.address and not end.diverges:
-            rests += found.get(end.target, [])
+            rests += starting_at.get(end.target, [])
         names = Counter(i.name for i in block)
         reads = sum(i.loads_past_l1 for i in block)
-        behind = found[block[0].address] = _shortest(
-            Way(names, reads, block, None)
+        behind = starting_at[block[0].address] = _shortest(
+            Path(names, reads, block, None)
             if rest is None
-            else Way(names + rest.names, reads + rest.reads, block, rest)
+            else Path(names + rest.names, reads + rest.reads, block, rest)
             for rest in rests
         )
     assert behind is not None
@@ -289,54 +280,54 @@ def ways(loop: list[Instruction]) -> list[Way]:
 
 
 def _blocks(loop: list[Instruction]) -> list[list[Instruction]]:
-    """Cut where branches go to and come from."""
-    starts = {i.target for i in loop}
+    """The loop, split after each branch and before each target of one."""
+    targets = {i.target for i in loop}
     blocks: list[list[Instruction]] = [[]]
     for i in loop:
-        if blocks[-1] and (i.address in starts or blocks[-1][-1].target is not None):
+        if blocks[-1] and (i.address in targets or blocks[-1][-1].target is not None):
             blocks.append([])
         blocks[-1].append(i)
     return blocks
 
 
-def _shortest(ways: Iterable[Way]) -> list[Way]:
-    best: dict[tuple, Way] = {}
-    for way in ways:
-        kind = tuple(way.names[name] for name in ("MUFU.EX2", WIDE_LOAD, WIDE_STORE))
-        if kind not in best or _rank(way) < _rank(best[kind]):
-            best[kind] = way
+def _shortest(paths: Iterable[Path]) -> list[Path]:
+    best: dict[tuple, Path] = {}
+    for path in paths:
+        kind = tuple(path.names[name] for name in ("MUFU.EX2", WIDE_LOAD, WIDE_STORE))
+        if kind not in best or _rank(path) < _rank(best[kind]):
+            best[kind] = path
     return list(best.values())
 
 
-def _rank(way: Way) -> tuple[int, int]:
-    return -way.reads, way.names.total()
+def _rank(path: Path) -> tuple[int, int]:
+    return -path.reads, path.names.total()
 
 
-def _row_loop_of(compiled: Compiled) -> list[Instruction]:
-    return row_loop(instructions(compiled))
-
-
-def _full(
+def _cheapest(
     loop: list[Instruction], exponentials: int, entries: float, itemsize: int
-) -> list[tuple[Way, Cost]]:
-    """The ways on which all sums are taken and every entry is stored, with what they cost.
+) -> tuple[Path, Cost]:
+    """The path of ordinary rows: the cheapest that takes all sums and stores every entry.
 
-    Branches are taken to be independent, so that ways exist on paper which skip the sums and yet
-    write the gradient: they are told by their exponentials. The rare ways load more.
+    Branches are treated as independent, so some paths skip the sums and still write the gradient.
+    They have too few exponentials. The paths of rare rows load more.
     """
     stored = 16 * sum(i.name == WIDE_STORE for i in loop) / entries
-    wanted = min(stored, itemsize)
-    priced = ((way, _cost(way.names, entries)) for way in ways(loop))
-    return [(w, c) for w, c in priced if c.exponentials >= exponentials and c.stored >= wanted]
+    complete = [
+        (path, cost)
+        for path in paths(loop)
+        if (cost := _cost(path.names, entries)).exponentials >= exponentials
+        and cost.stored >= min(stored, itemsize)
+    ]
+    return min(complete, key=lambda choice: (choice[1].loaded, choice[1].instructions))
 
 
-# -- what it costs ---------------------------------------------------------------------------------
+# -- costs -----------------------------------------------------------------------------------------
 
 
-def cost(compiled: Compiled, exponentials: int) -> Cost:
-    """What an entry costs that needs so many exponentials."""
-    full = _full(_row_loop_of(compiled), exponentials, compiled.entries, compiled.itemsize)
-    return min((c for _, c in full), key=lambda c: (c.loaded, c.instructions))
+def cost(compiled: Compiled) -> Cost:
+    exponentials = compiled.configuration.exponentials
+    loop = row_loop(instructions(compiled))
+    return _cheapest(loop, exponentials, compiled.entries, compiled.itemsize)[1]
 
 
 def _cost(names: Counter[str], entries: float) -> Cost:
@@ -356,73 +347,67 @@ def _cost(names: Counter[str], entries: float) -> Cost:
     )
 
 
-# -- in what order ---------------------------------------------------------------------------------
+# -- order -----------------------------------------------------------------------------------------
 
 
 class Meeting(NamedTuple):
-    """Where on a way a program publishes last, begins to wait, and no longer waits."""
+    """Positions on a path: the last store that publishes, the first poll, the end of the wait."""
 
     published: int
     wait: int
     met: int
 
 
-def order(compiled: Compiled, exponentials: int) -> Order:
-    """In what order the instructions of a row come, which has exponentials as for `cost`."""
-    loop = _row_loop_of(compiled)
+def order(compiled: Compiled) -> Order:
+    exponentials = compiled.configuration.exponentials
+    loop = row_loop(instructions(compiled))
     return order_of(loop, exponentials, compiled.entries, compiled.itemsize)
 
 
 def order_of(
     loop: list[Instruction], exponentials: int, entries: float = 1.0, itemsize: int = 2
 ) -> Order:
-    """`order`, of a loop of which a thread holds so many entries of so many bytes."""
-    full = _full(loop, exponentials, entries, itemsize)
-    chosen, _ = min(full, key=lambda f: (f[1].loaded, f[1].instructions))
-    way = chosen.sequence()
-    found = _meetings(loop, way)
-    ahead, touching = _prefetched(way, found)
+    """The order in a loop whose threads hold `entries` each; `itemsize` is that of a gradient."""
+    path = _cheapest(loop, exponentials, entries, itemsize)[0].sequence()
+    meetings = _meetings(loop, path)
+    ahead, touching = _prefetched(path, meetings)
     return Order(
         ahead=ahead,
         early=len(touching) if ahead else None,
-        late=_late(way, found[-1].met) if found else 0,
+        late=_late(path, meetings[-1].met) if meetings else 0,
     )
 
 
-def _meetings(loop: list[Instruction], way: list[Instruction]) -> list[Meeting]:
-    found: list[Meeting] = []
+def _meetings(loop: list[Instruction], path: list[Instruction]) -> list[Meeting]:
+    meetings: list[Meeting] = []
     for body in waits(loop):
-        places = [k for k, i in enumerate(way) if i.address in body]
-        if not places:
+        polls = [k for k, i in enumerate(path) if i.address in body]
+        if not polls:
             continue
-        start, wait = found[-1].met if found else 0, places[0]
-        published = max((k for k in range(start, wait) if _stores(way[k])), default=-1)
-        found.append(Meeting(published, wait, places[-1] + 1))
-    return found
+        start, wait = meetings[-1].met if meetings else 0, polls[0]
+        stores = (k for k in range(start, wait) if path[k].name.startswith("STG"))
+        meetings.append(Meeting(max(stores, default=-1), wait, polls[-1] + 1))
+    return meetings
 
 
-def _stores(instruction: Instruction) -> bool:
-    return instruction.name.startswith("STG")
-
-
-def _prefetched(way: list[Instruction], meetings: list[Meeting]) -> tuple[int, set[int]]:
-    """How many loads are ahead of the meeting after them, and where on the way something touches
-    what they load before that meeting is over."""
+def _prefetched(path: list[Instruction], meetings: list[Meeting]) -> tuple[int, set[int]]:
+    """How many loads are ahead of the next meeting, and where on the path an instruction touches
+    the loaded values before that meeting is over."""
     ahead, touching = 0, set[int]()
-    for place, load in enumerate(way):
-        meeting = next((m for m in meetings if m.wait > place), None)
+    for position, load in enumerate(path):
+        meeting = next((m for m in meetings if m.wait > position), None)
         if load.name != WIDE_LOAD or meeting is None:
             continue
         loaded = load.loaded()
-        touched = [k for k in range(place + 1, meeting.met) if way[k].registers() & loaded]
-        # What is used in what is published is this row's: the sums are made of it.
+        touched = [k for k in range(position + 1, meeting.met) if path[k].registers() & loaded]
+        # What is touched before the sums are published is part of them, so it is this row's.
         if not touched or touched[0] > meeting.published:
             ahead += 1
             touching.update(touched)
     return ahead, touching
 
 
-def _late(way: list[Instruction], met: int) -> int:
+def _late(path: list[Instruction], met: int) -> int:
     """The gradient may lie at the beginning of the loop, before the meeting."""
-    before_gradient = takewhile(lambda i: i.name != WIDE_STORE, way[met:] + way[:met])
+    before_gradient = takewhile(lambda i: i.name != WIDE_STORE, path[met:] + path[:met])
     return sum(i.name.startswith("LDG") and not i.loads_past_l1 for i in before_gradient)
