@@ -40,7 +40,7 @@ METRICS = {
 def work(device: str) -> None:
     """The launches that are profiled, the first of each kernel among them."""
     for provider, divergence in PROFILED:
-        problem = Problem.random(ROWS, VOCABULARY, torch.bfloat16, divergence, device)
+        problem = Problem.random((ROWS, VOCABULARY), torch.bfloat16, divergence, device)
         PROVIDERS[provider].make(problem)()
 
 
