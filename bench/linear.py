@@ -27,6 +27,7 @@ from bench.providers import (
 )
 from hybrid_kernels import LinearTeacher, reference
 
+# The operation that includes the policy gradient.
 TERMS = "dense + sparse"
 Make = Callable[["LinearProblem"], Run]
 

@@ -75,8 +75,8 @@ def measure(case: Case, device: str = "cuda") -> Row:
 def gradient_error(problem: Problem | LinearProblem, run: Run, op: str = "") -> float | None:
     """Relative L2 error of a gradient in some valid rows, against float64 on the same inputs.
 
-    The gradient is that of the logits or, if they are given, of the hidden states. The result is
-    None on a device without values.
+    The gradient is w.r.t. the logits or, if they are given, the hidden states. The result is None
+    on a device without values.
     """
     first = problem.hidden if isinstance(problem, LinearProblem) else problem.student
     gradient = run()

@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,14 +120,11 @@ class Provider(NamedTuple):
         return None
 
 
-def ours(problem: Problem) -> Run:
-    """`hybrid_loss`, the dense term alone."""
-    return lambda: _backward(
-        problem,
-        hybrid_kernels.hybrid_loss(
-            problem.student, problem.teacher, mask=problem.mask, divergence=problem.divergence
-        ).loss,
-    )
+def ours(problem: Problem, *samples: Any, **options: Any) -> Run:
+    """`hybrid_loss`; without samples (token ids and advantages) it is the dense term alone."""
+    arguments = (problem.student, problem.teacher, *samples)
+    options |= {"mask": problem.mask, "divergence": problem.divergence}
+    return lambda: _backward(problem, hybrid_kernels.hybrid_loss(*arguments, **options).loss)
 
 
 def ours_top_k(problem: Problem) -> Run:
@@ -153,33 +151,13 @@ def ours_two_teachers(problem: Problem) -> Run:
 
 def ours_hybrid(problem: Problem) -> Run:
     """`hybrid_loss` with the policy-gradient and entropy terms."""
-    ids, advantages = _samples(problem)
-    return lambda: _backward(
-        problem,
-        hybrid_kernels.hybrid_loss(
-            problem.student,
-            problem.teacher,
-            ids,
-            advantages,
-            entropy_weight=0.01,
-            divergence=problem.divergence,
-        ).loss,
-    )
+    return ours(problem, *_samples(problem), entropy_weight=0.01)
 
 
 def ours_callable(problem: Problem) -> Run:
     """`hybrid_loss` with advantages that depend on the fresh statistics: two launches."""
     ids, advantages = _samples(problem)
-    return lambda: _backward(
-        problem,
-        hybrid_kernels.hybrid_loss(
-            problem.student,
-            problem.teacher,
-            ids,
-            lambda terms: advantages * (terms.entropy - terms.entropy.mean()),
-            divergence=problem.divergence,
-        ).loss,
-    )
+    return ours(problem, ids, lambda t: advantages * (t.entropy - t.entropy.mean()))
 
 
 def ours_token_terms(problem: Problem) -> Run:
@@ -242,20 +220,15 @@ def _top_k_composition(student: Tensor, ids: Tensor, log_q: Tensor) -> Tensor:
     return (value + log_p_tail.exp() * (log_p_tail - log_q_tail)).mean()
 
 
-def eager_top_k(problem: Problem) -> Run:
-    """The top-K composition in eager torch."""
-    return _run_top_k(problem, _top_k_composition)
+def composed_top_k(problem: Problem, composition: Callable = _top_k_composition) -> Run:
+    """The top-K composition in eager torch, or as it is given."""
+    arguments = (problem.student, _top_k(problem).ids, _top_k(problem).log_probs)
+    return lambda: _backward(problem, composition(*arguments))
 
 
 def compiled_top_k(problem: Problem) -> Run:
     """The top-K composition under `torch.compile`."""
-    return _run_top_k(problem, torch.compile(_top_k_composition, dynamic=False))
-
-
-def _run_top_k(problem: Problem, composition: Callable[..., Tensor]) -> Run:
-    teacher = _top_k(problem)
-    arguments = (problem.student, teacher.ids, teacher.log_probs)
-    return lambda: _backward(problem, composition(*arguments))
+    return composed_top_k(problem, torch.compile(_top_k_composition, dynamic=False))
 
 
 def eager_two_teachers(problem: Problem) -> Run:
@@ -279,10 +252,6 @@ def compiled(problem: Problem, mode: str = "default") -> Run:
     """The composition under `torch.compile`."""
     composition = torch.compile(_composition, mode=mode, dynamic=False)
     return lambda: _backward(problem, composition(*problem[:3]))
-
-
-def compiled_autotuned(problem: Problem) -> Run:
-    return compiled(problem, "max-autotune-no-cudagraphs")
 
 
 def speculators(problem: Problem) -> Run:
@@ -354,13 +323,13 @@ PROVIDERS: dict[str, Provider] = {
     "hybrid_kernels, top-K": Provider(ours_top_k, moved=2),
     "torch.topk": Provider(select, op="support selection", moved=1, is_gradient=False),
     "hybrid_kernels, two teachers": Provider(ours_two_teachers, moved=4, is_gradient=False),
-    "torch eager, top-K": Provider(eager_top_k, divergences=("reverse_kl",)),
+    "torch eager, top-K": Provider(composed_top_k, divergences=("reverse_kl",)),
     "torch.compile, top-K": Provider(compiled_top_k, divergences=("reverse_kl",)),
     "torch eager, two teachers": Provider(eager_two_teachers, is_gradient=False),
     "torch eager": Provider(eager, divergences=_COMPOSED),
     "torch.compile": Provider(compiled, divergences=_COMPOSED),
     "torch.compile, max-autotune": Provider(
-        compiled_autotuned, gpu_only=True, divergences=_COMPOSED
+        partial(compiled, mode="max-autotune-no-cudagraphs"), gpu_only=True, divergences=_COMPOSED
     ),
     "speculators 0.9.0": Provider(speculators, "speculators", True, KL_AND_JSD),
     "Liger 0.8.5": Provider(liger, "liger_kernel", True, KL_AND_JSD),

@@ -80,7 +80,9 @@ def full(z: Tensor, both: Models, support: StudentTopK) -> Tensor:
 
 def truncated(z: Tensor, both: Models, support: StudentTopK) -> Tensor:
     """sum_S p l, with l = log p - log q."""
-    return torch.where(support.inside, _terms(z, both), 0.0).sum(-1)
+    log_p = z.log_softmax(-1)
+    terms = log_p.exp() * (log_p - both.teacher.log_softmax(-1))
+    return torch.where(support.inside, terms, 0.0).sum(-1)
 
 
 def renormalised(z: Tensor, both: Models, support: StudentTopK) -> Tensor:
@@ -116,11 +118,6 @@ def _value(z: Tensor, teacher: Tensor | TopK, tail: str = "bucket") -> Tensor:
     value = reference.token_terms(z, teacher, tail=tail).divergence
     assert value is not None
     return value
-
-
-def _terms(z: Tensor, both: Models) -> Tensor:
-    log_p = z.log_softmax(-1)
-    return log_p.exp() * (log_p - both.teacher.log_softmax(-1))
 
 
 def _surprise(both: Models, support: StudentTopK) -> Tensor:

@@ -16,7 +16,7 @@ MAIN_VOCABULARY = 151936
 # For each mode of the sweeping form: whether it measures statistics and writes a gradient.
 SWEEPS = {"sweeping": (True, True), "statistics": (True, False), "gradient": (False, True)}
 MODES = ("resident", *SWEEPS)
-# How many an entry needs: one in the sum of each side, and more where they are not kept.
+# How many an entry needs: one in each side's sum, and one more wherever it is computed again.
 EXPONENTIALS = {"reverse_kl": 3, "forward_kl": 4, "jeffreys": 4, "jsd": 4}
 
 

@@ -367,7 +367,7 @@ def order(compiled: Compiled) -> Order:
 def order_of(
     loop: list[Instruction], exponentials: int, entries: float = 1.0, itemsize: int = 2
 ) -> Order:
-    """The order in a loop whose threads hold `entries` each; `itemsize` is that of a gradient."""
+    """The order in a loop whose threads hold `entries` each; `itemsize` is a gradient entry's."""
     path = _cheapest(loop, exponentials, entries, itemsize)[0].sequence()
     meetings = _meetings(loop, path)
     ahead, touching = _prefetched(path, meetings)

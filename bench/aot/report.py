@@ -138,7 +138,7 @@ def main(arguments: list[str]) -> int:
     table = [TITLE, "", COLUMNS]
     print("\n".join(table), flush=True)
     failed = 0
-    # Each report has processes of its own, which go on while this one waits for the other's line.
+    # Each report has its own processes, so both go on while this one waits for either.
     for lines in zip(*reports, strict=True):
         for line, version in zip(lines, versions, strict=True):
             failed += "error" in line
