@@ -1,4 +1,4 @@
 import warnings
 
-# What is measured and checked as one form must not run as another.
+# After a refusal another form of the kernels runs, whose times and errors are not those asked for.
 warnings.filterwarnings("error", message="hybrid_kernels: .* refused")

@@ -5,11 +5,8 @@ run              the CPU's suite, into bench/results/cpu; --suite=linear-cpu: fr
 report [FOLDER]  tables and plots of the results in a folder
 aot              what the compiler makes of the shipped kernels, for GPUs that are not here;
                  --beside PYTHON: and what another Triton makes of them
-topk             what top-K losses do to the gradient: tables and a plot, exactly
-precision        what the precision of the logits does to the gradient: a table
-filter           what gradient filtering drops and saves, on a model trained here (10 minutes)
-prebuild         kernels for a GPU that is not here, packed to travel (prebuilt/)
-gpu [FOLDER]     everything that a GPU is wanted for, in stages, into FOLDER/<device> (GPU.md)
+prebuild         compiles kernels for a GPU that is not here, and packs them into prebuilt/
+gpu [FOLDER]     runs everything that needs a GPU, in stages, into FOLDER/<device> (GPU.md)
 """
 
 import argparse
@@ -23,13 +20,12 @@ from bench import report, summary
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-# Commands with a module and options of their own, and those whose results go straight there.
-OWN = {
-    "aot": "bench.aot",
+# Commands whose module parses their options.
+MODULES = {
+    "aot": "bench.aot.report",
     "prebuild": "bench.gpu.prebuild",
     "gpu": "bench.gpu.conductor",
 }
-TABLES = {"topk": "bench.topk_bias", "precision": "bench.precision", "filter": "bench.filter"}
 
 
 def measure(suite: str, folder: Path, *options: str) -> None:
@@ -49,15 +45,15 @@ def measure(suite: str, folder: Path, *options: str) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] and sys.argv[1] in OWN:
-        sys.exit(importlib.import_module(OWN[sys.argv[1]]).main(sys.argv[2:]))
+    if sys.argv[1:2] and sys.argv[1] in MODULES:
+        sys.exit(importlib.import_module(MODULES[sys.argv[1]]).main(sys.argv[2:]))
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("command", choices=("quick", "run", "report", *TABLES, *OWN))
+    parser.add_argument("command", choices=("quick", "run", "report", *MODULES))
     parser.add_argument("folder", nargs="?", type=Path, help="default: bench/results/cpu")
     parser.add_argument("--suite", choices=("cpu", "linear-cpu"), default="cpu")
-    parser.add_argument("--deadline", help="run: seconds after which no case is begun")
+    parser.add_argument("--deadline", help="run: seconds after which no case starts")
     arguments = parser.parse_args()
     default = RESULTS / "cpu" / ("linear" if "linear" in arguments.suite else "")
     folder = (arguments.folder or default).resolve()  # pytest runs in the root
@@ -67,13 +63,10 @@ def main() -> None:
     elif arguments.command == "run":
         options = [f"--deadline={arguments.deadline}"] if arguments.deadline else []
         measure(arguments.suite, folder, *options)
-    elif arguments.command == "report":
+    else:
         staged = any(folder.glob("results-*.jsonl"))
         module = importlib.import_module("bench.gpu.report") if staged else report
         print(module.render(folder))
-    else:
-        module = importlib.import_module(TABLES[arguments.command])
-        module.main(arguments.folder or RESULTS)
 
 
 if __name__ == "__main__":

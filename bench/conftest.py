@@ -1,7 +1,6 @@
-"""The suite's cases as parameters, and the stamp of what they were measured on."""
+"""Makes the cases of a suite pytest's parameters, and records what they were measured on."""
 
 import os
-import platform
 import time
 
 import pytest
@@ -11,7 +10,7 @@ from bench.linear import LINEAR_PROVIDERS
 from bench.measure import provider_of
 from bench.providers import PROVIDERS
 from bench.suites import SUITES, Case
-from bench.summary import versions
+from bench.summary import cpu_name, versions
 
 START = time.monotonic()
 OUT_OF_TIME: list[str] = []
@@ -40,9 +39,9 @@ def _unless_missing(case: Case):
 def in_time(request: pytest.FixtureRequest) -> None:
     deadline: float = request.config.option.deadline
     if time.monotonic() - START > deadline:
-        # No mark, as nobody knows before how many cases fit; the results list what was not begun.
+        # How many cases fit is known only now, so this cannot be a mark; the results list the rest.
         OUT_OF_TIME.append(request.node.name)
-        pytest.skip(f"not begun: --deadline={deadline:g} seconds had passed")
+        pytest.skip(f"not started: --deadline={deadline:g} seconds had passed")
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -51,19 +50,10 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     peers = LINEAR_PROVIDERS if linear else PROVIDERS
     missing = {name: peer.missing() for name, peer in peers.items()}
     machine_info["hybrid_kernels"] = {
-        "device": _cpu(),
+        "device": cpu_name(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         **versions(),
         "missing_peers": {name: reason for name, reason in missing.items() if reason},
         "out_of_time": OUT_OF_TIME,
     }
-
-
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.machine()

@@ -1,6 +1,6 @@
-"""What is measured of one case: error, peak memory and, on a GPU, time.
+"""Measures one case: error, peak memory and, on a GPU, time.
 
-On a CPU pytest-benchmark takes the times, which are those of a clock on the wall.
+On a CPU pytest-benchmark measures wall-clock time.
 """
 
 import gc
@@ -17,7 +17,7 @@ from bench.summary import Row, percentiles
 from hybrid_kernels import timing
 from hybrid_kernels.triton_backend import plan
 
-# From hidden states a sample takes 50 to 150 ms, in launches that the host queues in 10 to 20 ms.
+# From hidden states a run takes 50 to 150 ms, and the host 10 to 20 ms to queue its launches.
 LINEAR_TIMING = {"samples": 10, "warmups": 2, "cycles": 60_000_000}
 
 
@@ -26,9 +26,9 @@ def provider_of(case: Case) -> Provider:
 
 
 def prepare(case: Case, device: str) -> tuple[Run, Row]:
-    """The function to be timed, which has run, and what is known of it apart from its time.
+    """The function to be timed, which has run once, and its row of results without times.
 
-    Memory from hidden states is what is needed beyond the gradients.
+    For cases from hidden states peak memory excludes the gradients.
     """
     provider = provider_of(case)
     if "compile" in case.provider:
@@ -39,7 +39,7 @@ def prepare(case: Case, device: str) -> tuple[Run, Row]:
         problem = LinearProblem.random(*size, case.size, *arguments)
         leaves = [problem.hidden, problem.weight]
     else:
-        problem = Problem.random(*size, *arguments, **INPUTS[case.inputs])
+        problem = Problem.random(size, *arguments, **INPUTS[case.inputs])
         leaves = [problem.student]
         floor = provider.moved * case.rows * case.vocabulary * case.dtype.itemsize
     run = provider.make(problem)
@@ -66,15 +66,18 @@ def prepare(case: Case, device: str) -> tuple[Run, Row]:
 
 
 def measure(case: Case, device: str = "cuda") -> Row:
-    """All of a case on a GPU."""
+    """The row of results of a case, with the times of a GPU."""
     run, row = prepare(case, device)
     times = timing.device_times(run, **(LINEAR_TIMING if case.size else {}))
     return {**row, **percentiles(times.ms), "samples": len(times.ms), "host_ahead": times.ahead}
 
 
 def gradient_error(problem: Problem | LinearProblem, run: Run, op: str = "") -> float | None:
-    """Relative L2 error of some valid rows' gradient, against float64 on the same inputs; of the
-    hidden states where these are given. None on a device without values."""
+    """Relative L2 error of a gradient in some valid rows, against float64 on the same inputs.
+
+    The gradient is w.r.t. the logits or, if they are given, the hidden states. The result is None
+    on a device without values.
+    """
     first = problem.hidden if isinstance(problem, LinearProblem) else problem.student
     gradient = run()
     if isinstance(problem, LinearProblem):
@@ -88,14 +91,14 @@ def gradient_error(problem: Problem | LinearProblem, run: Run, op: str = "") -> 
     return relative_error(gradient[rows], truth)
 
 
-def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float | None:
-    """||found - truth|| / ||truth||; None on a device without values."""
-    error = (found.double() - truth).norm() / truth.norm()
+def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float | None:
+    """||value - truth|| / ||truth||; None on a device without values."""
+    error = (value.double() - truth).norm() / truth.norm()
     return None if error.is_meta else float(error)
 
 
 def rows_in_flight(logits: torch.Tensor) -> int:
-    """How many rows of one full teacher's problem the row-resident form works at at once."""
+    """How many rows the row-resident form processes at once, with one full teacher."""
     rows, vocabulary = logits.shape
     device = plan.Device.of(logits)
     launch = plan.resident(vocabulary, logits.element_size(), rows, device)
@@ -103,15 +106,18 @@ def rows_in_flight(logits: torch.Tensor) -> int:
 
 
 def steady_rows(rows: torch.Tensor, in_flight: int) -> torch.Tensor:
-    """Of some rows those that differ in how a kernel comes to them: the first, those that programs
-    take second and third, one in the middle, the last."""
+    """Indices of the rows that a kernel reaches in different ways.
+
+    These are the first, one that a program processes second, one that it processes third, one in
+    the middle, and the last.
+    """
     count = len(rows)
     chosen = {0, in_flight, 2 * in_flight + 1, count // 2, count - 1}
     return torch.tensor(sorted(row for row in chosen if row < count), device=rows.device)
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """The most memory that tensors held at once during a run, beyond what was held before."""
+    """The most bytes that tensors hold at once during a run, beyond those held before it."""
     gc.collect()
     if device == "meta":
         run()

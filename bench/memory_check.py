@@ -1,4 +1,4 @@
-"""Small problems for `compute-sanitizer`: every form, aligned rows and others, masked rows."""
+"""Small problems for `compute-sanitizer`: each form of the kernels, rows aligned or not, masks."""
 
 import itertools
 import sys
@@ -18,9 +18,9 @@ def main(device: str) -> None:
         ids = torch.tensor([0, -100, vocabulary - 1], device=device)
         advantages = torch.ones(3, device=device)
         hybrid_loss(student, teacher, ids, advantages, divergence=divergence).loss.backward()
-        known = TopK.from_logits(teacher, 40, token_ids=ids.clamp(min=0))
-        for other in (known, Mixture([(1.0, teacher), (0.5, teacher)])):
-            hybrid_loss(student, other, ids, divergence=divergence).loss.backward()
+        top_k = TopK.from_logits(teacher, 40, token_ids=ids.clamp(min=0))
+        for swept in (top_k, Mixture([(1.0, teacher), (0.5, teacher)])):
+            hybrid_loss(student, swept, ids, divergence=divergence).loss.backward()
         terms = token_terms(student, teacher, ids, divergence=divergence)
         assert terms.divergence is not None
         terms.divergence.sum().backward()

@@ -1,4 +1,4 @@
-"""Who is measured: every way to get the same loss and gradient from the same raw logits.
+"""The implementations that are measured: all get the same loss and gradient from raw logits.
 
 A provider takes a `Problem` and returns a function that computes the mean loss and its gradient
 w.r.t. the student's logits. Adding a peer is one function and one line in `PROVIDERS`.
@@ -9,6 +9,7 @@ import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,32 +21,38 @@ from hybrid_kernels import Mixture, TopK, reference
 
 
 def random_options(device: str, seed: int = 0) -> dict[str, Any]:
-    """What torch's random functions take for numbers from a fixed seed ("meta" has no numbers)."""
+    """Arguments of torch's random functions, for numbers from a fixed seed (none on "meta")."""
     if device == "meta":
         return {"device": device}
     return {"device": device, "generator": torch.Generator(device).manual_seed(seed)}
 
 
 class Problem(NamedTuple):
-    """Raw logits `[N, V]` of both models and the divergence between them. Where `known` is given,
-    it is all that anybody knows of the teacher."""
+    """Raw logits of both models, and the divergence between them.
+
+    Attributes:
+        student: `[N, V]`.
+        teacher: `[N, V]`.
+        divergence: its name.
+        mask: bool `[N]`, the rows that count; None for all.
+        top_k: for providers of top-K losses, all that they may know of the teacher.
+    """
 
     student: Tensor
     teacher: Any
     divergence: str
     mask: Tensor | None = None
-    known: TopK | None = None
+    top_k: TopK | None = None
 
     @property
     def loss_scale(self) -> float:
-        """As a GradScaler would have it: fp16 can't hold the gradient of a mean over many rows."""
+        """Of fp16, as with a GradScaler: it can't hold the gradient of a mean over many rows."""
         return 2.0**16 if self.student.dtype == torch.float16 else 1.0
 
     @classmethod
     def random(
         cls,
-        rows: int,
-        vocabulary: int,
+        shape: tuple[int, int],
         dtype: torch.dtype,
         divergence: str,
         device: str = "cpu",
@@ -53,37 +60,47 @@ class Problem(NamedTuple):
         masked: float = 0.0,
         support: int = 0,
     ) -> "Problem":
-        """Logits of spread 2 nats whose teacher differs by `noise` nats, from a fixed seed.
+        """Random logits from a fixed seed.
 
-        `masked` is the share of rows that don't count; `support` the K of a top-K teacher, as a
-        server returns it.
+        Args:
+            shape: N and V.
+            dtype: of the logits, whose standard deviation is 2 nats.
+            divergence: its name.
+            device: where the tensors are.
+            noise: standard deviation of the teacher's logits from the student's, in nats.
+            masked: the share of rows that don't count.
+            support: K of a top-K teacher; 0 for a full one.
         """
         options = random_options(device)
-        student = torch.empty(rows, vocabulary, dtype=dtype, device=device)
+        student = torch.empty(shape, dtype=dtype, device=device)
         teacher = torch.empty_like(student)
         for z, w in zip(student.split(1024), teacher.split(1024), strict=True):
             logits = 2 * torch.randn(z.shape, **options)
             z.copy_(logits)
             w.copy_(logits + noise * torch.randn(z.shape, **options))
-        mask = torch.rand(rows, **options) >= masked if masked else None
-        known = TopK.from_logits(teacher, support) if support else None
-        return cls(student.requires_grad_(), teacher, divergence, mask, known)
+        mask = torch.rand(len(student), **options) >= masked if masked else None
+        top_k = TopK.from_logits(teacher, support) if support else None
+        return cls(student.requires_grad_(), teacher, divergence, mask, top_k)
 
 
 Run = Callable[[], Tensor]
 
+# The weights of a generalised JSD, by which peers select a divergence.
+JSD_BETA = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": 0.5}
+KL_AND_JSD = tuple(JSD_BETA)
+
 
 class Provider(NamedTuple):
-    """How to run a peer, what it needs and what it can do.
+    """How to run an implementation, what it needs and what it can do.
 
     Attributes:
-        make: `Problem` (or `linear.LinearProblem`) -> function that computes the gradient.
+        make: takes a `Problem` or a `LinearProblem`, returns a function that computes the gradient.
         needs: the package that must be installed; None for torch alone.
         gpu_only: whether it has no CPU version.
-        divergences: those that it has.
-        op: what it computes.
-        moved: logits read and gradients written, in entries per entry, of the fastest such program.
-        is_gradient: whether its gradient is that of the dense term, which the oracle checks.
+        divergences: the names of those that it computes.
+        op: the operation; only providers with the same one compute the same.
+        moved: how many tensors of the size of the logits the operation has to read and write.
+        is_gradient: whether it returns the gradient of the dense term, which the oracle checks.
     """
 
     make: Callable[[Any], Run]
@@ -95,7 +112,7 @@ class Provider(NamedTuple):
     is_gradient: bool = True
 
     def missing(self) -> str | None:
-        """Why this machine can't run it."""
+        """Why this machine can't run it; None if it can."""
         if self.needs and importlib.util.find_spec(self.needs) is None:
             return f"{self.needs} is not installed"
         if self.gpu_only and not torch.cuda.is_available():
@@ -103,69 +120,48 @@ class Provider(NamedTuple):
         return None
 
 
-def ours(problem: Problem) -> Run:
-    """`hybrid_loss`, the dense term alone."""
-    return lambda: _backward(
-        problem,
-        hybrid_kernels.hybrid_loss(
-            problem.student, problem.teacher, mask=problem.mask, divergence=problem.divergence
-        ).loss,
-    )
+def ours(problem: Problem, *samples: Any, **options: Any) -> Run:
+    """`hybrid_loss`; without samples (token ids and advantages) it is the dense term alone."""
+    arguments = (problem.student, problem.teacher, *samples)
+    options |= {"mask": problem.mask, "divergence": problem.divergence}
+    return lambda: _backward(problem, hybrid_kernels.hybrid_loss(*arguments, **options).loss)
 
 
 def ours_top_k(problem: Problem) -> Run:
     """`hybrid_loss` from K log-probabilities of the teacher, with the tail as a bucket."""
-    assert problem.known is not None
-    problem = problem._replace(teacher=problem.known)
-    return ours(problem)
+    return ours(problem._replace(teacher=_top_k(problem)))
+
+
+def _top_k(problem: Problem) -> TopK:
+    assert problem.top_k is not None
+    return problem.top_k
 
 
 def select(problem: Problem) -> Run:
-    """What a support of the student's best entries costs before the loss."""
-    assert problem.known is not None
-    size = problem.known.ids.shape[-1]
+    """The choice of the student's K best entries, which precedes a loss on such a support."""
+    size = _top_k(problem).ids.shape[-1]
     return lambda: problem.student.detach().topk(size).indices
 
 
 def ours_two_teachers(problem: Problem) -> Run:
-    """`hybrid_loss` from two teachers, whose logits are never averaged in memory."""
+    """`hybrid_loss` from a mixture of two teachers."""
     mixture = Mixture([(1.0, problem.teacher), (0.5, problem.teacher.flip(0))])
     return ours(problem._replace(teacher=mixture))
 
 
 def ours_hybrid(problem: Problem) -> Run:
-    """`hybrid_loss` with the policy-gradient and entropy terms in the same gradient."""
-    ids, advantages = _samples(problem)
-    return lambda: _backward(
-        problem,
-        hybrid_kernels.hybrid_loss(
-            problem.student,
-            problem.teacher,
-            ids,
-            advantages,
-            entropy_weight=0.01,
-            divergence=problem.divergence,
-        ).loss,
-    )
+    """`hybrid_loss` with the policy-gradient and entropy terms."""
+    return ours(problem, *_samples(problem), entropy_weight=0.01)
 
 
 def ours_callable(problem: Problem) -> Run:
     """`hybrid_loss` with advantages that depend on the fresh statistics: two launches."""
     ids, advantages = _samples(problem)
-    return lambda: _backward(
-        problem,
-        hybrid_kernels.hybrid_loss(
-            problem.student,
-            problem.teacher,
-            ids,
-            lambda terms: advantages * (terms.entropy - terms.entropy.mean()),
-            divergence=problem.divergence,
-        ).loss,
-    )
+    return ours(problem, ids, lambda t: advantages * (t.entropy - t.entropy.mean()))
 
 
 def ours_token_terms(problem: Problem) -> Run:
-    """`token_terms`, and a backward with an upstream gradient of its own for every row."""
+    """`token_terms`, and a backward with a different upstream gradient for each row."""
     upstream = _samples(problem)[1]
     return lambda: _backward(problem, (_divergences(problem) * upstream).sum())
 
@@ -184,13 +180,13 @@ def _divergences(problem: Problem) -> Tensor:
 
 
 def copy(problem: Problem) -> Run:
-    """A copy of the student's logits: the bandwidth that the others are measured against."""
+    """A copy of the student's logits, whose bandwidth is the reference for the others."""
     target = torch.empty_like(problem.teacher)
     return lambda: target.copy_(problem.student.detach())
 
 
 def add(problem: Problem) -> Run:
-    """Both logits read and one tensor written, as a loss and its gradient have to."""
+    """An addition, which reads and writes as many tensors as a loss and its gradient."""
     target = torch.empty_like(problem.teacher)
     return lambda: torch.add(problem.student.detach(), problem.teacher, out=target)
 
@@ -201,7 +197,7 @@ def read(problem: Problem) -> Run:
 
 
 def _composition(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
-    """What a user writes: log_softmax of both sides in fp32, then the formula, under autograd."""
+    """The loss as a user would write it, from log_softmax of both sides in fp32."""
     log_p, log_q = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
     if divergence == "reverse_kl":
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
@@ -214,40 +210,34 @@ def _composition(student: Tensor, teacher: Tensor, divergence: str) -> Tensor:
     return 0.5 * value.sum(-1).mean()
 
 
-def _top_k_composition(student: Tensor, known: TopK) -> Tensor:
-    """What a careful user writes for the reverse KL: the tail of both sides by logsumexp."""
+def _top_k_composition(student: Tensor, ids: Tensor, log_q: Tensor) -> Tensor:
+    """The top-K reverse KL as a careful user would write it, with tails in logarithms."""
     log_p = student.float().log_softmax(-1)
-    own = log_p.gather(-1, known.ids)
-    log_p_tail = log_p.scatter(-1, known.ids, -torch.inf).logsumexp(-1)
-    log_q_tail = torch.log1p(-known.log_probs.exp().sum(-1))
-    value = (own.exp() * (own - known.log_probs)).sum(-1)
+    log_p_tail = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)
+    log_q_tail = torch.log1p(-log_q.exp().sum(-1))
+    log_p = log_p.gather(-1, ids)
+    value = (log_p.exp() * (log_p - log_q)).sum(-1)
     return (value + log_p_tail.exp() * (log_p_tail - log_q_tail)).mean()
 
 
-def eager_top_k(problem: Problem) -> Run:
-    """The top-K composition in eager torch."""
-    assert problem.known is not None
-    known = problem.known
-    return lambda: _backward(problem, _top_k_composition(problem.student, known))
+def composed_top_k(problem: Problem, composition: Callable = _top_k_composition) -> Run:
+    """The top-K composition in eager torch, or as it is given."""
+    arguments = (problem.student, _top_k(problem).ids, _top_k(problem).log_probs)
+    return lambda: _backward(problem, composition(*arguments))
 
 
 def compiled_top_k(problem: Problem) -> Run:
     """The top-K composition under `torch.compile`."""
-    assert problem.known is not None
-    known = problem.known
-    # (Not the dataclass, which the compiler would guard.)
-    ids, log_probs = known.ids, known.log_probs
-    composition = torch.compile(lambda z, i, q: _top_k_composition(z, TopK(i, q)), dynamic=False)
-    return lambda: _backward(problem, composition(problem.student, ids, log_probs))
+    return composed_top_k(problem, torch.compile(_top_k_composition, dynamic=False))
 
 
 def eager_two_teachers(problem: Problem) -> Run:
-    """The composition twice, in eager torch."""
-    other = problem.teacher.flip(0)
+    """The composition in eager torch, once for each of two teachers."""
+    second_teacher = problem.teacher.flip(0)
 
     def run() -> Tensor:
         first = _composition(problem.student, problem.teacher, problem.divergence)
-        second = _composition(problem.student, other, problem.divergence)
+        second = _composition(problem.student, second_teacher, problem.divergence)
         return _backward(problem, first + 0.5 * second)
 
     return run
@@ -264,13 +254,9 @@ def compiled(problem: Problem, mode: str = "default") -> Run:
     return lambda: _backward(problem, composition(*problem[:3]))
 
 
-def compiled_autotuned(problem: Problem) -> Run:
-    return compiled(problem, "max-autotune-no-cudagraphs")
-
-
 def speculators(problem: Problem) -> Run:
-    """The fused losses of speculators (Apache-2.0): raw logits in, per token out."""
-    # Its packages import servers and data sets; the losses need none of them.
+    """The fused losses of speculators (Apache-2.0), which map raw logits to a loss per token."""
+    # Its packages import servers and data sets, which the losses don't need.
     _without_init("speculators", "speculators.losses", "speculators.utils")
     fused = importlib.import_module("speculators.losses.fused")
     functions = {
@@ -283,10 +269,9 @@ def speculators(problem: Problem) -> Run:
 
 
 def liger(problem: Problem) -> Run:
-    """Liger's divergence of log-probabilities, both log_softmax included."""
+    """Liger's divergence of log-probabilities, with the log_softmax of both sides."""
     module = importlib.import_module("liger_kernel.transformers.jsd")
-    beta = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": 0.5}[problem.divergence]
-    loss = module.LigerJSD(beta=beta)
+    loss = module.LigerJSD(beta=JSD_BETA[problem.divergence])
 
     def run() -> Tensor:
         log_p = problem.student.log_softmax(-1, dtype=torch.float32)
@@ -298,11 +283,11 @@ def liger(problem: Problem) -> Run:
 
 def _without_init(root: str, *names: str) -> None:
     """Registers packages of an installed distribution without running their `__init__`."""
-    found = importlib.util.find_spec(root)
-    assert found is not None
-    assert found.submodule_search_locations
+    root_spec = importlib.util.find_spec(root)
+    assert root_spec is not None
+    assert root_spec.submodule_search_locations
     for name in (root, *names):
-        folder = Path(found.submodule_search_locations[0], *name.split(".")[1:])
+        folder = Path(root_spec.submodule_search_locations[0], *name.split(".")[1:])
         spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
         spec.submodule_search_locations = [str(folder)]
         sys.modules.setdefault(name, importlib.util.module_from_spec(spec))
@@ -322,8 +307,7 @@ def _backward(problem: Problem, loss: Tensor) -> Tensor:
     return problem.student.grad
 
 
-_WRITTEN = ("reverse_kl", "forward_kl", "jeffreys", "jsd")
-_KL_AND_JSD = ("reverse_kl", "forward_kl", "jsd")
+_COMPOSED = ("reverse_kl", "forward_kl", "jeffreys", "jsd")
 
 PROVIDERS: dict[str, Provider] = {
     "copy": Provider(copy, op="copy", moved=2, is_gradient=False),
@@ -339,31 +323,28 @@ PROVIDERS: dict[str, Provider] = {
     "hybrid_kernels, top-K": Provider(ours_top_k, moved=2),
     "torch.topk": Provider(select, op="support selection", moved=1, is_gradient=False),
     "hybrid_kernels, two teachers": Provider(ours_two_teachers, moved=4, is_gradient=False),
-    "torch eager, top-K": Provider(eager_top_k, divergences=("reverse_kl",)),
+    "torch eager, top-K": Provider(composed_top_k, divergences=("reverse_kl",)),
     "torch.compile, top-K": Provider(compiled_top_k, divergences=("reverse_kl",)),
     "torch eager, two teachers": Provider(eager_two_teachers, is_gradient=False),
-    "torch eager": Provider(eager, divergences=_WRITTEN),
-    "torch.compile": Provider(compiled, divergences=_WRITTEN),
+    "torch eager": Provider(eager, divergences=_COMPOSED),
+    "torch.compile": Provider(compiled, divergences=_COMPOSED),
     "torch.compile, max-autotune": Provider(
-        compiled_autotuned, gpu_only=True, divergences=_WRITTEN
+        partial(compiled, mode="max-autotune-no-cudagraphs"), gpu_only=True, divergences=_COMPOSED
     ),
-    "speculators 0.9.0": Provider(speculators, "speculators", True, _KL_AND_JSD),
-    "Liger 0.8.5": Provider(liger, "liger_kernel", True, _KL_AND_JSD),
+    "speculators 0.9.0": Provider(speculators, "speculators", True, KL_AND_JSD),
+    "Liger 0.8.5": Provider(liger, "liger_kernel", True, KL_AND_JSD),
 }
 
 
 def oracle(problem: Problem, rows: Tensor) -> Tensor:
-    """The dense gradient of some valid rows in float64, scaled as in the mean over all of them."""
+    """The dense gradient of some valid rows in float64, as part of the mean over all valid rows."""
     student = problem.student.detach()[rows].double().requires_grad_()
     count = len(problem.student) if problem.mask is None else problem.mask.sum()
     teacher: Tensor | TopK = problem.teacher[rows].double()
-    if problem.known is not None:
-        teacher = TopK(problem.known.ids[rows], problem.known.log_probs[rows])
+    if problem.top_k is not None:
+        teacher = TopK(problem.top_k.ids[rows], problem.top_k.log_probs[rows])
     result = reference.hybrid_loss(
-        student,
-        teacher,
-        divergence=problem.divergence,
-        num_tokens=count,
+        student, teacher, divergence=problem.divergence, num_tokens=count
     )
     (result.loss * problem.loss_scale).backward()
     assert student.grad is not None

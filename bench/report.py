@@ -7,21 +7,20 @@ from typing import Any
 
 from bench.summary import Row
 
-# The largest relative error of a gradient that counts as the right one: rounding of the entries to
-# their dtype, and what fp32 arithmetic may lose.
+# The largest relative error of a right gradient; rounding to its dtype and fp32 sums cause less.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 2e-3}
-# What is no loss, but a bound for one.
+# Operations whose times are bounds for that of a loss.
 ALONE = ("copy", "add", "read", "gemms")
 CASE = ("n", "v", "d", "dtype", "divergence", "inputs")
 
 
 def is_right(row: Row) -> bool:
-    """Whether a row may be shown as a result."""
+    """Whether the gradient of a row is precise enough to show its times."""
     return row["grad_error"] is None or row["grad_error"] <= TOLERANCE[row["dtype"]]
 
 
 def render(folder: Path) -> str:
-    """The tables of a folder as Markdown, and its plots as files in it."""
+    """Returns the tables of a folder as Markdown; writes them and the plots to it."""
     rows: list[Row] = json.loads((folder / "summary.json").read_text())
     stamp = json.loads((folder / "raw.json").read_text())["machine_info"]["hybrid_kernels"]
     right = [row for row in rows if is_right(row)]
@@ -42,7 +41,7 @@ def tables(rows: list[Row]) -> Iterable[str]:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """One case: the same problem for every provider, relative to torch eager where it ran."""
+    """The table of one case, with a line for each provider, relative to torch eager if it ran."""
     first = rows[0]
     sizes = f"N={first['n']:,}, V={first['v']:,}"
     sizes += f", D={first['d']:,}" if first["d"] else ""
@@ -87,7 +86,7 @@ def _ms(value: float) -> str:
 
 
 def wrong(rows: list[Row]) -> Iterable[str]:
-    """A line for each row that may not be shown as a result."""
+    """A line for each row whose gradient is wrong."""
     for row in rows:
         if not is_right(row):
             case = ", ".join(str(row[key]) for key in CASE if row[key])
@@ -102,7 +101,7 @@ def _left_out(stamp: dict[str, Any]) -> Iterable[str]:
 
 
 def plot(folder: Path, rows: list[Row]) -> None:
-    """Fraction of the floor, time against peers and memory: over V, or as bars for a single V."""
+    """Plots fractions of the floor, times and memory: against V, or as bars if there is one V."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -129,7 +128,7 @@ def plot(folder: Path, rows: list[Row]) -> None:
 
 
 def _draw(axis, rows: list[Row], series: str, value: str, title: str) -> None:
-    """One line for each of `series` over V; bars where there is one V."""
+    """Draws a line against V for each value of the key `series`; bars if there is one V."""
     rows = [row for row in rows if row[value] is not None]
     vocabularies = sorted({row["v"] for row in rows})
     names = list(dict.fromkeys(row[series] for row in rows))
@@ -150,7 +149,7 @@ def _draw(axis, rows: list[Row], series: str, value: str, title: str) -> None:
 
 
 def _largest_family(rows: list[Row]) -> list[Row]:
-    """The rows of the divergence, N and dtype that have been measured most."""
+    """The rows with the divergence, N and dtype that have the most rows."""
     plain = [row for row in rows if not row["inputs"]]
     keys = [(row["divergence"], row["n"], row["dtype"]) for row in plain]
     best = max(dict.fromkeys(keys), key=keys.count)

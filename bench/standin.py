@@ -1,9 +1,9 @@
-"""A stand-in for a GPU: everything that a launch does on the host, and no launch.
+"""A stand-in for a GPU: everything that a launch does on the host, without the launch.
 
-Triton asks its driver what to compile for, hands it the binary and has it launched. The driver here
+Triton asks its driver what to compile for, and gives it the binary to launch. The driver here
 answers for a GPU that is elsewhere and launches nothing. Tensors are on the device "meta": they
-have shapes and strides, no memory, and an address of 0, aligned as what CUDA's allocator returns.
-So the public functions choose, specialise and compile the very kernels that they would on that GPU.
+have shapes and strides, no memory, and address 0, which is aligned like CUDA's allocations. So the
+public functions choose, specialise and compile the same kernels as on that GPU.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from hybrid_kernels.triton_backend import plan
 
 
 class GPU(NamedTuple):
-    """What Triton compiles for, and what launches have to know of the device."""
+    """What Triton compiles for, and what the launchers know about the device."""
 
     target: GPUTarget
     device: plan.Device
@@ -48,8 +48,8 @@ class Driver:
     """What Triton asks of a driver.
 
     Attributes:
-        utils: itself; Triton finds what follows there.
-        launches: how many there were since it was last put in place.
+        utils: itself, since Triton looks there for `get_device_properties` and `load_binary`.
+        launches: their number since `driver_for` last made this the active driver.
     """
 
     def __init__(self, name: str) -> None:
@@ -59,7 +59,7 @@ class Driver:
         return GPUS[self.name].target
 
     def get_current_device(self) -> str:
-        return self.name  # under which Triton keeps what it has compiled in this process
+        return self.name  # Triton's key for the kernels compiled in this process
 
     def get_current_stream(self, device: str) -> int:
         return 0
@@ -80,36 +80,36 @@ class Driver:
         return launch
 
 
-# One for each GPU: what has been compiled in this process stays with the driver that launched it.
+# One for each GPU, because a compiled kernel stays with the driver that first launched it.
 _DRIVERS = {name: Driver(name) for name in GPUS}
 
 
 def _no_times(run: Callable[[], object], *_, **__) -> timing.Times:
-    """`timing.device_times` where there is no clock: no samples of one run."""
+    """Replaces `timing.device_times`: runs once, and returns no samples."""
     run()
     return timing.Times([], 0.0)
 
 
 @contextlib.contextmanager
 def driver_for(name: str) -> Iterator[Driver]:
-    """Triton compiles for a GPU of `GPUS`."""
-    own = _DRIVERS[name]
-    own.launches = 0
-    with mock.patch.object(driver, "_active", own):
-        yield own
+    """Makes Triton compile for a GPU of `GPUS`."""
+    active = _DRIVERS[name]
+    active.launches = 0
+    with mock.patch.object(driver, "_active", active):
+        yield active
 
 
 @contextlib.contextmanager
 def gpu(name: str = "sm_90", compiles: bool = True) -> Iterator[Driver]:
-    """The functions of the package run on meta tensors as on a GPU of `GPUS`, without results.
+    """Makes the package treat meta tensors as on a GPU of `GPUS`; results have no values.
 
     Args:
         name: the GPU.
-        compiles: whether kernels are compiled; otherwise launches are counted and no more.
+        compiles: whether kernels are compiled; otherwise launches are only counted.
     """
     fakes = [operator._abstract_fn for operator in _OPERATORS]
     with contextlib.ExitStack() as stack:
-        own = stack.enter_context(driver_for(name))
+        active = stack.enter_context(driver_for(name))
 
         def patch(owner: Any, attribute: str, value: Any) -> None:
             stack.enter_context(mock.patch.object(owner, attribute, value))
@@ -119,8 +119,8 @@ def gpu(name: str = "sm_90", compiles: bool = True) -> Iterator[Driver]:
         patch(timing, "device_times", _no_times)
         patch(fx_config, "meta_nonzero_assume_all_nonzero", True)  # no row is masked
         if not compiles:
-            patch(triton.JITFunction, "run", lambda kernel, *_, **options: own.launcher_cls(0, 0)())
+            patch(triton.JITFunction, "run", lambda *_, **__: active.launcher_cls(0, 0)())
         for operator, fake in zip(_OPERATORS, fakes, strict=True):
             operator.register_fake(operator._init_fn)  # which torch calls on meta tensors
             stack.callback(operator.register_fake, fake)
-        yield own
+        yield active

@@ -1,4 +1,4 @@
-"""What is measured: cases, and the lists of them for a CPU. (Those for a GPU: `gpu/stages.py`.)"""
+"""The cases that are measured on a CPU; `gpu/stages.py` lists those for a GPU."""
 
 from typing import Any, NamedTuple
 
@@ -22,8 +22,17 @@ TWO_TEACHERS = ("hybrid_kernels, two teachers", "torch eager, two teachers")
 
 
 class Case(NamedTuple):
-    """One row of the results. `inputs` names logits other than the usual random ones; `size` is D
-    where the problem is given by hidden states."""
+    """What one row of the results is measured on.
+
+    Attributes:
+        provider: a key of `PROVIDERS` or, from hidden states, of `LINEAR_PROVIDERS`.
+        rows: N.
+        vocabulary: V.
+        dtype: of the inputs.
+        divergence: its name.
+        inputs: a key of `INPUTS`; empty for ordinary logits.
+        size: D from hidden states; 0 from logits.
+    """
 
     provider: str
     rows: int
@@ -40,7 +49,7 @@ class Case(NamedTuple):
         return "-".join(str(part) for part in parts if part)
 
 
-# Arguments of `Problem.random` by the name of the inputs.
+# Arguments of `Problem.random`.
 INPUTS: dict[str, dict[str, Any]] = {
     "": {},
     "close models": {"noise": 0.02},
@@ -50,7 +59,7 @@ INPUTS: dict[str, dict[str, Any]] = {
 
 
 def quick() -> list[Case]:
-    """Under two minutes on two cores."""
+    """A suite that takes less than two minutes on two cores."""
     return [
         Case(provider, 64, 32000, torch.float32, divergence)
         for divergence in ("reverse_kl", "jsd")
@@ -59,7 +68,7 @@ def quick() -> list[Case]:
 
 
 def cpu() -> list[Case]:
-    """The sizes of the targets, on any machine without a GPU."""
+    """Problems with 256 rows of V=151,936."""
     main = [
         Case(provider, 256, 151936, dtype, divergence)
         for dtype in (torch.float32, torch.bfloat16)
@@ -82,7 +91,7 @@ def cpu() -> list[Case]:
 
 
 def linear_cpu() -> list[Case]:
-    """From hidden states, the sizes of the targets; TRL is what a user would take instead."""
+    """Problems from hidden states, with V=151,936 and D=1,024."""
     main = ("four GEMMs alone", LINEAR, "TRL 1.16, divergence + log-prob", "torch eager")
     others = (
         "hybrid_kernels, dense",

@@ -1,4 +1,4 @@
-"""Rows of results: what is derived from times, and `summary.json`, which is a list of rows."""
+"""Rows of results: what is derived from times, and `summary.json`, a list of rows."""
 
 import importlib.metadata
 import json
@@ -13,21 +13,30 @@ PERCENTILES = {"p20_ms": 0.2, "median_ms": 0.5, "p80_ms": 0.8}
 
 
 def percentiles(ms: list[float]) -> Row:
-    """Of some samples; None where there are none."""
+    """Percentiles of some times; None if there are none."""
     times = sorted(ms)
     at = {name: round(share * (len(times) - 1)) for name, share in PERCENTILES.items()}
     return {name: round(times[i], 4) if times else None for name, i in at.items()}
 
 
 def versions() -> dict[str, str | None]:
-    """Of what figures depend on; None for a package that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """The versions that figures depend on; None for a package that is not installed."""
+    installed: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("torch", "triton", "transformers"):
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+            installed[package] = None
+    return installed
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
 
 
 def summarise(raw: dict) -> list[Row]:
@@ -43,22 +52,22 @@ def summarise(raw: dict) -> list[Row]:
 
 
 def with_floors(rows: list[Row]) -> list[Row]:
-    """The rows with what their times are measured against.
+    """The rows with lower bounds of their times, as fractions of the median times.
 
-    `floor_fraction` is the time that the fewest bytes would take at the bandwidth of a copy of the
-    same logits (the best of these rows, of the same dtype and size or else the nearest size), over
-    the median time; `add_fraction` the same of an addition, which reads two and writes one as a
-    loss does. From hidden states it is the time of the four GEMMs alone over the median time.
+    From logits, `floor_fraction` is the time that the fewest bytes would take at the bandwidth of a
+    copy, `add_fraction` at that of an addition, which reads two tensors and writes one like a loss.
+    The best copy and addition of the same dtype and the nearest size count. From hidden states,
+    `floor_fraction` is the time of the four GEMMs alone.
     """
-    found = []
+    result = []
     for row in rows:
         floors: Row = {"floor_fraction": None}
         if row["d"]:
             key = ("n", "v", "d", "dtype")
-            alike = (o for o in rows if o["op"] == "gemms" and all(o[k] == row[k] for k in key))
-            bare = next(alike, None)
-            if bare is not None:
-                floors["floor_fraction"] = round(bare["median_ms"] / row["median_ms"], 4)
+            same = (o for o in rows if o["op"] == "gemms" and all(o[k] == row[k] for k in key))
+            gemms = next(same, None)
+            if gemms is not None:
+                floors["floor_fraction"] = round(gemms["median_ms"] / row["median_ms"], 4)
         else:
             copy, add = (_nearest(row, rows, op) for op in ("copy", "add"))
             if copy is not None:
@@ -66,12 +75,12 @@ def with_floors(rows: list[Row]) -> list[Row]:
                 floors["copy_tb_s"] = round(copy["floor_bytes"] / copy["median_ms"] / 1e9, 4)
             if add is not None:
                 floors["add_fraction"] = _fraction(row, add)
-        found.append({**row, **floors})
-    return found
+        result.append({**row, **floors})
+    return result
 
 
 def _nearest(row: Row, rows: list[Row], op: str) -> Row | None:
-    """The best measurement of plain traffic that is most like a row."""
+    """The fastest row of an operation with the same dtype, if there is one, and nearest size."""
     measured = [other for other in rows if other["op"] == op]
     same = [other for other in measured if other["dtype"] == row["dtype"]] or measured
     size = row["n"] * row["v"]
@@ -84,7 +93,7 @@ def _fraction(row: Row, plain: Row) -> float:
 
 
 def write(folder: Path) -> list[Row]:
-    """Writes `summary.json` beside a folder's `raw.json`."""
+    """Writes the `summary.json` of a folder with a `raw.json`."""
     rows = summarise(json.loads((folder / "raw.json").read_text()))
     (folder / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
     return rows

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every GPU family we name; the shipped ones are as they should be."""
+"""Every kernel compiles for every supported GPU family, within bounds on spills and costs."""
 
 import itertools
 
@@ -9,18 +9,28 @@ from hybrid_kernels.divergences import FAMILIES
 
 pytest.importorskip("triton", reason="needs Triton's compiler")
 
-from bench import aot, machine_code, standin
+from bench import standin
+from bench.aot import machine_code, report
+from bench.aot.compile import (
+    MODES,
+    SWEEPS,
+    Configuration,
+    compile_marks,
+    compile_rows,
+    compile_scale,
+    compile_values,
+)
 from hybrid_kernels.triton_backend import plan
 
 pytestmark = pytest.mark.skipif(
     plan.INTERPRETED, reason="compiles ahead of time, which TRITON_INTERPRET=1 turns off"
 )
 
-OTHERS = [name for name in FAMILIES if name not in aot.KINDS]
+OTHERS = [name for name in FAMILIES if name not in report.KINDS]
 OPTIONS = {
     "floor": {"teacher_floor": -20.0},
     "distillation-only": {"policy_gradient": False, "mask": False},
-    "policy-gradient-only": {"distil": False},
+    "policy-gradient-only": {"teachers": 0},
 }
 TEACHERS = {
     "top-32": {"support": 32},
@@ -33,27 +43,26 @@ TEACHERS = {
     "three": {"teachers": 3},
 }
 
-# The row-resident form is for NVIDIA GPUs; other tests compile for sm_90.
 full = pytest.mark.full
+# The row-resident form is for NVIDIA GPUs alone. The tests without a GPU's name compile for sm_90.
 ONE_MODE = [("sm_80", "resident"), ("sm_100", "resident"), ("gfx942", "sweeping")]
 ELSEWHERE = [
     pytest.param(gpu, mode, marks=[full] * ((gpu, mode) not in ONE_MODE))
     for gpu in standin.GPUS
-    for mode in aot.MODES
+    for mode in MODES
     if gpu != "sm_90" and (gpu, mode) != ("gfx942", "resident")
 ]
 
-every_dtype = pytest.mark.parametrize("dtype", aot.DTYPES, ids=str)
-every_sweep = pytest.mark.parametrize("mode", ["sweeping", "statistics", "gradient"])
+every_dtype = pytest.mark.parametrize("dtype", report.DTYPES, ids=str)
+every_sweep = pytest.mark.parametrize("mode", SWEEPS)
 
-SWEEPS = [mode for mode in aot.MODES if mode != "resident"]
-# Bytes of the stack that the row-resident form may use: a few of a row's numbers, not its logits,
-# of which a thread holds hundreds. Where it meets once, they are fewer.
+# Bytes of the stack that the row-resident form may use, for a few numbers of a row. Its logits
+# would be hundreds in each thread. Where programs meet once, fewer numbers are spilled.
 SCALARS = 96
 FEW_SCALARS = 16
-# What an entry of 16 bits may cost there in instructions, and a row in barriers. (At V = 32,000 JSD
-# leaves a ninth of its lanes empty, and takes 55.)
+# How many instructions the row-resident form may take for a 16-bit entry, and barriers for a row.
 INSTRUCTIONS = {"reverse_kl": 32.0, "forward_kl": 34.0, "jeffreys": 37.0, "jsd": 51.0}
+JSD_AT_32000 = 55.0  # where a ninth of the lanes are empty
 BARRIERS = 10
 
 
@@ -61,15 +70,20 @@ def allowed(mode):
     return SCALARS if mode == "resident" else 0
 
 
-def assembled(compiled, gpu):
-    return compiled.kernel.asm["hsaco" if gpu == "gfx942" else "cubin"]
+def marks_of(size, gpu="sm_90"):
+    """For the kernel that sees a support's ids and no more of a call."""
+    return Configuration(target=gpu, support=size, policy_gradient=False, mask=False)
+
+
+def assembled(compiled):
+    return compiled.kernel.asm["hsaco" if compiled.configuration.target == "gfx942" else "cubin"]
 
 
 @pytest.mark.parametrize(("gpu", "mode"), ELSEWHERE)
-@pytest.mark.parametrize("divergence", aot.KINDS)
+@pytest.mark.parametrize("divergence", report.KINDS)
 def test_compiles_for_every_target(gpu, divergence, mode):
-    compiled = aot.compile_rows(gpu, 151936, torch.bfloat16, divergence, mode)
-    assert assembled(compiled, gpu)
+    compiled = compile_rows(Configuration(divergence=divergence, mode=mode, target=gpu))
+    assert assembled(compiled)
 
 
 elsewhere = pytest.mark.parametrize("gpu", [gpu for gpu in standin.GPUS if gpu != "sm_90"])
@@ -79,17 +93,17 @@ elsewhere = pytest.mark.parametrize("gpu", [gpu for gpu in standin.GPUS if gpu !
 @elsewhere
 @pytest.mark.parametrize("divergence", OTHERS)
 def test_other_divergences_compile_for_every_target(gpu, divergence):
-    compiled = aot.compile_rows(gpu, 151936, torch.bfloat16, divergence, "sweeping")
-    assert assembled(compiled, gpu)
+    compiled = compile_rows(Configuration(divergence=divergence, mode="sweeping", target=gpu))
+    assert assembled(compiled)
 
 
 @full
 @elsewhere
 @pytest.mark.parametrize("teachers", ["top-128", "three"])
 def test_other_teachers_compile_for_every_target(gpu, teachers):
-    case = (gpu, 151936, torch.bfloat16, "reverse_kl", "sweeping")
-    assert assembled(aot.compile_rows(*case, **TEACHERS[teachers]), gpu)
-    assert assembled(aot.compile_marks(gpu, 151936, torch.bfloat16, 128), gpu)
+    configuration = Configuration(mode="sweeping", target=gpu, **TEACHERS[teachers])
+    assert assembled(compile_rows(configuration))
+    assert assembled(compile_marks(marks_of(128, gpu)))
 
 
 @full
@@ -97,77 +111,72 @@ def test_other_teachers_compile_for_every_target(gpu, teachers):
 @pytest.mark.parametrize("mode", SWEEPS)
 @pytest.mark.parametrize("vocabulary", [50257, 151936])
 def test_other_teachers_spill_nothing(vocabulary, mode, teachers):
-    case = ("sm_90", vocabulary, torch.bfloat16, "reverse_kl", mode)
-    compiled = aot.compile_rows(*case, **TEACHERS[teachers])
+    compiled = compile_rows(Configuration(vocabulary, mode=mode, **TEACHERS[teachers]))
     assert machine_code.resources(compiled).spilled == 0
 
 
 @pytest.mark.parametrize("size", [32, 128, 1024])
 def test_a_support_is_marked_without_spills(size):
-    compiled = aot.compile_marks("sm_90", 151936, torch.bfloat16, size)
+    compiled = compile_marks(marks_of(size))
     assert machine_code.resources(compiled).spilled == 0
 
 
 @pytest.mark.parametrize("gpu", standin.GPUS)
 @pytest.mark.parametrize("vocabulary", [50257, 151936])
 def test_scale_kernel_compiles(gpu, vocabulary):
-    compiled = aot.compile_scale(gpu, vocabulary, torch.bfloat16)
-    assert assembled(compiled, gpu)
+    assert assembled(compile_scale(Configuration(vocabulary, target=gpu)))
 
 
 @every_dtype
 @pytest.mark.parametrize("vocabulary", [128, 151936, pytest.param(50257, marks=full)])
-@pytest.mark.parametrize("divergence", aot.KINDS)
+@pytest.mark.parametrize("divergence", report.KINDS)
 def test_the_row_resident_form(divergence, vocabulary, dtype):
     assert_lean(divergence, vocabulary, dtype)
 
 
 @full
-@pytest.mark.parametrize("vocabulary", [v for v in aot.VOCABULARIES if v not in (50257, 151936)])
-@pytest.mark.parametrize("divergence", aot.KINDS)
+@pytest.mark.parametrize("vocabulary", [v for v in report.VOCABULARIES if v not in (50257, 151936)])
+@pytest.mark.parametrize("divergence", report.KINDS)
 def test_the_row_resident_form_of_other_vocabularies(divergence, vocabulary):
     assert_lean(divergence, vocabulary, torch.bfloat16)
 
 
 def assert_lean(divergence, vocabulary, dtype):
-    """Each logit read once and each gradient written once, in 128-bit pieces; few spills; a later
-    row's loads that nothing touches before the meeting."""
-    shipped = aot.compile_rows("sm_90", vocabulary, dtype, divergence, "resident")
-    spilled = machine_code.resources(shipped).spilled
+    """Each logit is read once and each gradient written once, in 128-bit accesses; few numbers are
+    spilled; nothing touches a later row's loads before the meeting."""
+    configuration = Configuration(vocabulary, dtype, divergence)
+    spilled = machine_code.resources(compile_rows(configuration)).spilled
     assert spilled <= (FEW_SCALARS if FAMILIES[divergence].one_sweep else SCALARS)
     if vocabulary == 128:
-        return  # a program holds fewer entries than its threads have room for
-    main = aot.compile_rows(
-        "sm_90", vocabulary, dtype, divergence, "resident", mask=False, small=False
-    )
-    exponentials = aot.EXPONENTIALS[divergence]
-    cost = machine_code.cost(main, exponentials)
-    # A slice fills its last tile in part; what is not there is not read.
-    room = main.launch.room(dtype.itemsize) / main.launch.slice_v
+        return  # the threads of a program have room for more entries than there are
+    main = compile_rows(configuration._replace(mask=False, small=False))
+    cost = machine_code.cost(main)
+    # A slice fills its last tile in part, and the rest of the tile is not read.
+    room = main.form.room(dtype.itemsize) / main.form.slice_v
     assert cost.loaded == pytest.approx(2 * dtype.itemsize * room)
-    # (Or not stored: a warp may have nothing of that tile.)
+    # The path may skip the stores of that tile, in which a warp may have no entries.
     assert dtype.itemsize <= cost.stored <= dtype.itemsize * room + 1e-6
-    # A row's scalars and, where it has them, its edges. A slice by single entries would be 20 more.
+    # A row's scalars and, if it has them, its edges. A slice by single entries would take 20 more.
     assert cost.narrow < 40
     assert cost.converted == 0
     if dtype == torch.bfloat16:
         filled = (divergence, vocabulary) != ("jsd", 32000)
-        assert cost.instructions <= (INSTRUCTIONS[divergence] if filled else 55.0)
-        # (More programs than lanes of a warp meet by way of shared memory.)
-        assert cost.barriers <= BARRIERS * (2 if main.launch.splits > 32 else 1)
-    order = machine_code.order(main, exponentials)
+        assert cost.instructions <= (INSTRUCTIONS[divergence] if filled else JSD_AT_32000)
+        # If more programs meet than a warp has lanes, they do so by way of shared memory.
+        assert cost.barriers <= BARRIERS * (2 if main.form.splits > 32 else 1)
+    order = machine_code.order(main)
     if FAMILIES[divergence].one_sweep:
-        assert order.ahead == 2 * main.launch.tiles
+        assert order.ahead == 2 * main.form.tiles
         assert order.early == 0
-        assert order.late <= 3  # the sampled token and its logits, which nothing waits for
+        assert order.late <= 3  # the sampled token and its logits, which no instruction waits for
 
 
 @every_dtype
 @every_sweep
 @pytest.mark.parametrize("vocabulary", [128, 50257, 151936])
-@pytest.mark.parametrize("divergence", aot.KINDS)
+@pytest.mark.parametrize("divergence", report.KINDS)
 def test_the_sweeping_form_spills_nothing(divergence, vocabulary, mode, dtype):
-    compiled = aot.compile_rows("sm_90", vocabulary, dtype, divergence, mode)
+    compiled = compile_rows(Configuration(vocabulary, dtype, divergence, mode))
     assert machine_code.resources(compiled).spilled == 0
 
 
@@ -175,47 +184,47 @@ def test_the_sweeping_form_spills_nothing(divergence, vocabulary, mode, dtype):
 @every_sweep
 @pytest.mark.parametrize("divergence", OTHERS)
 def test_the_sweeping_form_of_others_spills_nothing(divergence, mode):
-    compiled = aot.compile_rows("sm_90", 151936, torch.bfloat16, divergence, mode)
+    compiled = compile_rows(Configuration(divergence=divergence, mode=mode))
     assert machine_code.resources(compiled).spilled == 0
 
 
 @pytest.mark.parametrize("divergence", FAMILIES)
 @pytest.mark.parametrize("gpu", standin.GPUS)
 def test_a_part_of_the_vocabulary_compiles(gpu, divergence):
-    """On one of them with a floor, two teachers, and a single row, which is a constant."""
-    options = {"teacher_floor": -20.0, "teachers": 2, "count": 1} if gpu == "sm_90" else {}
-    for one in ({}, *({name: value} for name, value in options.items())):
-        compiled = aot.compile_values(gpu, 151936 // 8, torch.bfloat16, divergence, **one)
-        assert assembled(compiled, gpu)
+    """And on sm_90 with a floor, with two teachers, and with one row, which is a constant."""
+    options = {"teacher_floor": -20.0, "teachers": 2, "num_rows": 1} if gpu == "sm_90" else {}
+    for option in ({}, *({name: value} for name, value in options.items())):
+        configuration = Configuration(151936 // 8, divergence=divergence, target=gpu, **option)
+        compiled = compile_values(configuration)
+        assert assembled(compiled)
         if gpu != "gfx942":
-            assert machine_code.resources(compiled).spilled == 0, one
+            assert machine_code.resources(compiled).spilled == 0, option
 
 
 @pytest.mark.parametrize(
     ("divergence", "options"),
     [
         *itertools.product(["reverse_kl", "jsd"], ["floor", "distillation-only"]),
-        ("reverse_kl", "policy-gradient-only"),  # in which there is no divergence
+        ("reverse_kl", "policy-gradient-only"),  # which computes no divergence
     ],
 )
-@pytest.mark.parametrize("mode", aot.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_options_spill_scalars_at_most(mode, divergence, options):
-    case = ("sm_90", 151936, torch.bfloat16, divergence, mode)
-    compiled = aot.compile_rows(*case, **OPTIONS[options])
+    configuration = Configuration(divergence=divergence, mode=mode, **OPTIONS[options])
+    compiled = compile_rows(configuration)
     assert machine_code.resources(compiled).spilled <= allowed(mode)
 
 
-@pytest.mark.parametrize("mode", aot.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_a_single_row_compiles(mode):
-    compiled = aot.compile_rows("sm_90", 1000, torch.bfloat16, "reverse_kl", mode, count=1)
-    assert compiled.kernel.asm["cubin"]
+    assert assembled(compile_rows(Configuration(1000, mode=mode, num_rows=1)))
 
 
 @every_dtype
 @pytest.mark.parametrize("mode", ["statistics", "gradient"])
 @pytest.mark.parametrize("vocabulary", [50257, 151936])
 def test_sweeping_tiles_move_in_128_bits(dtype, mode, vocabulary):
-    compiled = aot.compile_rows("sm_90", vocabulary, dtype, "reverse_kl", mode)
+    compiled = compile_rows(Configuration(vocabulary, dtype, mode=mode))
     names = {i.name for i in machine_code.instructions(compiled)}
     assert "LDG.E.128" in names
     assert ("STG.E.128" in names) == (mode == "gradient")
@@ -224,29 +233,28 @@ def test_sweeping_tiles_move_in_128_bits(dtype, mode, vocabulary):
 @full
 @pytest.mark.parametrize("vocabulary", [50257, 151936])
 def test_a_gradient_in_fewer_bits_than_the_logits(vocabulary):
-    """As the linear op's chunks have it: 4 + 4 bytes of an entry read, 2 written."""
+    """As in the linear op's chunks: 4 + 4 bytes of an entry are read and 2 are written."""
     vocabulary = -(-vocabulary // 16) * 16  # rows begin at 16-byte boundaries
-    case = ("sm_90", vocabulary, torch.float32, "reverse_kl", "resident")
-    shipped = aot.compile_rows(*case, gradient_dtype=torch.bfloat16)
-    assert machine_code.resources(shipped).spilled <= SCALARS
-    main = aot.compile_rows(*case, gradient_dtype=torch.bfloat16, mask=False, small=False)
-    room = main.launch.room(4) / main.launch.slice_v
-    cost = machine_code.cost(main, aot.EXPONENTIALS["reverse_kl"])
+    configuration = Configuration(vocabulary, torch.float32, gradient_dtype=torch.bfloat16)
+    assert machine_code.resources(compile_rows(configuration)).spilled <= SCALARS
+    main = compile_rows(configuration._replace(mask=False, small=False))
+    room = main.form.room(4) / main.form.slice_v
+    cost = machine_code.cost(main)
     assert cost.loaded == pytest.approx(8 * room)
     assert cost.stored == pytest.approx(2 * room)
 
 
 def test_what_does_not_compile_is_reported(monkeypatch, capsys, tmp_path):
-    case = ("impossible", 151936, torch.bfloat16, "no divergence", {})
-    monkeypatch.setattr(aot, "configurations", lambda: [aot.Configuration(*case)])
+    impossible = ("impossible", Configuration(divergence="no divergence"))
+    monkeypatch.setattr(report, "configurations", lambda: [impossible])
     path = tmp_path / "table.md"
-    assert aot.main([f"--save={path}"]) == 1
+    assert report.main([f"--save={path}"]) == 1
     assert "FAILED: ValueError" in capsys.readouterr().out
     assert "FAILED: ValueError" in path.read_text()
 
 
-def test_the_count_sees_what_is_read_twice_and_in_small_pieces():
-    """The sweeping form reads everything twice; a stride of odd length has no wide accesses."""
-    twice = aot.compile_rows("sm_90", 4096, torch.bfloat16, "reverse_kl", "sweeping", mask=False)
+def test_the_count_sees_what_is_read_twice():
+    """The sweeping form reads both sides of a row twice."""
+    twice = compile_rows(Configuration(4096, mode="sweeping", mask=False))
     wide = [i.name for i in machine_code.instructions(twice) if i.name == "LDG.E.128"]
     assert len(wide) * 8 >= 2 * 2 * twice.entries

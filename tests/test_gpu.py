@@ -1,7 +1,7 @@
-"""What only a GPU can show. The tests that take a backend run there too: `pytest -m gpu`.
+"""Tests that need a GPU. Those with a backend as argument run there, too: `pytest -m gpu`.
 
-Rows come in multiples of 16, for which Triton compiles alike, however many there are: so most of
-these launch kernels that the benchmarks launch, too.
+Triton compiles the same kernel for all multiples of 16 rows. So with such numbers most of these
+tests launch kernels that the benchmarks launch, too.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ EXACTLY = {"rtol": 0, "atol": 0}
 
 @pytest.fixture
 def device(pytestconfig):
-    """A GPU, or the device of tensors without values where `bench/standin.py` stands in for it."""
+    """A GPU, or "meta" where `bench/standin.py` replaces it."""
     return "meta" if pytestconfig.getoption("--backend") == "meta" else "cuda"
 
 
 @contextlib.contextmanager
 def nothing_waits(device):
-    """A wait for the device is an error."""
+    """Makes it an error to wait for the device."""
     if device == "meta":
         yield
         return
@@ -73,16 +73,16 @@ def test_nothing_waits_for_the_device(device):
     expected = case.hybrid_loss(num_tokens=count)
     leaf = case.student.clone().requires_grad_()
     upstream = torch.full((), case.scalar_upstream, device=device)
-    others = [cases.with_teachers(case, 2, support).given for support in (None, "union")]
+    mixtures = [cases.with_teachers(case, 2, support).given for support in (None, "union")]
     with nothing_waits(device):
         loss = hybrid_loss(
             leaf, case.teacher, case.token_ids, case.advantages, mask=case.mask, num_tokens=count
         ).loss
         (got,) = torch.autograd.grad(loss, leaf, upstream)
         token_terms(leaf, case.teacher, case.token_ids, mask=case.mask).entropy.sum().backward()
-        for teacher in others:
+        for teacher in mixtures:
             hybrid_loss(leaf, teacher, case.token_ids, mask=case.mask, num_tokens=count)
-    # A wait would have raised above; what was not waited for must still be right.
+    # A wait would have raised above; without one the results must still be right.
     torch.testing.assert_close(loss.detach(), expected.result.loss, **EXACTLY)
     torch.testing.assert_close(got, expected.gradient, **EXACTLY)
 
@@ -106,7 +106,7 @@ def test_both_forms_agree(vocabulary, divergence, device, monkeypatch):
     monkeypatch.setattr(plan, "resident", lambda *args, **others: None)
     swept = gradient(student, teacher, **options)
     torch.testing.assert_close(resident, swept, rtol=1e-2, atol=1e-6)
-    # (Of the statistics alone, which are always swept.)
+    # Statistics without a gradient are always swept.
     with torch.no_grad():
         terms = token_terms(student, teacher, divergence=divergence)
     torch.testing.assert_close(values.detach(), terms.divergence, rtol=1e-4, atol=1e-6)
@@ -122,7 +122,7 @@ def test_every_candidate_is_right(tuning, dtype, divergence, device, monkeypatch
 
 
 @pytest.mark.parametrize("check", hangs.CHECKS)
-def test_launches_beside_other_work(check, device):
+def test_launches_on_a_busy_device(check, device):
     assert hangs.CHECKS[check](device)
 
 
@@ -148,19 +148,19 @@ def test_which_form_runs(device):
 @pytest.mark.parametrize("vocabulary", [50_257, 151_936])
 @pytest.mark.parametrize("kind", ["32", "128", "1024", "two", "three", "two of 128"])
 def test_other_teachers_at_full_size(kind, vocabulary, device):
-    """In tiles, and by the torch backend."""
+    """The sweeping form agrees with the torch backend."""
     student, teacher = hangs.logits(48, device, vocabulary)
-    others = [teacher, teacher.flip(-1), teacher.roll(7, -1)]
+    logits = [teacher, teacher.flip(-1), teacher.roll(7, -1)]
     ids = torch.randint(vocabulary, (48,), device=device)
     if kind in ("two", "three"):
-        members = others[: 2 if kind == "two" else 3]
+        members = logits[: 2 if kind == "two" else 3]
         given = Mixture([(1.0 + i, w) for i, w in enumerate(members)])
     else:
         size = int(kind.split()[-1])
         support = teacher.topk(size).indices
-        known = [TopK.from_logits(w, ids=support, token_ids=ids) for w in others[:2]]
-        known = [TopK(support, k.log_probs, k.token_log_prob) for k in known]
-        given = Mixture([(1.0, known[0]), (0.5, known[1])]) if "two" in kind else known[0]
+        top_k = [TopK.from_logits(w, ids=support, token_ids=ids) for w in logits[:2]]
+        top_k = [TopK(support, k.log_probs, k.token_log_prob) for k in top_k]
+        given = Mixture([(1.0, top_k[0]), (0.5, top_k[1])]) if "two" in kind else top_k[0]
     options = {"token_ids": ids, "advantages": torch.randn(48, device=device), "reduction": "sum"}
     swept = gradient(student, given, **options)
     expected = gradient(student, given, backend="torch", **options)
@@ -170,30 +170,30 @@ def test_other_teachers_at_full_size(kind, vocabulary, device):
 # -- sizes ---------------------------------------------------------------------------------------
 
 
-def assert_the_last_rows_are_what_they_are_alone(student, teacher):
+def assert_the_last_rows_do_not_depend_on_the_others(student, teacher):
     tail = student[-16:].detach().clone().requires_grad_()
     losses = []
-    for leaf, other in ((student, teacher), (tail, teacher[-16:].clone())):
-        losses.append(hybrid_loss(leaf, other, reduction="none").loss)
+    for leaf, logits in ((student, teacher), (tail, teacher[-16:].clone())):
+        losses.append(hybrid_loss(leaf, logits, reduction="none").loss)
         losses[-1].sum().backward()
     torch.testing.assert_close(losses[0][-16:], losses[1])
     torch.testing.assert_close(student.grad[-16:], tail.grad)
 
 
 def test_more_than_two_to_the_31_entries(device):
-    """Offsets are 64 bits wide."""
+    """Offsets must be 64 bits wide."""
     rows, vocabulary = 14_144, 151_936
     assert rows * vocabulary > 2**31
     student, teacher = (
         torch.empty(rows, vocabulary, dtype=torch.bfloat16, device=device).normal_()
         for _ in range(2)
     )
-    assert_the_last_rows_are_what_they_are_alone(student.requires_grad_(), teacher)
+    assert_the_last_rows_do_not_depend_on_the_others(student.requires_grad_(), teacher)
 
 
 @pytest.mark.smoke
 def test_more_than_65535_rows(device):
-    assert_the_last_rows_are_what_they_are_alone(*hangs.logits(70_000, device, 1000))
+    assert_the_last_rows_do_not_depend_on_the_others(*hangs.logits(70_000, device, 1000))
 
 
 @pytest.mark.parametrize("divergence", cases.DIVERGENCES, ids=cases.divergence_id)
@@ -207,11 +207,11 @@ def test_a_whole_batch_in_half_precision(divergence, device):
 
 def linear(rows, vocabulary, width, dtype, device):
     options = random_options(device)
-    hidden, theirs = torch.randn(2, rows, width, **options).to(dtype).unbind()
+    hidden, teacher_hidden = torch.randn(2, rows, width, **options).to(dtype).unbind()
     weight = (2 / width**0.5) * torch.randn(vocabulary, width, **options)
-    other = weight + 0.2 / width**0.5 * torch.randn(weight.shape, **options)
+    teacher_weight = weight + 0.2 / width**0.5 * torch.randn(weight.shape, **options)
     leaves = (hidden.clone().requires_grad_(), weight.to(dtype).requires_grad_())
-    return (*leaves, LinearTeacher(theirs.clone(), other.to(dtype)))
+    return (*leaves, LinearTeacher(teacher_hidden.clone(), teacher_weight.to(dtype)))
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 192, 512])
@@ -225,7 +225,7 @@ def linear(rows, vocabulary, width, dtype, device):
     ids=str,
 )
 def test_linear_equals_fp32_logits(vocabulary, dtype, chunk_rows, device):
-    """16-bit factors, fp32 sums: against the same in fp32, with dz rounded once."""
+    """GEMMs of 16-bit factors sum in fp32, so that rounding dz is the largest error."""
     hidden, weight, teacher = linear(704, vocabulary, 512, dtype, device)
     ids = torch.randint(0, vocabulary, (704,), device=device)
     advantages = torch.randn(704, device=device)
@@ -234,19 +234,20 @@ def test_linear_equals_fp32_logits(vocabulary, dtype, chunk_rows, device):
     )
     got.loss.backward()
     leaves = [t.detach().float().requires_grad_() for t in (hidden, weight)]
-    theirs = teacher.hidden.float() @ teacher.weight.float().T
-    expected = hybrid_loss(leaves[0] @ leaves[1].T, theirs, ids, advantages, reduction="sum")
+    teacher_logits = teacher.hidden.float() @ teacher.weight.float().T
+    logits = leaves[0] @ leaves[1].T
+    expected = hybrid_loss(logits, teacher_logits, ids, advantages, reduction="sum")
     expected.loss.backward()
     torch.testing.assert_close(got.divergence, expected.divergence, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got.log_prob, expected.log_prob, rtol=1e-4, atol=1e-4)
     allowed = {torch.bfloat16: 6e-3, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
-    for own, plain in zip((hidden, weight), leaves, strict=True):
-        assert_near(own.grad, plain.grad, allowed)
+    for leaf, fp32_leaf in zip((hidden, weight), leaves, strict=True):
+        assert_near(leaf.grad, fp32_leaf.grad, allowed)
 
 
 @pytest.mark.smoke
 def test_linear_memory(device):
-    """The budget of 2 GiB, the fp32 sum of dW, and the gradients."""
+    """A forward needs the budget of 2 GiB, the fp32 sum of dW, and the gradients."""
     hidden, weight, teacher = linear(8192, 151_936, 1024, torch.bfloat16, device)
 
     def forward():
@@ -254,7 +255,7 @@ def test_linear_memory(device):
 
     forward()
     if device == "meta":
-        return  # which holds nothing
+        return  # tensors without values need no memory
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -271,8 +272,8 @@ def test_linear_waits_for_nothing_that_it_need_not(device):
     hidden, weight, teacher = linear(256, 1000, 256, torch.bfloat16, device)
     mask = torch.arange(256, device=device) % 4 > 0
     count, upstream = mask.sum(), torch.full((), 1.7, device=device)
-    own = linear_hybrid_loss(hidden, weight, teacher, mask=mask, num_tokens=count).loss
-    own.backward(upstream)
+    loss = linear_hybrid_loss(hidden, weight, teacher, mask=mask, num_tokens=count).loss
+    loss.backward(upstream)
     expected, hidden.grad = hidden.grad.clone(), None
     with nothing_waits(device):
         linear_hybrid_loss(

@@ -1,4 +1,4 @@
-"""What a lent GPU runs, on a machine without one: stages that fail alone, kernels that travel."""
+"""The stages for a GPU, on a machine without one: failures, dry runs, prebuilt kernels."""
 
 import contextlib
 import gc
@@ -40,9 +40,9 @@ def outcomes(folder):
 
 
 class Simulated(Run):
-    """Time passes when a stage says that it sleeps, and then as much as it has left.
+    """A run whose clock jumps to the end of a stage that creates the file `asleep`.
 
-    So no outcome depends on how fast the machine is.
+    So no outcome depends on the speed of the machine.
     """
 
     now = 0.0
@@ -81,28 +81,28 @@ def python(name, code, seconds=20.0):
 
 
 def stage(run, name, code, seconds=20.0):
-    """A stage that says something, then runs some Python."""
+    """A stage that writes a row, then runs some Python."""
     return python(name, says(run, stage=name, case=name) + code, seconds)
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.setattr(conductor, "GRACE", 0.1)
-    found = Simulated(tmp_path / "a-gpu", seconds=60, dry=True)
-    found.write({"device": "A GPU", "commit": "0123456789ab", "torch": "2", "triton": "3"})
-    return found
+    simulated = Simulated(tmp_path / "a-gpu", seconds=60, dry=True)
+    simulated.write({"device": "A GPU", "commit": "0123456789ab", "torch": "2", "triton": "3"})
+    return simulated
 
 
 @pytest.fixture
 def in_the_background():
-    """As a shell leaves what runs there: interrupts are ignored."""
+    """Ignores interrupts, as processes in a shell's background do."""
     former = signal.signal(signal.SIGINT, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGINT, former)
 
 
 def test_a_stage_costs_only_itself(run, tmp_path, capsys):
-    """One hangs, and so does what it has started, one dies, one fails, one says nothing."""
+    """One hangs together with its child, one dies, one fails, one writes nothing."""
     pipe, survived = tmp_path / "pipe", tmp_path / "survived"
     os.mkfifo(pipe)
     ignores = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN);"
@@ -134,7 +134,8 @@ def test_a_stage_costs_only_itself(run, tmp_path, capsys):
     }
     said = {row["case"] for row in rows_of(run.folder) if "case" in row}
     assert said == {"first", "hangs", "stubborn", "dies", "fails", "last"}
-    # What is alive reads from the pipe and says so; what has been killed has it open for a moment.
+    # A child that is alive would read from the pipe and create the file `survived`. A killed one
+    # may keep the pipe open for a moment.
     with contextlib.suppress(OSError):
         while True:
             end = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
@@ -161,7 +162,7 @@ def test_the_clock_cuts_off_what_goes_on(tmp_path):
 
 @pytest.mark.parametrize("begun", [True, False])
 def test_after_a_hang_nothing_waits_for_siblings(run, begun):
-    """A hang is silence after something has begun that may wait; a stage may also just be slow."""
+    """Silence is a hang if programs may wait for each other; otherwise the stage is slow."""
     real, later = Stage("headline", 20.0), python("later", "raise SystemExit(1)")
     row = {"begun": "a kernel", "waits": True} if begun else {"begun": "a peer", "waits": False}
     after = {"stage": "hangs", "compiled": "a kernel"}
@@ -174,8 +175,8 @@ def test_after_a_hang_nothing_waits_for_siblings(run, begun):
     assert ("--sweeping" in run.command(real, 20)) == begun
     ending = "not begun: programs that wait have hung" if begun else "failed with status 1"
     assert outcomes(run.folder) == {"hangs": "cut off after 20 s", "later": ending}
-    found = next(row for row in rows_of(run.folder) if "hung" in row)
-    assert (found["hung"], found["health"]) == (begun, True)
+    ended = next(row for row in rows_of(run.folder) if "hung" in row)
+    assert (ended["hung"], ended["health"]) == (begun, True)
     assert f"- {row['begun']}: begun, never ended" in (run.folder / "report.md").read_text()
 
 
@@ -192,7 +193,7 @@ def test_a_wait_that_ended_itself_is_a_hang(run, error, waits):
 
 
 def test_what_goes_on_is_no_hang(run, monkeypatch, in_the_background):
-    """And may say a last thing when it is cut off, in a shell's background, too."""
+    """A stage may write a last row when it is cut off, also in a shell's background."""
     for name in ("SILENCE", "GRACE"):
         monkeypatch.setattr(conductor, name, 1e6)
     run.seconds, run.silent = math.inf, False
@@ -220,7 +221,7 @@ def test_the_clock_stops_the_run(run):
 
 def test_every_stage_has_a_function_and_the_times_fit():
     assert list(stages.FUNCTIONS) == [stage.name for stage in conductor.STAGES]
-    # (A stage that ends early leaves its seconds to the others.)
+    # A stage that ends early leaves its seconds to the others.
     assert sum(stage.seconds for stage in conductor.STAGES) < 1.3 * conductor.CLOCK
 
 
@@ -237,10 +238,10 @@ def test_the_script_in_a_dry_run(tmp_path, monkeypatch, capsys):
 
 
 def test_the_stages_that_are_asked_for_come_after_the_setup(tmp_path, monkeypatch):
-    found = []
-    monkeypatch.setattr(Run, "all", lambda run, stages: found.extend(stages))
+    begun = []
+    monkeypatch.setattr(Run, "all", lambda run, stages: begun.extend(stages))
     conductor.main([str(tmp_path), "--dry-run", "--stages=hangs,right", "--stage-seconds=7"])
-    assert [(stage.name, stage.seconds) for stage in found] == [
+    assert [(stage.name, stage.seconds) for stage in begun] == [
         ("setup", 7.0),
         ("right", 7.0),
         ("hangs", 7.0),
@@ -249,14 +250,14 @@ def test_the_stages_that_are_asked_for_come_after_the_setup(tmp_path, monkeypatc
 
 @pytest.fixture
 def on_meta(tmp_path):
-    gc.freeze()  # each case collects what is not needed, which need not look through all modules
+    gc.freeze()  # each case calls gc.collect(), which is slow if it visits all modules
     with standin.gpu(compiles=False) as driver:
         yield stages.Stage("here", tmp_path / "results-1.jsonl", math.inf, "meta"), driver
     gc.unfreeze()
 
 
 class OneOfEach:
-    """A plugin of pytest: of each test one combination of its arguments."""
+    """A plugin of pytest that runs one combination of each test's arguments."""
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items):
@@ -265,7 +266,7 @@ class OneOfEach:
 
 @pytest.fixture
 def shortened(request, monkeypatch):
-    """Without `--all`, each smoke test once, and each tuning and each case that it is tried on."""
+    """Without `--all`, runs each smoke test once, and each tuning on one case."""
     if not request.config.getoption("--all"):
         monkeypatch.setattr(pytest, "main", partial(pytest.main, plugins=[OneOfEach()]))
         once = SimpleNamespace(product=lambda tunings, cases: zip(tunings, cycle(cases)))
@@ -274,7 +275,7 @@ def shortened(request, monkeypatch):
 
 @pytest.mark.parametrize("name", stages.FUNCTIONS)
 def test_every_stage_walks_through_its_problems(name, on_meta, shortened, monkeypatch, tmp_path):
-    """And nothing is measured, or looks as if it had been."""
+    """No result looks as if it had been measured."""
     stage, driver = on_meta
     for variable in ("BENCH_PREBUILT", "BENCH_PEERS"):
         monkeypatch.setenv(variable, str(tmp_path))
@@ -349,7 +350,7 @@ SMALL = [c._replace(vocabulary=min(c.vocabulary, 700), rows=min(c.rows, 30)) for
 
 @pytest.mark.parametrize("check", dict.fromkeys(SMALL), ids=str)
 def test_checks_pass_where_the_kernels_are_right(check):
-    """With the torch backend in the kernels' place."""
+    """The torch backend replaces the kernels."""
     row = checks.run(check, "cpu")
     assert row["right"] is True, row
 
@@ -396,11 +397,11 @@ def test_the_report_shows_one_commit_and_nothing_wrong(tmp_path):
 
     def case(provider, ms, error=None, **other):
         op = {"copy": "copy", "add": "add"}.get(provider, "hybrid_loss")
-        known = {"n": 8192, "v": 151936, "d": None, "dtype": "bfloat16", "inputs": ""}
-        known |= {"divergence": "reverse_kl", "floor_bytes": 2 if op == "copy" else 3}
+        problem = {"n": 8192, "v": 151936, "d": None, "dtype": "bfloat16", "inputs": ""}
+        problem |= {"divergence": "reverse_kl", "floor_bytes": 2 if op == "copy" else 3}
         times = {"median_ms": ms, "p20_ms": ms, "p80_ms": ms, "peak_mib": 1.0}
         row = {"stage": "headline", "case": provider, "provider": provider, "op": op}
-        return {**row, **known, **times, "grad_error": error, **other}
+        return {**row, **problem, **times, "grad_error": error, **other}
 
     write("results-1.jsonl", "old", case("hybrid_kernels", 77.0, 1e-3))
     write("results-2.jsonl", "new", case("copy", 2.0), case("add", 4.0), case("ours", 9.0, 1e-3))
@@ -461,11 +462,11 @@ def test_times_say_whether_the_host_was_ahead(late, monkeypatch):
     assert times == ([2.0] * 4, 0.0 if late else 1.0)
 
 
-# -- kernels that travel ---------------------------------------------------------------------------
+# -- prebuilt kernels ------------------------------------------------------------------------------
 
 
 def test_prebuilt_kernels_are_found_by_another_build(tmp_path, monkeypatch):
-    """Filled by one, packed, unpacked under the names that another build of Triton looks for."""
+    """Kernels that one build compiled are unpacked under the names that another looks for."""
     packed, other = tmp_path / "packed", tmp_path / "cache"
     assert prebuild.main([str(packed), "--stages=meeting", "--jobs=1"]) == 0
     assert (packed / prebuild.PACK).stat().st_size < 2**20
@@ -486,7 +487,7 @@ def test_prebuilt_kernels_are_found_by_another_build(tmp_path, monkeypatch):
     assert rows[-1]["cache"] == {"hits": len(meeting.SPLITS), "misses": 0}
 
 
-def test_kernels_of_another_version_are_left_alone(tmp_path):
+def test_kernels_of_another_version_are_ignored(tmp_path):
     assert prebuild.unpack(tmp_path) == f"there is no {prebuild.PACK} in {tmp_path}"
     (tmp_path / prebuild.PACK).write_bytes(b"")
     (tmp_path / conductor.ABOUT).write_text(json.dumps({"triton": "1.0", "kernels": []}))

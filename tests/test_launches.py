@@ -1,8 +1,8 @@
-"""The public functions launch, and Triton compiles, whatever a GPU would be asked for.
+"""Everything that the public functions would launch on a GPU compiles.
 
-Through the real launchers: tensors have no values here (`bench/standin.py`), but every shape,
-stride, dtype and missing argument is specialised as on a GPU. CI runs this file on the oldest
-Triton that the package allows, too.
+The launchers are the real ones. Tensors have no values (`bench/standin.py`), but Triton specialises
+kernels by their shapes, strides and dtypes, and by missing arguments, as on a GPU. CI also runs
+this file on the oldest Triton that the package allows.
 """
 
 from importlib import import_module
@@ -44,7 +44,7 @@ def meta(*shape, dtype=FP32):
 
 
 class Given:
-    """What a loss is given: logits of both models, sampled tokens, advantages."""
+    """The arguments of a loss: logits of both models, sampled tokens, advantages."""
 
     def __init__(self, *rows, vocabulary=10_000, dtype=BF16, teacher_dtype=None):
         shape = (*rows, vocabulary)
@@ -53,12 +53,12 @@ class Given:
         self.ids, self.advantages = meta(*rows, dtype=torch.int64), meta(*rows)
 
     def loss(self, teacher="logits", advantages="tensor", logits=None, **options):
-        """Everything at once, forward and backward."""
-        given = self.teacher if isinstance(teacher, str) else teacher
-        own = self.advantages if isinstance(advantages, str) else advantages
+        """A loss with all terms, forward and backward."""
+        teacher = self.teacher if isinstance(teacher, str) else teacher
+        advantages = self.advantages if isinstance(advantages, str) else advantages
         student = self.student if logits is None else logits
         options = {"entropy_weight": 0.1, **options}
-        result = hybrid_loss(student, given, self.ids, own, **options)
+        result = hybrid_loss(student, teacher, self.ids, advantages, **options)
         result.loss.sum().backward()
 
     def top_k(self, size):
@@ -87,7 +87,7 @@ def distillation_alone(given):
 
 
 def sliced(given):
-    """Rows of a larger tensor, which have two strides and begin anywhere."""
+    """Rows of a larger tensor, which have two strides and are not aligned."""
     view = (slice(None), slice(None, -1), slice(None, 50_257))
     given.ids, given.advantages = (t[:, :-1] for t in (given.ids, given.advantages))
     given.loss(given.teacher[view], logits=given.student[view])
@@ -162,7 +162,7 @@ LAUNCHES = {
 }
 
 
-# Specialised like another, but for one argument.
+# Cases whose kernels differ in one argument from those of another case.
 ALIKE = (
     "a teacher of weight 0",
     "weights per row",
@@ -187,7 +187,7 @@ ALIKE = (
 def test_compiles_what_is_launched(name, monkeypatch):
     given, run = LAUNCHES[name]
     if given is None or given.student.shape[-1] < 100_000:
-        # Slices of two tiles, not of eight as they ship, compile in half the time.
+        # Slices of two tiles compile in half the time of those of eight that ship.
         for itemsize, tuning in plan.DEFAULT_TUNING.items():
             monkeypatch.setitem(plan.DEFAULT_TUNING, itemsize, tuning._replace(tiles=2))
     with standin.gpu("sm_90") as gpu:
@@ -214,7 +214,7 @@ def reason():
 
 @pytest.fixture
 def launched(reason, monkeypatch):
-    """The forms that are launched on a device that runs no programs side by side."""
+    """The forms that are launched on a device that refuses cooperative launches."""
     names = []
 
     def run(kernel, *_, **options):
@@ -224,24 +224,24 @@ def launched(reason, monkeypatch):
             raise RuntimeError(f"Triton Error [CUDA]: {reason}")
 
     monkeypatch.setattr(launch, "_refusing", set())
-    # (Undone in this order: the stand-in has put its own there, too.)
+    # The stand-in patches `run`, too, so this patch must be undone first.
     with standin.gpu(compiles=False), mock.patch.object(triton.JITFunction, "run", run):
         yield names
 
 
 def test_what_is_refused_is_swept(reason, launched):
-    """Long rows are, and not asked for again; one warning says so."""
+    """One warning says so, and later long rows are swept without asking the device."""
     with pytest.warns(RuntimeWarning, match=f"refused.*{reason}"):
         distillation_alone(Given(64))
     distillation_alone(Given(64))  # a second warning would be an error
     Given(64).loss(Given(64).top_k(32))
     Given(64, vocabulary=1000).loss()
-    # (The last one, of which a program takes a row alone, is not refused. What it declines is.)
+    # The last call has one program per row, which is not refused; the rows it declines are swept.
     assert launched == ["resident_kernel", *["sweep_kernel"] * 3, "resident_kernel", "sweep_kernel"]
 
 
 def test_where_warnings_are_errors_nothing_is_swept(launched):
-    """So that no form is timed or tested as another."""
+    """Else the sweeping form would be timed or tested in place of the other."""
     for _ in range(2):
         with pytest.raises(RuntimeWarning, match="refused"):
             distillation_alone(Given(64))
@@ -257,21 +257,21 @@ def test_another_error_is_no_refusal(reason, launched):
 
 
 def test_a_kernel_that_does_not_compile_is_an_error(monkeypatch):
-    """So that the tests above can fail."""
+    """This shows that the tests above can fail."""
     monkeypatch.setattr(plan, "sweep", lambda *_, **__: plan.Sweep(block_v=3, num_warps=1))
     with standin.gpu("sm_90"), pytest.raises(triton.CompilationError):
         scoring(Given(2, vocabulary=1000))
 
 
 def test_no_field_is_hidden_by_what_a_tuple_has_in_triton():
-    """A kernel would find the tuple's own attribute; the interpreter finds the field."""
-    own = set(vars(tl.tuple([])))
+    """A kernel would find the tuple's attribute, where the interpreter finds the field."""
+    attributes = set(vars(tl.tuple([])))
     classes = [
         value
         for path in Path(triton_backend.__file__).parent.glob("*.py")
         for value in vars(import_module(f"{triton_backend.__name__}.{path.stem}")).values()
         if isinstance(value, type) and hasattr(value, "_fields")
     ]
-    assert own
+    assert attributes
     assert classes
-    assert not [f"{c.__name__}.{name}" for c in classes for name in own & set(c._fields)]
+    assert not [f"{c.__name__}.{name}" for c in classes for name in attributes & set(c._fields)]

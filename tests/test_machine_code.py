@@ -1,4 +1,4 @@
-"""What `bench/machine_code.py` reads off listings, on some that are short and written by hand."""
+"""What `bench/aot/machine_code.py` reads from short listings, written by hand."""
 
 import re
 
@@ -6,11 +6,11 @@ import pytest
 
 pytest.importorskip("triton", reason="machine code comes from Triton's compiler")
 
-from bench import machine_code
+from bench.aot import machine_code
 
-# A row as the resident kernel takes it: sums, the meeting with a later row's load ahead of it, the
-# gradient. One thread publishes, each looks for itself.
-SOUND = """
+# A row of the row-resident kernel: sums, a later row's load, the meeting, the gradient. One thread
+# publishes, and every thread polls.
+ROW = """
 row:
     LDG.E R9, desc[UR4][R8.64]
     MUFU.EX2 R10, R20
@@ -30,7 +30,7 @@ look:
 
 
 def loop(text):
-    """That of a listing without addresses, whose branches go to labels."""
+    """The loop over rows of a listing without addresses, whose branches go to labels."""
     lines, labels = [], {}
     for line in text.strip().splitlines():
         if line.endswith(":"):
@@ -46,21 +46,21 @@ def order(text):
     return machine_code.order_of(loop(text), exponentials=1)
 
 
-def after(start, added, text=SOUND):
-    """With a line after the one that starts so."""
+def after(start, added, text=ROW):
+    """The text with a line added after the one that begins with `start`."""
     changed = re.sub(rf"( *{re.escape(start)}.*\n)", rf"\g<1>    {added}\n", text, count=1)
     assert changed != text
     return changed
 
 
-def without(start, text=SOUND):
+def without(start, text=ROW):
     changed = re.sub(rf" *{re.escape(start)}.*\n", "", text, count=1)
     assert changed != text
     return changed
 
 
-def test_a_sound_row():
-    assert order(SOUND) == machine_code.Order(ahead=1, early=0, late=0)
+def test_a_row_with_a_prefetch():
+    assert order(ROW) == machine_code.Order(ahead=1, early=0, late=0)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_sound_row():
 )
 def test_a_touched_prefetch(touch):
     assert order(after("@!P0 LDG.E.128", touch)).early == 1
-    assert order(after("look:", touch)).early == 1  # the wait is for the load, then
+    assert order(after("look:", touch)).early == 1  # it waits for the load, then
     assert order(after("@P1 BRA look", touch)).early == 0
 
 
@@ -92,7 +92,7 @@ def test_a_touched_prefetch(touch):
         "MOV R30, UR24",
         "MOV R30, R28",
         "LDS.64 R22, [R30]",
-        "IMAD.WIDE R30, R23, R9, R32",  # of what it multiplies it reads one register
+        "IMAD.WIDE R30, R23, R9, R32",  # its factors are single registers, not pairs
         "MOV R30, 0x24",
         "@P4 EXIT",
     ],
@@ -102,12 +102,12 @@ def test_an_untouched_prefetch(other):
 
 
 def test_no_prefetch():
-    """Neither loads after the gradient nor those of this row, of which sums are published."""
+    """Loads after the gradient are none, and neither are those of this row's sums."""
     behind = after("STG.E.128", "LDG.E.128 R24, desc[UR4][R2.64]", without("@!P0 LDG.E.128"))
     assert order(behind)[:2] == (0, None)
     first = after("row:", "LDG.E.128 R20, desc[UR4][R2.64]", without("@!P0 LDG.E.128"))
     assert order(first)[:2] == (0, None)
-    # The next row's, begun early: nothing published is made of them.
+    # A load at the beginning of the loop is one if no published number depends on it.
     both = after("row:", "LDG.E.128 R24, desc[UR4][R2.64]", without("@!P0 LDG.E.128"))
     assert order(both)[:2] == (1, 0)
 
@@ -121,25 +121,25 @@ def test_a_late_load():
 
 def test_a_bounded_wait_and_a_second_meeting():
     bounded = after("ISETP", "@P5 BRA lost") + "lost:\n    BPT.TRAP 0x1\n"
-    assert order(bounded) == order(SOUND)
-    published = SOUND[SOUND.index("    @!P2 STG.E") : SOUND.index("    FFMA")]
+    assert order(bounded) == order(ROW)
+    published = ROW[ROW.index("    @!P2 STG.E") : ROW.index("    FFMA")]
     again = without("@!P0 LDG.E.128", published.replace("look", "again"))
-    twice = SOUND.replace("    FFMA", again + "    FFMA")
-    assert order(twice) == order(SOUND)
-    # Ahead of the second meeting, and touched by nothing before that is over.
+    twice = ROW.replace("    FFMA", again + "    FFMA")
+    assert order(twice) == order(ROW)
+    # A load between the meetings is ahead of the second.
     between = after("@P1 BRA look", "LDG.E.128 R24, desc[UR4][R2.64]", twice)
     assert order(without("@!P0 LDG.E.128", between))[:2] == (1, 0)
 
 
 def test_a_wait_that_is_not_one():
-    """Of its own multiprocessor's programs alone, say: nothing is ahead of it."""
-    narrow = SOUND.replace("LDG.E.128.STRONG.GPU R14", "LDG.E.STRONG.SM R14")
+    """A poll that sees one multiprocessor alone waits for no sibling."""
+    narrow = ROW.replace("LDG.E.128.STRONG.GPU R14", "LDG.E.STRONG.SM R14")
     assert order(narrow)[:2] == (0, None)
 
 
-def test_warps_that_come_apart_are_no_loop():
-    """Their code lies behind the loop over rows, and comes back from there."""
-    detour = after("row:", "BRA.DIV UR4, apart\n    NOP\njoin:")
-    detour += "apart:\n    WARPSYNC.ALL\n    WARPSYNC.ALL\n    BRA join\n"
+def test_diverged_warps_are_no_loop():
+    """Their code lies behind the loop over rows, and branches back into it."""
+    detour = after("row:", "BRA.DIV UR4, detour\n    NOP\njoin:")
+    detour += "detour:\n    WARPSYNC.ALL\n    WARPSYNC.ALL\n    BRA join\n"
     assert [i.name for i in loop(detour)][:2] == ["BRA.DIV", "NOP"]
-    assert len(loop(detour)) == len(loop(SOUND)) + 2
+    assert len(loop(detour)) == len(loop(ROW)) + 2

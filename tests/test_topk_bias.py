@@ -1,8 +1,11 @@
-"""What the README and the docs say of top-K losses, at a small size."""
+"""What the README says about top-K losses, at a small size."""
+
+import importlib
 
 import pytest
 
-from bench import topk_bias
+from experiments import topk_bias
+from experiments.__main__ import EXPERIMENTS
 
 
 @pytest.fixture(scope="module", params=list(topk_bias.SHOWN))
@@ -18,7 +21,7 @@ def test_only_the_corrected_bucket_is_unbiased(variants):
     assert bias["truncated"] > 5 * bias["bucket"] > 1e-4
 
 
-def test_the_truncated_loss_moves_a_student_that_is_its_teacher(variants):
+def test_the_truncated_loss_moves_a_student_that_equals_its_teacher(variants):
     moved = {name: row["at_p_equals_q"] for name, row in variants.items()}
     assert moved.pop("truncated") > 0.1
     assert max(moved.values()) < 1e-9
@@ -34,6 +37,11 @@ def test_the_bucket_leaves_less_to_sample(variants):
     noise = {name: row["sampled_variance"] for name, row in variants.items()}
     assert noise["truncated"] > 3 * noise["bucket + sampled tail"] > 0
     assert noise["bucket"] is None
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_a_module(name):
+    assert callable(importlib.import_module(EXPERIMENTS[name]).main)
 
 
 def test_the_report(tmp_path, monkeypatch):

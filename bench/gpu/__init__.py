@@ -1,1 +1,1 @@
-"""Everything that a GPU is wanted for: in stages, each of which can fail alone. See ../GPU.md."""
+"""Everything that needs a GPU, in stages that fail independently. See ../GPU.md."""

@@ -1,7 +1,6 @@
-"""Right or wrong: kernels of every form against float64 on the GPU, in a few seconds.
+"""Checks on the GPU, in a few seconds, whether kernels of every form are right.
 
-Of each problem those rows are compared that differ in how a kernel comes to them
-(`measure.steady_rows`).
+Values and gradients are compared with float64 in the rows that `measure.steady_rows` selects.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ VALUE_TOLERANCE = 1e-4
 
 
 class Check(NamedTuple):
-    """One problem, and the form in which it is put to the kernels."""
+    """One problem: a key of `FORMS`, a divergence, and the dtype and shape of the logits."""
 
     form: str
     divergence: str
@@ -36,7 +35,7 @@ class Check(NamedTuple):
         return f"{self.form}, {self.divergence}, {dtype}, V={self.vocabulary}, N={self.rows}"
 
 
-# What is given in each form, beside logits and sampled tokens.
+# How each form differs from logits with one teacher, sampled tokens and advantages.
 FORMS: dict[str, dict[str, Any]] = {
     "dense": {"sparse": False},
     "hybrid": {"entropy_weight": 0.1},
@@ -51,7 +50,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "linear": {"linear": True},
 }
 CHECKS = [
-    # What the headline is about comes first, and every kernel with many rows and with few.
+    # The problems of the stage `headline` come first, then each kernel with many rows and with few.
     *(Check("hybrid", d, BF16, v, 704) for v in (151_936, 50_257) for d in KINDS),
     *(Check("hybrid", d, BF16, 1000, 8000) for d in KINDS),
     *(Check("dense", d, BF16, v, 704) for v in (151_936, 32_000) for d in KINDS),
@@ -71,8 +70,10 @@ CHECKS = list(dict.fromkeys(CHECKS))
 
 
 def run(check: Check, device: str) -> dict[str, Any]:
-    """Errors of a check, and whether they are those of its dtype. New memory holds NaN, so that an
-    entry that is not written shows."""
+    """The errors of a check, and whether they are small enough for its dtype.
+
+    New memory holds NaN, so that entries that are not written show.
+    """
     row = {"form": check.form, "divergence": check.divergence}
     torch.use_deterministic_algorithms(device != "meta", warn_only=True)
     try:
@@ -86,13 +87,13 @@ def run(check: Check, device: str) -> dict[str, Any]:
     return {**row, "right": right, **errors}
 
 
-class Problem(NamedTuple):
-    """What is given.
+class Inputs(NamedTuple):
+    """The arguments of a loss.
 
     Attributes:
-        student: `[N, V]` logits; `[N, D]` hidden states where there are `weights`.
+        student: logits `[N, V]`, or hidden states `[N, D]` if there are `weights`.
         weights: `[V, D]` of both models, or None.
-        teacher: in any form; None where there is none.
+        teacher: as the public functions take it; None without one.
         ids, advantages: `[N]`; None for the dense term alone.
         form: a key of `FORMS`.
         divergence: its name.
@@ -107,7 +108,7 @@ class Problem(NamedTuple):
     divergence: str
 
     @classmethod
-    def random(cls, check: Check, device: str) -> "Problem":
+    def random(cls, check: Check, device: str) -> "Inputs":
         form, options = FORMS[check.form], random_options(device)
         rows, vocabulary, dtype = check.rows, check.vocabulary, check.dtype
 
@@ -118,88 +119,92 @@ class Problem(NamedTuple):
         weights, count = None, form.get("teachers", 1)
         if "linear" in form:
             student = normal(rows, WIDTH).to(dtype)
-            own = normal(vocabulary, WIDTH) / 4
-            weights = (own.to(dtype), (own + normal(vocabulary, WIDTH) / 16).to(dtype))
+            weight = normal(vocabulary, WIDTH) / 4
+            weights = (weight.to(dtype), (weight + normal(vocabulary, WIDTH) / 16).to(dtype))
             teacher = LinearTeacher(student, weights[1])
         else:
             logits = 2 * normal(rows, vocabulary)
             student = logits.to(dtype)
-            others = [(logits + 0.5 * normal(rows, vocabulary)).to(dtype) for _ in range(count)]
-            teacher = others[0] if others else None
+            teachers = [(logits + 0.5 * normal(rows, vocabulary)).to(dtype) for _ in range(count)]
+            teacher = teachers[0] if teachers else None
             if count == 2:
-                teacher = Mixture([(1.0, others[0]), (0.5, others[1])])
+                teacher = Mixture([(1.0, teachers[0]), (0.5, teachers[1])])
             if size := form.get("support"):
-                teacher = TopK.from_logits(others[0], size, token_ids=ids)
+                teacher = TopK.from_logits(teachers[0], size, token_ids=ids)
         if "masked" in form:
             ids[::7] = -100
         sparse = form.get("sparse", True)
-        given = (ids, normal(rows)) if sparse else (None, None)
-        return cls(student, weights, teacher, *given, check.form, check.divergence)
+        samples = (ids, normal(rows)) if sparse else (None, None)
+        return cls(student, weights, teacher, *samples, check.form, check.divergence)
 
-    def rows(self, index: Tensor) -> "Problem":
-        """Some rows in float64; from hidden states as what their logits are made of."""
+    def rows(self, index: Tensor) -> "Inputs":
+        """Some rows in float64, with a linear teacher's logits in place of its hidden states."""
 
-        def of(teacher: Any) -> Any:
+        def rows_of(teacher: Any) -> Any:
             if isinstance(teacher, Mixture):
-                return Mixture([(weight, of(one)) for weight, one in teacher.members])
+                return Mixture([(weight, rows_of(member)) for weight, member in teacher.members])
             if isinstance(teacher, TopK):
-                known = teacher.token_log_prob
-                own = (teacher.ids[index], teacher.log_probs[index])
-                return TopK(*own, None if known is None else known[index])
+                log_q = teacher.token_log_prob
+                support = (teacher.ids[index], teacher.log_probs[index])
+                return TopK(*support, None if log_q is None else log_q[index])
             if isinstance(teacher, LinearTeacher):
                 assert isinstance(teacher.weight, Tensor)
                 return teacher.hidden[index].double() @ teacher.weight.double().T
             return None if teacher is None else teacher[index].double()
 
-        own = self.student[index].double(), of(self.teacher)
-        weights = self.weights and (self.weights[0].double(), self.weights[1].double())
-        ids, advantages = (None if t is None else t[index] for t in (self.ids, self.advantages))
         return self._replace(
-            student=own[0], weights=weights, teacher=own[1], ids=ids, advantages=advantages
+            student=self.student[index].double(),
+            weights=self.weights and (self.weights[0].double(), self.weights[1].double()),
+            teacher=rows_of(self.teacher),
+            ids=None if self.ids is None else self.ids[index],
+            advantages=None if self.advantages is None else self.advantages[index],
         )
 
-    def _of_the_statistics(self, terms: Any) -> Tensor:
-        """The same advantages, asked for between the two launches."""
+    def _callable_advantages(self, terms: Any) -> Tensor:
+        """The same advantages as a function of the statistics, which takes two launches."""
         assert self.advantages is not None
         return self.advantages + 0 * terms.log_prob
 
     def solve(self, module: Any) -> tuple[Any, Tensor]:
-        """The values per token, and the gradient of the sum of all losses w.r.t. `student`."""
+        """The values per token, and the gradient of the sum of all losses w.r.t. `student`.
+
+        `module` is `hybrid_kernels` or `reference`.
+        """
         form, specified = FORMS[self.form], module is reference
         leaf = self.student.clone().requires_grad_()
         options: dict[str, Any] = {"divergence": self.divergence}
         logits = leaf if self.weights is None else leaf @ self.weights[0].T if specified else leaf
         advantages: Any = self.advantages
         if "terms" in form:
-            found = module.token_terms(logits, self.teacher, self.ids, **options)
-            (found.divergence - advantages * found.log_prob).sum().backward()
+            values = module.token_terms(logits, self.teacher, self.ids, **options)
+            (values.divergence - advantages * values.log_prob).sum().backward()
         else:
             options |= {"reduction": "sum"}
             names = ("entropy_weight", "teacher_floor", "dense_weight")
             options |= {name: form[name] for name in names if name in form}
             if "callable" in form and not specified:
-                advantages = self._of_the_statistics
+                advantages = self._callable_advantages
             arguments = (self.teacher, self.ids, advantages)
             if "linear" in form and not specified:
                 assert self.weights
-                found = hybrid_kernels.linear_hybrid_loss(
+                values = hybrid_kernels.linear_hybrid_loss(
                     leaf, self.weights[0], *arguments, **options
                 )
             else:
                 if "inplace" in form and not specified:
                     logits, options["inplace"] = leaf.clone(), True
-                found = module.hybrid_loss(logits, *arguments, **options)
-            found.loss.backward()
+                values = module.hybrid_loss(logits, *arguments, **options)
+            values.loss.backward()
         assert leaf.grad is not None
-        return found, leaf.grad
+        return values, leaf.grad
 
 
 def _errors(check: Check, device: str) -> dict[str, float] | None:
-    """Of the gradient, relative, L2; and the largest of a value, relative to 1 + its size."""
-    problem = Problem.random(check, device)
-    values, gradient = problem.solve(hybrid_kernels)
-    index = steady_rows(problem.student, 1 if problem.weights else rows_in_flight(problem.student))
-    expected, truth = problem.rows(index).solve(reference)
+    """The relative L2 error of the gradient, and the largest error of a value v over 1 + |v|."""
+    inputs = Inputs.random(check, device)
+    values, gradient = inputs.solve(hybrid_kernels)
+    index = steady_rows(inputs.student, 1 if inputs.weights else rows_in_flight(inputs.student))
+    expected, truth = inputs.rows(index).solve(reference)
     error = relative_error(gradient[index], truth)
     if error is None:
         return None
@@ -207,9 +212,9 @@ def _errors(check: Check, device: str) -> dict[str, float] | None:
         error = torch.inf
     worst = 0.0
     for name in ("divergence", "log_prob", "teacher_log_prob", "entropy"):
-        got, wanted = getattr(values, name), getattr(expected, name)
-        if got is not None:
-            wanted = wanted.detach()
-            off = (got[index].detach().double() - wanted).abs() / (1 + wanted.abs())
-            worst = max(worst, float(off.nan_to_num(torch.inf).max()))
+        value, exact = getattr(values, name), getattr(expected, name)
+        if value is not None:
+            exact = exact.detach()
+            errors = (value[index].detach().double() - exact).abs() / (1 + exact.abs())
+            worst = max(worst, float(errors.nan_to_num(torch.inf).max()))
     return {"gradient": error, "values": worst}

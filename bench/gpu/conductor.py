@@ -1,13 +1,13 @@
-"""`python -m bench gpu [FOLDER]`: all stages, one after another, into FOLDER/<device>.
+"""`python -m bench gpu [FOLDER]`: runs all stages in turn, with results in FOLDER/<device>.
 
-A GPU is lent for minutes, so nothing may cost more than itself. Each stage is a process group with
-a time limit, and appends what it finds to `results-<id>.jsonl`, a line at a time. If a stage hangs,
-dies or says nothing, that is noted there, and the next one begins. After a hang the kernels whose
-programs wait for each other are not used any more. The run's own clock ends it in time to print the
-tables.
+A GPU is often borrowed for minutes, so a failure must not cost more than its own stage. Each stage
+is a process group with a time limit, and appends its results to `results-<id>.jsonl` line by line.
+If a stage hangs, dies or writes nothing, that is recorded there, and the next one starts. After a
+hang, kernels whose programs wait for each other are not run any more. The run has a time limit,
+too, and ends early enough to print the tables.
 
-Nothing is needed but torch and Triton. Two folders are used where they are there: `prebuilt/`
-(kernels, from `python -m bench prebuild`) and `peers/` (wheels of what to compare with).
+It needs only torch and Triton. Two folders are used if they exist: `prebuilt/` with kernels from
+`python -m bench prebuild`, and `peers/` with wheels of the packages to compare with.
 """
 
 import argparse
@@ -29,27 +29,28 @@ from bench import summary
 from bench.gpu import report
 
 ROOT = Path(__file__).parents[2]
-# Seconds of the whole run; those between the signals that end a stage; those to print the tables.
+# Seconds for the whole run, between the two signals that end a stage, and to print the tables.
 CLOCK, GRACE, LAST = 540, 5, 8
-# What an error says after which nothing works on a device in the same process.
+# Parts of the messages of errors after which a process can't use its device any more.
 LOST = ("CUDA error", "[CUDA]")
-# A stage that has said nothing for so long, after it began what may wait, hangs; it is not slow.
+# Where programs wait for each other, so many seconds without a result count as a hang.
 SILENCE = 15
+# Seconds in which a GPU must answer.
 HEALTH = 20
-# In the folder of prebuilt kernels: what they were made from.
+# The file in the folder of prebuilt kernels that says what they were made from.
 ABOUT = "kernels.json"
-# The newest part of a stage's output that is kept.
+# How much of the end of a stage's output is kept.
 LOG_BYTES = 2**20
 
 
 class Stage(NamedTuple):
-    """What runs, and for how many seconds at most.
+    """A part of the run.
 
     Attributes:
         name: a key of `stages.FUNCTIONS`.
-        seconds: its time.
-        after_a_hang: whether it makes sense without programs that wait for each other.
-        command: what runs; by default the function of that name.
+        seconds: its time limit.
+        after_a_hang: whether it is useful without programs that wait for each other.
+        command: what to run in place of the function of that name.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Stage(NamedTuple):
     command: tuple[str, ...] = ()
 
 
-# What they decide is in GPU.md. Together they take longer than the run; most end early.
+# GPU.md says what they decide. Their limits add up to more than the run's, as most end early.
 STAGES = (
     Stage("setup", 45),
     Stage("ceilings", 20),
@@ -86,20 +87,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "bench" / "results")
     names = [stage.name for stage in STAGES]
     parser.add_argument("--stages", help=f"some of {','.join(names)} (setup always runs)")
-    parser.add_argument("--seconds", type=float, default=CLOCK, help=f"of the run ({CLOCK})")
-    parser.add_argument("--stage-seconds", type=float, help="of each stage, in place of its own")
+    parser.add_argument("--seconds", type=float, default=CLOCK, help=f"limit of the run ({CLOCK})")
+    parser.add_argument("--stage-seconds", type=float, help="limit of each stage")
     parser.add_argument("--prebuilt", type=Path, default=ROOT / "prebuilt", help="packed kernels")
     parser.add_argument("--peers", type=Path, default=ROOT / "peers", help="wheels")
-    parser.add_argument("--dry-run", action="store_true", help="walk the stages without a GPU")
+    parser.add_argument("--dry-run", action="store_true", help="run without a GPU")
     options = parser.parse_args(arguments)
-    wanted = options.stages.split(",") if options.stages else names
-    if unknown := set(wanted) - set(names):
+    chosen = options.stages.split(",") if options.stages else names
+    if unknown := set(chosen) - set(names):
         parser.error(f"--stages: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     device = "dry-run" if options.dry_run else device_name()
     if device is None:
-        print("python -m bench gpu: there is no GPU; --dry-run walks the stages without one")
+        print("python -m bench gpu: there is no GPU; --dry-run runs the stages without one")
         return 2
-    stages = [stage for stage in STAGES if stage.name in ("setup", *wanted)]
+    stages = [stage for stage in STAGES if stage.name in ("setup", *chosen)]
     if options.stage_seconds:
         stages = [stage._replace(seconds=options.stage_seconds) for stage in stages]
     run = Run(options.folder.resolve() / slug(device), options.seconds, options.dry_run)
@@ -107,31 +108,25 @@ def main(arguments: list[str]) -> int:
         "BENCH_PREBUILT": str(options.prebuilt.resolve()),
         "BENCH_PEERS": str(options.peers.resolve()),
     }
-    run.write(
-        {
-            "device": device,
-            "commit": commit(options.prebuilt),
-            "id": run.id,
-            **summary.versions(),
-        }
-    )
+    about = {"device": device, "commit": commit(options.prebuilt), "id": run.id}
+    run.write({**about, **summary.versions()})
     return run.all(stages)
 
 
 def slug(device: str) -> str:
-    """A device's name as a folder's."""
+    """The name of a device's folder."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def device_name() -> str | None:
-    """As nvidia-smi or torch has it; None where there is no GPU."""
+    """The name of the GPU by nvidia-smi or torch; None without a GPU."""
     smi = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-    own = smi or output(sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())")
-    return own.splitlines()[0].strip() if own else None
+    name = smi or output(sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())")
+    return name.splitlines()[0].strip() if name else None
 
 
 def output(*command: str) -> str:
-    """What a command prints; nothing where it is missing, fails or does not end."""
+    """What a command prints; empty if it is missing, fails or does not end."""
     try:
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -140,8 +135,11 @@ def output(*command: str) -> str:
 
 
 def commit(prebuilt: Path) -> str:
-    """Of the sources: `HYBRID_KERNELS_COMMIT`; that at which kernels were prebuilt from the same
-    sources, whose history may not have travelled with them; that of the checkout."""
+    """The commit of the sources.
+
+    It is `HYBRID_KERNELS_COMMIT` if that is set. Else it is the commit of the prebuilt kernels if
+    their sources are the same, as a copy of the checkout may lack git's history. Else git knows it.
+    """
     if given := os.environ.get("HYBRID_KERNELS_COMMIT"):
         return given
     with contextlib.suppress(OSError, ValueError):
@@ -154,7 +152,7 @@ def commit(prebuilt: Path) -> str:
 
 
 def sources() -> str:
-    """A digest of everything that kernels are made from."""
+    """A digest of all sources that determine which kernels are compiled."""
     files = [*(ROOT / "hybrid_kernels").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
     parts = (str(path.relative_to(ROOT)).encode() + path.read_bytes() for path in sorted(files))
     return hashlib.sha256(b"".join(parts)).hexdigest()
@@ -170,10 +168,10 @@ class Run:
         self.folder = folder
         self.results = folder / f"results-{self.id}.jsonl"
         self.log = folder / f"log-{self.id}.txt"
-        self.sweeps = False  # from a hang on
-        self.answers = True
+        self.sweeps = False  # whether a hang has made it avoid programs that wait
+        self.answers = True  # whether the GPU still does
         self.scratch = tempfile.TemporaryDirectory(prefix="bench-gpu-", ignore_cleanup_errors=True)
-        # A kernel cache that starts empty, and no tuning file but what is found here.
+        # The kernel cache starts empty, and the only tuning file is from the stage `tuning`.
         self.environment = {
             "TRITON_CACHE_DIR": f"{self.scratch.name}/triton",
             "HYBRID_KERNELS_TUNING": f"{self.scratch.name}/none.json",
@@ -184,11 +182,11 @@ class Run:
         }
 
     def all(self, stages: list[Stage]) -> int:
-        """Runs them; the exit status is 1 if one did not end well."""
+        """Runs stages; returns the exit status, which is 1 if one of them failed."""
         endings = [self.stage(stage) for stage in stages]
         try:
             print(report.render(self.folder), flush=True)
-        except Exception:  # the findings are in the results all the same
+        except Exception:  # the results file is complete without the report
             traceback.print_exc()
         self.scratch.cleanup()
         return int(not all(endings))
@@ -197,7 +195,7 @@ class Run:
         return time.monotonic() - self.begin
 
     def left(self) -> float:
-        """Seconds for stages, their end included."""
+        """Seconds left for stages, including those to end one."""
         return self.seconds - self.passed() - LAST
 
     def write(self, row: dict[str, Any]) -> None:
@@ -206,7 +204,7 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def stage(self, stage: Stage) -> bool:
-        """Runs one, unless there is a reason not to; whether it ended well."""
+        """Runs a stage unless there is a reason not to; returns whether it succeeded."""
         reason = None
         if self.left() < GRACE + 3:
             reason = "the run's time was up"
@@ -238,8 +236,11 @@ class Run:
         return ok
 
     def hung(self, silence: float) -> bool:
-        """Whether the last that began may wait, and was not heard of again or lost the device: a
-        wait ends itself, after seconds."""
+        """Whether programs that wait for each other have hung.
+
+        They have if the stage's last row announces them and no row follows, or if they lost the
+        device: a wait that lasts for seconds ends itself with an error.
+        """
         *before, last = [{}, {}, *report.heard(self.rows())]
         if "failed" in last:
             return bool(before[-1].get("waits")) and any(sign in last["failed"] for sign in LOST)
@@ -249,13 +250,16 @@ class Run:
         if stage.command:
             return list(stage.command)
         flags = ["--dry-run"] * self.dry + ["--sweeping"] * self.sweeps
-        own = [sys.executable, "-m", "bench.gpu.stages", stage.name, str(self.results)]
-        # (A stage that knows when to end is not cut off in the middle of a case.)
-        return [*own, f"--until={time.time() + seconds - 3:.1f}", *flags]
+        command = [sys.executable, "-m", "bench.gpu.stages", stage.name, str(self.results)]
+        # A stage that knows when to end starts no case that would be cut off.
+        return [*command, f"--until={time.time() + seconds - 3:.1f}", *flags]
 
     def execute(self, command: list[str], seconds: float, log: Path) -> tuple[str, float]:
-        """Runs a command for so long at most; how it ended, which is "ok" or says more, and for how
-        long nothing had been heard then."""
+        """Runs a command with a time limit.
+
+        Returns how it ended, "ok" or a description, and for how many seconds it had written no
+        results then.
+        """
         with log.open("w") as file:
             process = subprocess.Popen(
                 command,
@@ -265,14 +269,14 @@ class Run:
                 cwd=ROOT,
                 env={**os.environ, **self.environment},
                 start_new_session=True,
-                # What a shell runs in the background ignores the signal that cuts a stage off.
+                # A shell ignores SIGINT in its background jobs, and stages would inherit that.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             status = self.wait(process, seconds)
             silence = time.time() - self.results.stat().st_mtime
             if status is None:
                 end_group(process, signal.SIGINT)
-            # Whatever the stage has started: a kernel that hangs must not keep the GPU.
+            # Children may survive their stage, and one with a hanging kernel would keep the GPU.
             end_group(process, signal.SIGKILL)
         if status is None:
             return f"cut off after {seconds:.0f} s", silence
@@ -281,12 +285,12 @@ class Run:
         return ("ok" if status == 0 else f"failed with status {status}"), silence
 
     def wait(self, process: subprocess.Popen, seconds: float) -> int | None:
-        """A process's status; None if it goes on after so long."""
+        """A process's exit status; None if it has not ended after so many seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(seconds)
 
     def health(self) -> bool:
-        """Whether the GPU still answers, from a process of its own."""
+        """Whether the GPU still works in a new process."""
         seconds = min(HEALTH, self.left() - GRACE)
         if self.dry or seconds < 3:
             return True
@@ -298,14 +302,14 @@ class Run:
         return report.parse(self.results)
 
     def keep(self, name: str, log: Path) -> None:
-        """Appends the end of a stage's output to the log, as soon as there is one."""
+        """Appends the end of a stage's output to the log."""
         text = log.read_bytes()[-LOG_BYTES:].decode(errors="replace")
         with self.log.open("a") as file:
             file.write(f"==== {name}\n{text}\n")
 
 
 def end_group(process: subprocess.Popen, number: signal.Signals) -> None:
-    """Sends a signal to a process and all that it has started; waits a while for the first."""
+    """Sends a signal to a process and all its children; waits for `GRACE` seconds at most."""
     with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
         os.killpg(process.pid, number)
         process.wait(GRACE)

@@ -1,21 +1,20 @@
-"""Launches beside other work: whether programs that wait for each other always get to run.
+"""Checks that programs that wait for each other always get to run, also when the GPU is busy.
 
-On a machine without a GPU ("meta") each check launches its kernels once, which says nothing (None).
+Without a GPU, on the device "meta", each check launches its kernels once and returns None.
 """
 
 import torch
 from torch import Tensor
 
+from bench.providers import random_options
 from hybrid_kernels import hybrid_loss
 
 VOCABULARY = 151_936
 
 
 def logits(rows: int, device: str, vocabulary: int = VOCABULARY, seed: int = 0):
-    """Student and teacher, half a nat apart."""
-    options: dict = {"device": device}
-    if device != "meta":
-        options["generator"] = torch.Generator(device).manual_seed(seed)
+    """Student and teacher, whose logits differ by half a nat."""
+    options = random_options(device, seed)
     student = torch.randn(rows, vocabulary, **options)
     teacher = student + 0.5 * torch.randn(student.shape, **options)
     return student.bfloat16().requires_grad_(), teacher.bfloat16()
@@ -39,23 +38,23 @@ def a_thousand_launches(device: str) -> bool | None:
 
 
 def busy_multiprocessors(device: str) -> bool | None:
-    """Another stream keeps multiprocessors busy, so that not all programs fit at first."""
+    """Another stream occupies multiprocessors, so that not all programs can start at once."""
     student, teacher = logits(256, device)
     expected = gradient(student, teacher).clone()
     if device == "meta":
         return None
     matrix = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
-    other = torch.cuda.Stream()
+    busy_stream = torch.cuda.Stream()
     right = True
     for _ in range(100):
-        with torch.cuda.stream(other):
+        with torch.cuda.stream(busy_stream):
             torch.mm(matrix, matrix)
         right &= torch.equal(gradient(student, teacher), expected)
     return right
 
 
 def two_streams(device: str) -> bool | None:
-    """Cooperative launches of two streams never hold half of the device each."""
+    """Two cooperative launches must not hold half of the device each and wait for the rest."""
     pairs = [logits(256, device, seed=seed) for seed in (1, 2)]
     expected = [gradient(*pair).clone() for pair in pairs]
     if device == "meta":
@@ -69,7 +68,7 @@ def two_streams(device: str) -> bool | None:
             with torch.cuda.stream(stream):
                 got.append(gradient(*pair))
     torch.cuda.synchronize()
-    return all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    return all(map(torch.equal, got, expected))
 
 
 def cuda_graphs(device: str) -> bool | None:

@@ -1,7 +1,7 @@
-"""The meeting alone: programs that publish a number, wait for each other and read what all say.
+"""Measures the meeting: programs publish a number each, wait for each other and read all numbers.
 
-`publish`, `meet` and the order of the slices are those of the row-resident kernel. The time of a
-meeting is what a row costs on top of its bytes where nothing lags.
+`publish`, `meet` and the order of the slices are those of the row-resident kernel. Without lag, a
+row takes the time of a meeting in addition to the time of its bytes.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from hybrid_kernels.triton_backend.slices import first_turn, following
 
 # Meetings of each program.
 ROUNDS = 20_000
-# Of a row of V=151,936 with slices of 8,192 and of 4,096, and the most that are launched.
+# Programs that meet: for V=151,936 with slices of 8,192 and of 4,096, and the most that may meet.
 SPLITS = (19, 38, 128)
 WARPS, PROGRAMS = 4, 2
 
 
 @triton.jit
 def meeting_kernel(args, wrong_ptr, P: tl.constexpr):
-    """A meeting for each row; how often a program read what it should not have."""
+    """A meeting for each row; counts how often each program read a wrong number."""
     lane = tl.arange(0, P.lanes)
     wrong = tl.full((), 0, tl.int32)
     turn = first_turn(P)
@@ -43,7 +43,7 @@ def meeting_kernel(args, wrong_ptr, P: tl.constexpr):
 
 
 def run(splits: int, programs: int, rounds: int, device: str) -> Tensor:
-    """Launches it, of so many meetings for each program; how much each found wrong."""
+    """Launches programs with `rounds` meetings each; returns how many wrong numbers each read."""
     static = Plan(0, splits=splits, lanes=triton.next_power_of_2(splits))
     rows = rounds * programs // splits
     words = torch.zeros(rows * splits * NUMBERS, dtype=torch.int64, device=device)
@@ -60,48 +60,48 @@ def run(splits: int, programs: int, rounds: int, device: str) -> Tensor:
 
 
 def measurements(device: str) -> dict[str, Callable[[], Row]]:
-    """By its name each measurement: microseconds a meeting, alone; and whether all is right in a
-    graph and on two streams."""
+    """Measurements by name: microseconds of a meeting, and whether it works in a CUDA graph and on
+    two streams."""
     places = plan.Device.of(torch.empty(0, device=device)).multiprocessors * PROGRAMS
-    found: dict[str, Callable[[], Row]] = {
+    by_name: dict[str, Callable[[], Row]] = {
         f"{splits} of {places} programs": lambda splits=splits: _alone(splits, places, device)
         for splits in SPLITS
     }
     if device != "meta":
         sizes = (SPLITS[0], places, ROUNDS, device)
-        found["in a graph"] = lambda: _in_a_graph(*sizes)
-        found["on two streams"] = lambda: _on_two_streams(*sizes)
-    return found
+        by_name["in a graph"] = lambda: _in_a_graph(*sizes)
+        by_name["on two streams"] = lambda: _on_two_streams(*sizes)
+    return by_name
 
 
-def _wrong(found: Tensor) -> int | None:
-    return None if found.is_meta else int(found.abs().sum())
+def _total(wrong: Tensor) -> int | None:
+    return None if wrong.is_meta else int(wrong.abs().sum())
 
 
 def _alone(splits: int, programs: int, device: str) -> Row:
     wrong = run(splits, programs, ROUNDS, device)
     times = timing.device_times(lambda: run(splits, programs, ROUNDS, device), 3, 1)
     us = min(times.ms) * 1e3 / ROUNDS if times.ms else None
-    return {"us": us, "wrong": _wrong(wrong)}
+    return {"us": us, "wrong": _total(wrong)}
 
 
 def _in_a_graph(*sizes) -> Row:
-    run(*sizes)  # what is compiled and loaded is not captured
+    run(*sizes)  # compiles and loads the kernel, which a graph can't capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         wrong = run(*sizes)
     for _ in range(3):
         graph.replay()
-    return {"us": None, "wrong": _wrong(wrong)}
+    return {"us": None, "wrong": _total(wrong)}
 
 
 def _on_two_streams(*sizes) -> Row:
     streams = [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
-    found = []
+    wrong = []
     for _ in range(3):
         for stream in streams:
             with torch.cuda.stream(stream):
-                found.append(run(*sizes))
+                wrong.append(run(*sizes))
     torch.cuda.synchronize()
-    return {"us": None, "wrong": _wrong(torch.stack(found))}
+    return {"us": None, "wrong": _total(torch.stack(wrong))}

@@ -1,13 +1,14 @@
-"""`python -m bench prebuild [FOLDER]`: kernels for an H100 or H200, made where there is none.
+"""`python -m bench prebuild [FOLDER]`: compiles kernels for an H100 or H200 on another machine.
 
-Compiling what the stages launch takes minutes that a lent GPU does not have. So the stages are
-walked through on meta tensors (`standin.py`), which leaves their kernels in a Triton cache, and the
-cache is packed into FOLDER (prebuilt/), which travels. It must be the same version of Triton.
+Compiling what the stages launch takes minutes of the time on a borrowed GPU. So the stages run here
+on meta tensors (`standin.py`), which leaves their kernels in a Triton cache. The cache is packed
+into FOLDER, by default prebuilt/, to be copied to the GPU's machine. That machine must have the
+same version of Triton.
 
-A cache's entries are named after the build of Triton, the kernel's source, the assembler's version
-and options. Two installations of one version differ in the first: `unpack` names the entries as the
-Triton of the machine would, there. Triton 3.6 also compiles a launcher for each kind of signature,
-in C: their sources travel, and `build_launchers` compiles them side by side.
+Triton names the entries of its cache by its own build, the kernel's source, the assembler's version
+and options. The build differs between two installations of one version, so `unpack` renames the
+entries on the GPU's machine. Triton 3.6 also compiles a launcher in C for each kind of signature:
+the pack contains their sources, and `build_launchers` compiles them in parallel.
 """
 
 import argparse
@@ -51,8 +52,8 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("folder", nargs="?", type=Path, default=conductor.ROOT / "prebuilt")
     names = [stage.name for stage in conductor.STAGES]
-    parser.add_argument("--stages", default=",".join(names), help="those to prebuild for")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="stages at a time")
+    parser.add_argument("--stages", default=",".join(names), help="the stages to compile for")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="stages at once")
     options = parser.parse_args(arguments)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
@@ -68,12 +69,12 @@ def main(arguments: list[str]) -> int:
         f"{kernels} kernels, {size:.1f} MiB in {options.folder}, {time.monotonic() - begin:.0f} s"
     )
     if size > LIMIT_MIB:
-        print(f"prebuild: more than {LIMIT_MIB} MiB do not travel well; leave out --stages")
+        print(f"prebuild: more than {LIMIT_MIB} MiB are slow to copy; name fewer --stages")
     return int(size > LIMIT_MIB)
 
 
 def fill(folder: Path, stages: list[str], jobs: int) -> list[str]:
-    """Walks through stages, some at a time; the names of those that failed."""
+    """Runs stages dry, `jobs` at a time; returns the names of those that failed."""
     environment = {
         **os.environ,
         "TRITON_CACHE_DIR": str(folder),
@@ -82,22 +83,17 @@ def fill(folder: Path, stages: list[str], jobs: int) -> list[str]:
         "BENCH_PREBUILT": str(folder),
         "BENCH_PEERS": str(folder),
     }
-    waiting, running, failed = list(stages), {}, []
+    waiting, running, failed = list(stages), {}, list[str]()
     while waiting or running:
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
-            command = [sys.executable, "-m", "bench.gpu.stages", name, str(folder / "found.jsonl")]
-            log = (folder / f"{name}.log").open("w+")
-            running[name] = (
-                log,
-                subprocess.Popen(
-                    [*command, "--dry-run", "--compile"],
-                    cwd=conductor.ROOT,
-                    env=environment,
-                    stdout=log,
-                    stderr=log,
-                ),
+            results, log = folder / "results.jsonl", (folder / f"{name}.log").open("w+")
+            command = [sys.executable, "-m", "bench.gpu.stages", name, str(results)]
+            command += ["--dry-run", "--compile"]
+            process = subprocess.Popen(
+                command, cwd=conductor.ROOT, env=environment, stdout=log, stderr=log
             )
+            running[name] = log, process
         time.sleep(0.2)
         for name, (log, process) in list(running.items()):
             if process.poll() is None:
@@ -114,7 +110,7 @@ def fill(folder: Path, stages: list[str], jobs: int) -> list[str]:
 
 @contextlib.contextmanager
 def recorded_keys() -> Iterator[None]:
-    """Notes the parts of each cache key, and what a launcher would be compiled from."""
+    """Records the parts of each cache key, and the source of each kernel's launcher."""
     folder, original = Path(cache.knobs.cache.dir), compiler.get_cache_key
 
     def recorded(source: Any, backend: Any, options: Any, env_vars: Any) -> str:
@@ -124,8 +120,8 @@ def recorded_keys() -> Iterator[None]:
             file.write(json.dumps({**parts, "kernel": source.name}) + "\n")
         code = _launcher_source(source)
         if code is not None:
-            own = hashlib.sha256(code.encode()).hexdigest()
-            (folder / LAUNCHERS / f"{own}.c").write_text(code)
+            digest = hashlib.sha256(code.encode()).hexdigest()
+            (folder / LAUNCHERS / f"{digest}.c").write_text(code)
         return key
 
     with mock.patch.object(compiler, "get_cache_key", recorded):
@@ -133,19 +129,19 @@ def recorded_keys() -> Iterator[None]:
 
 
 def _launcher_source(source: Any) -> str | None:
-    """The C source of a kernel's launcher; None for a Triton that compiles none."""
+    """The C source of a kernel's launcher; None if this Triton compiles no launchers."""
     make = getattr(importlib.import_module(NVIDIA), "make_launcher", None)
     return None if make is None else make(source.constants, source.signature, None)
 
 
 def pack(folder: Path, target: Path) -> int:
-    """The cache as one file, and what it was made from; how many kernels there are."""
+    """Packs the cache, with a description for `unpack`; returns the number of kernels."""
     keys = {}
     for line in (folder / KEYS).read_text().splitlines():
         entry = json.loads(line)
         keys[entry["name"]] = entry
     target.mkdir(parents=True, exist_ok=True)
-    (target / conductor.ABOUT).unlink(missing_ok=True)  # which may name an older commit
+    (target / conductor.ABOUT).unlink(missing_ok=True)  # else `commit` could return an older one
     with tarfile.open(target / PACK, "w:xz") as archive:
         for name in sorted(keys):
             archive.add(folder / name, name)
@@ -161,7 +157,7 @@ def pack(folder: Path, target: Path) -> int:
 
 
 def unpack(folder: Path) -> str:
-    """Puts packed kernels into this Triton's cache, under its own names; says what it did."""
+    """Copies packed kernels into this Triton's cache, under its names; returns what it did."""
     if not (folder / PACK).exists():
         return f"there is no {PACK} in {folder}"
     about = json.loads((folder / conductor.ABOUT).read_text())
@@ -191,28 +187,28 @@ def unpack(folder: Path) -> str:
 
 
 class _Hashed:
-    """Stands for something of which the hash alone is known."""
+    """Replaces an object that Triton only asks for its hash."""
 
-    def __init__(self, own: str) -> None:
-        self.own = own
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
 
     def hash(self) -> str:
-        return self.own
+        return self.digest
 
 
 def _name(key: str) -> str:
-    """A cache entry's folder, as Triton names it."""
+    """The name of a cache entry's folder in Triton."""
     digest = hashlib.sha256(key.encode()).hexdigest()
     return base64.b32encode(bytes.fromhex(digest)).decode().rstrip("=")
 
 
 def build_launchers() -> str:
-    """Compiles the launchers side by side into this Triton's cache; says what it did."""
+    """Compiles the launchers in parallel into this Triton's cache; returns what it did."""
     begin = time.monotonic()
     folder = Path(cache.knobs.cache.dir, LAUNCHERS)
     sources = [path.read_text() for path in sorted(folder.glob("*.c"))]
     active: Any = driver.active
-    _ = active.utils  # compiles what all launches share, once
+    _ = active.utils  # compiles what all launchers share, before the pool needs it
     with ProcessPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         built = sum(pool.map(_build, sources))
     return f"{built} of {len(sources)} in {time.monotonic() - begin:.1f} s"
@@ -228,7 +224,7 @@ def _build(code: str) -> bool:
             include_dirs=nvidia.include_dirs,
             libraries=nvidia.libraries,
         )
-    except Exception as error:  # it is compiled at the first launch instead
+    except Exception as error:  # Triton will compile it at the first launch
         print(f"launcher: {error!r}")
         return False
     return True

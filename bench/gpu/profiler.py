@@ -1,4 +1,4 @@
-"""What binds a kernel: hardware counters, read by Nsight Compute in a process of its own."""
+"""What limits a kernel's speed, by hardware counters that a process under Nsight Compute reads."""
 
 import contextlib
 import csv
@@ -13,7 +13,7 @@ import torch
 
 from bench.providers import PROVIDERS, Problem
 
-# Fewer rows than elsewhere: the profiler saves and restores all memory between its passes.
+# There are few rows because the profiler saves and restores all memory between its passes.
 ROWS, VOCABULARY = 2048, 151_936
 PROFILED = (("hybrid_kernels", "reverse_kl"), ("hybrid_kernels", "jsd"))
 METRICS = {
@@ -38,28 +38,20 @@ METRICS = {
 
 
 def work(device: str) -> None:
-    """The launches that are profiled, the first of each kernel among them."""
+    """Launches each kernel that is profiled."""
     for provider, divergence in PROFILED:
-        problem = Problem.random(ROWS, VOCABULARY, torch.bfloat16, divergence, device)
+        problem = Problem.random((ROWS, VOCABULARY), torch.bfloat16, divergence, device)
         PROVIDERS[provider].make(problem)()
 
 
 def measure(device: str, seconds: float) -> Iterator[dict[str, Any]]:
-    """One row for each profiled kernel."""
+    """One row of results for each profiled kernel."""
     if device == "meta":
         work(device)
         yield {"profiled": "nothing"}
         return
-    command = [
-        "ncu",
-        "--clock-control",
-        "none",
-        "--csv",
-        "--print-units",
-        "base",
-        "--metrics",
-        ",".join(METRICS),
-    ]
+    command = ["ncu", "--clock-control", "none", "--csv", "--print-units", "base"]
+    command += ["--metrics", ",".join(METRICS)]
     command += ["-k", "regex:resident_kernel", "--launch-count", str(len(PROFILED))]
     command += [sys.executable, "-m", "bench.gpu.profiler"]
     try:
@@ -78,19 +70,19 @@ def measure(device: str, seconds: float) -> Iterator[dict[str, Any]]:
 
 
 def parse(output: str) -> list[dict[str, Any]]:
-    """ncu's CSV, in which a line is a kernel and a metric, as a row for each launch."""
+    """A row for each launch, from ncu's CSV with a line for each metric of each launch."""
     start = re.search(r'^"ID",', output, re.MULTILINE)
     if start is None:
         return []
-    found: dict[str, dict[str, Any]] = {}
+    launches: dict[str, dict[str, Any]] = {}
     for line in csv.DictReader(io.StringIO(output[start.start() :])):
         name = METRICS.get(line["Metric Name"])
-        if name is None:  # as in ncu's own messages between the lines
+        if name is None:  # ncu also prints messages between the lines
             continue
-        row = found.setdefault(line["ID"], {"profiled": line["Kernel Name"]})
+        row = launches.setdefault(line["ID"], {"profiled": line["Kernel Name"]})
         with contextlib.suppress(ValueError):  # "n/a"
             row[name] = float(line["Metric Value"].replace(",", ""))
-    return list(found.values())
+    return list(launches.values())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the runs on one GPU found, as Markdown: `report.md` of a folder of `results-*.jsonl`.
+"""The results of the runs on one GPU in Markdown: `report.md`, from a folder's `results-*.jsonl`.
 
-Runs of one commit are read together, and of a case measured twice the newest counts. What matters
-most comes last, where the end of a terminal's output is.
+It combines the runs of the newest commit. If a case was measured twice, the newer result counts.
+The most important tables come last, where a terminal shows them.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ from pathlib import Path
 from bench import report, summary
 from bench.summary import Row
 
-# Tunings that are shown, and how many a problem must have been measured with for its own table.
+# How many tunings are shown, and how many results a problem needs for a table of its own.
 FASTEST, COMPARED = 8, 3
-# By which a row may be called.
+# Keys whose value may name a row.
 NAMES = ("case", "tuning", "hang", "meeting", "profiled")
 
 
 def parse(path: Path) -> list[Row]:
-    """The rows of a run. (What was cut off in the middle of a line leaves half of one.)"""
+    """The rows of a run, without a last line that a stage did not finish."""
     rows = []
     for line in path.read_text().splitlines():
         with contextlib.suppress(ValueError):
@@ -30,12 +30,12 @@ def parse(path: Path) -> list[Row]:
 
 
 def heard(rows: list[Row]) -> list[Row]:
-    """What a stage has said itself, and not Triton's compiler."""
+    """The rows that a stage wrote itself, without those about compilations."""
     return [row for row in rows if "compiled" not in row and "cache" not in row]
 
 
 def load(folder: Path) -> list[Row]:
-    """The rows of the newest commit, oldest first; each with its `device`."""
+    """The rows of the newest commit, oldest first, each with `device` and `commit`."""
     runs: list[list[Row]] = []
     for path in sorted(folder.glob("results-*.jsonl")):
         rows = parse(path)
@@ -53,7 +53,7 @@ def load(folder: Path) -> list[Row]:
 
 
 def render(folder: Path) -> str:
-    """Writes `report.md` and, where enough was measured, `report.png`."""
+    """Writes `report.md` and, if enough was measured, `report.png`; returns the former."""
     rows = load(folder)
     measured = {row["case"]: row for row in rows if row.get("median_ms") and "case" in row}
     cases = summary.with_floors(list(measured.values()))
@@ -74,7 +74,7 @@ def render(folder: Path) -> str:
     for name, section in sections.items():
         try:
             lines += section()
-        except Exception as error:  # which must not cost the others
+        except Exception as error:  # the other sections must still be printed
             lines += ["", f"The section {name!r} failed: {error!r}"]
     text = "\n".join(lines).rstrip() + "\n"
     (folder / "report.md").write_text(text)
@@ -87,13 +87,13 @@ def render(folder: Path) -> str:
 
 
 def _is_compared(row: Row, rows: list[Row]) -> bool:
-    """Whether its problem has a table of its own."""
-    alike = (all(row[key] == other[key] for key in report.CASE) for other in rows)
-    return sum(alike) >= COMPARED
+    """Whether the problem of a row has a table of its own."""
+    same = (all(row[key] == other[key] for key in report.CASE) for other in rows)
+    return sum(same) >= COMPARED
 
 
 def _alone(rows: list[Row]) -> Iterable[str]:
-    """One table for problems that few have been measured on."""
+    """One table for all problems without a table of their own."""
     if rows:
         yield from ("", "| | N | V | dtype, divergence, inputs | median ms | of copy | of add |")
         yield "|---|---|---|---|---|---|---|"
@@ -106,15 +106,15 @@ def _alone(rows: list[Row]) -> Iterable[str]:
 
 
 def _importance(row: Row) -> tuple:
-    """The main size, without hidden states, comes last."""
+    """A sort key by which the main size from logits comes last."""
     return row["v"] == 151_936, not row["d"], row["n"] == 8192, not row["inputs"]
 
 
 def _header(rows: list[Row]) -> Iterable[str]:
     first = rows[0]
     versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "triton"))
-    here: Row = next((row for row in rows if "driver" in row), {})
-    driver = f", driver {here['driver']}" if here else ""
+    machine: Row = next((row for row in rows if "driver" in row), {})
+    driver = f", driver {machine['driver']}" if machine else ""
     yield f"{first['device']}{driver}, {versions}, commit {first['commit'][:10]}"
     for row in rows:
         for name in ("prebuilt", "launchers", "fp32_sums_of_bf16"):
@@ -128,12 +128,12 @@ def _stages(rows: list[Row]) -> Iterable[str]:
         if "outcome" in row:
             name = row["stage"]
             caches = [r["cache"] for r in rows if r["stage"] == name and "cache" in r]
-            found = sum(cache["hits"] for cache in caches)
+            hits = sum(cache["hits"] for cache in caches)
             compiled = sum(r["stage"] == name and "compiled" in r for r in rows)
             note = ", hung" if row.get("hung") else ""
             note += ", the GPU no longer answers" if row.get("health") is False else ""
             ending, seconds = row["outcome"] + note, row.get("seconds", 0)
-            yield f"| {name} | {ending} | {seconds:.0f} | {found} | {compiled} |"
+            yield f"| {name} | {ending} | {seconds:.0f} | {hits} | {compiled} |"
 
 
 def _others(rows: list[Row], measured: set[str]) -> Iterable[str]:
@@ -152,8 +152,8 @@ def _others(rows: list[Row], measured: set[str]) -> Iterable[str]:
             yield f"- smoke tests: pytest's status {row['pytest_status']}"
         elif "profiled" in row:
             name = str(row["profiled"]).split("(")[0]
-            known = ("device", "commit", "stage", "at", "profiled")
-            yield f"- {name}: " + ", ".join(f"{k} {v}" for k, v in row.items() if k not in known)
+            skipped = ("device", "commit", "stage", "at", "profiled")
+            yield f"- {name}: " + ", ".join(f"{k} {v}" for k, v in row.items() if k not in skipped)
         elif "failed" in row and "check" not in row and row.get("case") not in measured:
             name = next((row[key] for key in NAMES if key in row), row["stage"])
             yield f"- {name}: {row['failed']}"
@@ -170,15 +170,15 @@ def _others(rows: list[Row], measured: set[str]) -> Iterable[str]:
 
 
 def _tunings(rows: list[Row]) -> Iterable[str]:
-    """The fastest of each problem, and what share of `add`'s bandwidth they reach."""
+    """The fastest tunings of each problem, with the share of `add`'s bandwidth they reach."""
     tried = [row for row in rows if "tuning" in row and row.get("median_ms")]
+    # The first such row comes from the stage `ceilings`.
     add = next((row for row in rows if row.get("provider") == "add" and row.get("median_ms")), None)
-    # (The first is that of the stage `ceilings`.)
     rate = add["floor_bytes"] / add["median_ms"] if add else math.inf
     for of in dict.fromkeys(row["of"] for row in tried):
         yield from ("", f"Tunings, {of}", "", "| | median ms | of add |", "|---|---|---|")
-        own = sorted((row for row in tried if row["of"] == of), key=lambda row: row["median_ms"])
-        for row in own[:FASTEST]:
+        sorted_rows = sorted((r for r in tried if r["of"] == of), key=lambda r: r["median_ms"])
+        for row in sorted_rows[:FASTEST]:
             ms = row["median_ms"]
             yield f"| {row['tuning']} | {ms:.3g} | {row['floor_bytes'] / rate / ms:.0%} |"
     for row in rows:
@@ -189,7 +189,7 @@ def _tunings(rows: list[Row]) -> Iterable[str]:
 def _checks(rows: list[Row]) -> Iterable[str]:
     checks: dict[str, Row] = {}
     for row in rows:
-        # (What was not begun is no news of what was.)
+        # A check that a later run did not start keeps its earlier result.
         if "check" in row and ("right" in row or row["check"] not in checks):
             checks[row["check"]] = row
     good = sum(row.get("right") is True for row in checks.values())

@@ -1,8 +1,8 @@
-"""What the stages do: `python -m bench.gpu.stages NAME RESULTS`, one function for each.
+"""`python -m bench.gpu.stages NAME RESULTS`: runs a stage; each is a function here.
 
-A stage appends what it finds to RESULTS as it finds it. Under --dry-run the same code walks through
-the same problems on meta tensors, without a GPU (`standin.py`), and with --compile it leaves every
-kernel in Triton's cache: that is how kernels are prebuilt, so that the list of them can't drift.
+A stage appends its results to the file RESULTS at once. With --dry-run the same code runs on meta
+tensors without a GPU (`standin.py`). With --compile, too, it leaves every kernel in Triton's cache,
+so that the prebuilt kernels are always those that the stages launch.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -47,9 +48,9 @@ from hybrid_kernels.triton_backend import plan
 ROOT = Path(__file__).parents[2]
 ROWS, MAIN = 8192, 151_936
 VOCABULARIES = (32_000, 50_257, 128_256, MAIN, 262_144)
-# The denominators: 2.5 GB a tensor.
+# Operations whose bandwidth the others are compared with.
 PLAIN = ("copy", "add", "read")
-# What a tuning is chosen by.
+# The problems on which tunings are compared.
 TUNED = (
     Case(OURS, 3533, MAIN),
     Case(OURS, 16_384, 32_000),
@@ -62,7 +63,15 @@ PEERS = ("speculators 0.9.0", "Liger 0.8.5", "torch eager", "torch.compile")
 
 
 class Stage:
-    """Where a stage runs, and where it says what it finds."""
+    """A stage while it runs.
+
+    Attributes:
+        name: a key of `FUNCTIONS`.
+        results: the file.
+        until: when it should end, in Unix time.
+        device: "cuda", or "meta" in a dry run.
+        sweeps: whether the sweeping form replaces the row-resident one.
+    """
 
     def __init__(
         self, name: str, results: Path, until: float, device: str, sweeps: bool = False
@@ -75,7 +84,7 @@ class Stage:
         return self.device == "meta"
 
     def left(self) -> float:
-        """Seconds until this stage had better be over."""
+        """Seconds until this stage should end."""
         return self.until - time.time()
 
     def write(self, row: Row) -> None:
@@ -84,33 +93,33 @@ class Stage:
             file.write(json.dumps({"stage": self.name, "at": at, **row}) + "\n")
 
     def attempt(self, row: Row, run: Callable[[], Row], waits: bool = True) -> None:
-        """Writes that something begins and what came of it, added to a row that names it.
+        """Runs something, and writes one row before it and one with its results or its error.
 
-        What fails does not keep the next from running, unless the device is lost with it.
+        An error is raised again only if the device is lost.
 
         Args:
-            row: what names it.
-            run: does it.
-            waits: whether programs may wait for each other, so that silence from here on is a hang.
+            row: names what is run.
+            run: returns the results.
+            waits: whether programs may wait for each other, so that silence means a hang.
         """
         if self.left() <= 0:
             self.write({**row, "failed": "not begun: out of time"})
             return
         self.write({"begun": next(iter(row.values())), "waits": waits and not self.sweeps})
         try:
-            found = run()
+            results = run()
         except Exception as error:
             self.write({**row, "failed": repr(error)[:300]})
             if any(sign in str(error) for sign in conductor.LOST):
                 raise
         else:
-            self.write({**row, **found})
+            self.write({**row, **results})
 
     def named(self, problem: str) -> str:
         return f"{problem}, sweeping" if self.sweeps else problem
 
     def cases(self, cases: list[Case]) -> None:
-        """Measures cases while there is time."""
+        """Measures cases until the stage's time is up."""
         for case in cases:
             name = self.named(str(case))
             if reason := self.missing(case):
@@ -128,7 +137,7 @@ class Stage:
         return row
 
     def missing(self, case: Case) -> str | None:
-        """Why a case can't be measured here."""
+        """Why a case can't be measured here; None if it can."""
         provider = measure.provider_of(case)
         if self.dry and (provider.needs or "compile" in case.provider):
             return "a dry run has no peers"
@@ -139,7 +148,7 @@ class Stage:
 
 
 def setup(stage: Stage) -> None:
-    """What is here; prebuilt kernels under the names of this Triton; peers from their wheels."""
+    """Describes the machine, unpacks prebuilt kernels and installs peers from wheels."""
     if not stage.dry:
         stage.write(_machine())
     stage.write({"prebuilt": prebuild.unpack(Path(os.environ["BENCH_PREBUILT"]))})
@@ -151,7 +160,7 @@ def setup(stage: Stage) -> None:
         command += ["--no-compile", "--no-cache-dir", "--target", os.environ["BENCH_SITE"]]
         status = subprocess.run([*command, *wheels]).returncode
         stage.write({"wheels": len(wheels), "pip_status": status})
-        importlib.invalidate_caches()  # the folder is on the path, and was empty until now
+        importlib.invalidate_caches()  # Python has cached that this folder on the path is empty
     providers = {**PROVIDERS, **LINEAR_PROVIDERS}
     missing = {name: provider.missing() for name, provider in providers.items()}
     stage.write({"missing_peers": {name: why for name, why in missing.items() if why}})
@@ -175,7 +184,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _fp32_sums() -> str:
-    """Whether cuBLAS sums bf16 products into a given fp32 tensor, which the linear op needs."""
+    """Whether cuBLAS can add bf16 products to an fp32 tensor, which the linear op needs."""
     a, out = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16), torch.ones(64, 64).cuda()
     try:
         torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
@@ -215,14 +224,14 @@ def headline(stage: Stage) -> None:
 
 
 def tuning(stage: Stage) -> None:
-    """Every candidate on a few problems; the best ones of both sizes of logits go into a file."""
+    """Tries each candidate on a few problems; writes the best for each size of logits to a file."""
     times: dict[Case, dict[plan.Tuning, float]] = {case: {} for case in TUNED}
 
     def timed(case: Case, candidate: plan.Tuning) -> Row:
         with mock.patch.object(plan, "tuned", return_value=candidate):
-            found = measure.measure(case, stage.device)
-        times[case][candidate] = found["median_ms"]
-        return found
+            measured = measure.measure(case, stage.device)
+        times[case][candidate] = measured["median_ms"]
+        return measured
 
     for candidate, case in itertools.product(plan.CANDIDATES, TUNED):
         row = {"tuning": str(candidate), "of": str(case)}
@@ -231,8 +240,8 @@ def tuning(stage: Stage) -> None:
         return
     os.environ["HYBRID_KERNELS_TUNING"] = os.environ["BENCH_TUNING"]
     for itemsize in (2, 4):
-        alike = [own for case, own in times.items() if case.dtype.itemsize == itemsize]
-        tried = {c: [own.get(c, math.inf) for own in alike] for c in plan.CANDIDATES}
+        of_size = [by for case, by in times.items() if case.dtype.itemsize == itemsize]
+        tried = {c: [by.get(c, math.inf) for by in of_size] for c in plan.CANDIDATES}
         best = tune.fastest(tried)
         plan.write_tuning(torch.cuda.get_device_name(), itemsize, best)
         stage.write({"best_tuning": str(best), "itemsize": itemsize})
@@ -244,7 +253,7 @@ def profile(stage: Stage) -> None:
 
 
 def peers(stage: Stage) -> None:
-    """The main size and divergence first; what takes longest to compile or to choose last."""
+    """Starts with the main size and divergence, ends with what takes longest to compile or tune."""
     cases = [Case(peer, ROWS, MAIN) for peer in PEERS]
     cases += [Case(name, ROWS, MAIN) for name in TWO_TEACHERS]
     cases += [Case(TOP_K, ROWS, MAIN, inputs="K=128")]
@@ -258,7 +267,7 @@ def peers(stage: Stage) -> None:
 
 
 def matrix(stage: Stage) -> None:
-    """Partial is fine: the most telling first."""
+    """Starts with the most informative cases, as time may not suffice for all."""
     sizes = [v for v in VOCABULARIES if v not in (MAIN, 32_000)]
     cases = [Case(OURS, ROWS, v, divergence=d) for v in sizes for d in ("reverse_kl", "jsd")]
     cases += [Case(OURS, ROWS, MAIN, divergence=d) for d in available_divergences()]
@@ -271,12 +280,12 @@ def matrix(stage: Stage) -> None:
     cases += [Case(OURS, ROWS, MAIN, torch.float16)]
     cases += [Case(HYBRID, ROWS, v) for v in sizes]
     cases += [Case(OURS, ROWS, v, divergence=d) for v in sizes for d in ("forward_kl", "jeffreys")]
-    seen = {Case(OURS, ROWS, MAIN, divergence=d) for d in ("reverse_kl", "forward_kl", "jsd")}
-    stage.cases([case for case in dict.fromkeys(cases) if case not in seen])
+    headline = {Case(OURS, ROWS, MAIN, divergence=d) for d in ("reverse_kl", "forward_kl", "jsd")}
+    stage.cases([case for case in dict.fromkeys(cases) if case not in headline])
 
 
 def linear(stage: Stage) -> None:
-    """From hidden states, N=8192 and D=4096."""
+    """Cases from hidden states, with N=8192 and D=4096."""
     sized: dict[str, Any] = {"rows": ROWS, "vocabulary": MAIN, "size": 4096}
     ours = [LINEAR, *(f"hybrid_kernels, chunks of {rows}" for rows in (1024, 2048, 4096))]
     first = ["four GEMMs alone", *ours, "TRL 1.16, divergence + log-prob"]
@@ -296,21 +305,13 @@ def hanging(stage: Stage) -> None:
         stage.attempt({"hang": name}, lambda check=check: {"right": check(stage.device)})
 
 
-def memcheck(stage: Stage) -> None:
-    _sanitize(stage, "memcheck")
-
-
-def synccheck(stage: Stage) -> None:
-    _sanitize(stage, "synccheck")
-
-
-def _sanitize(stage: Stage, tool: str) -> None:
-    """compute-sanitizer on small problems. (Its racecheck sees shared memory only.)"""
+def sanitize(stage: Stage, tool: str) -> None:
+    """Runs compute-sanitizer on small problems; its racecheck would see shared memory only."""
     if stage.dry:
         memory_check.main(stage.device)
         stage.write({"tool": tool, "status": None})
         return
-    # With torch's allocator, which cuts tensors out of larger pieces, few writes are out of bounds.
+    # Torch's allocator cuts tensors out of larger blocks, which would hide writes out of bounds.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = ["compute-sanitizer", "--error-exitcode=9", f"--tool={tool}"]
     command += [sys.executable, "-m", "bench.memory_check", stage.device]
@@ -324,9 +325,9 @@ def _sanitize(stage: Stage, tool: str) -> None:
 
 
 def smoke(stage: Stage) -> None:
-    """Tests marked `smoke`, on the Triton kernels, in processes that share them out.
+    """Runs the tests marked `smoke` on the Triton kernels, in several processes.
 
-    A dry run walks through the same tests in this process, where the stand-in for a GPU is.
+    A dry run runs them in this process, which has the stand-in for a GPU.
     """
     files = sorted((ROOT / "tests").glob("test_*.py"))
     options = [str(path) for path in files if "mark.smoke" in path.read_text()]
@@ -334,7 +335,7 @@ def smoke(stage: Stage) -> None:
     if stage.dry:
         status = int(importlib.import_module("pytest").main([*options, "-q", "--backend", "meta"]))
     else:
-        # A wait for the device can't be interrupted by a signal.
+        # The time limit needs a thread, because no signal interrupts a wait for the device.
         options += ["-v", "-n", "8", "--dist", "worksteal"]
         options += ["--timeout=30", "--timeout-method=thread"]
         status = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=ROOT).returncode
@@ -343,7 +344,7 @@ def smoke(stage: Stage) -> None:
         sys.exit(f"pytest: {status}")
 
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[[Stage], None]] = {
     "setup": setup,
     "ceilings": ceilings,
     "meeting": meeting_alone,
@@ -355,15 +356,15 @@ FUNCTIONS = {
     "matrix": matrix,
     "linear": linear,
     "hangs": hanging,
-    "memcheck": memcheck,
-    "synccheck": synccheck,
+    "memcheck": partial(sanitize, tool="memcheck"),
+    "synccheck": partial(sanitize, tool="synccheck"),
     "smoke": smoke,
 }
 
 
 @contextlib.contextmanager
 def counted_compilations(stage: Stage) -> Iterator[None]:
-    """Counts kernels found in Triton's cache, and tells of each that was not."""
+    """Counts kernels found in Triton's cache, and writes a row for each that was compiled."""
     counts = {"hits": 0, "misses": 0}
 
     def listener(*, src, cache_hit: bool, **_: Any) -> None:
@@ -385,7 +386,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--until", type=float, default=math.inf, help="when to end, in Unix time")
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="what a dry run launches")
+    parser.add_argument("--compile", action="store_true", help="compile what a dry run launches")
     parser.add_argument("--sweeping", action="store_true", help="no programs that wait")
     options = parser.parse_args()
     device = "meta" if options.dry_run else "cuda"

@@ -1,10 +1,10 @@
-"""`python -m bench topk`: what top-K distillation losses do to the gradient, exactly, in float64.
+"""`python -m experiments topk`: what top-K distillation losses do to the gradient.
 
-For the reverse KL between synthetic next-token distributions: how far the expected logit gradient
-of each variant is from that of the full vocabulary, what else is wrong with it, and how noisy the
-two unbiased ones are. Values come from `hybrid_kernels.reference`, gradients from autograd, and
-expectations over the sampled token are sums over all of them. Writes a table, a plot and the
-figures.
+The loss is the reverse KL between synthetic next-token distributions. For each variant: how far its
+expected logit gradient is from the gradient over the full vocabulary, whether it sums to 0 over the
+vocabulary and vanishes at p = q, and how noisy the two unbiased variants are. Everything is exact
+in float64: values come from `hybrid_kernels.reference`, gradients from autograd, and expectations
+over the sampled token are sums over the vocabulary.
 """
 
 import json
@@ -19,30 +19,35 @@ from hybrid_kernels import TopK, reference
 
 ROWS, VOCABULARY = 8, 50_000
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
-# Of the first table: peaked models at K=128, and a teacher that rejects the tail at K=32.
+# The scenarios, and the K that the table shows for each.
 SHOWN = {"peaked": 128, "teacher's tail 3 nats lower": 32}
 
 
 class Models(NamedTuple):
-    """Logits `[ROWS, V]` of both sides, float64."""
+    """Float64 logits `[ROWS, V]`."""
 
     student: Tensor
     teacher: Tensor
 
 
-class Support(NamedTuple):
-    """The student's best K entries: ids, a mask over the vocabulary, and what the teacher tells."""
+class StudentTopK(NamedTuple):
+    """The support S of a top-K loss, which is the student's best K entries.
 
-    ids: Tensor
+    Attributes:
+        inside: bool `[ROWS, V]`, whether an entry is in S.
+        teacher: the teacher's log-probabilities on S, `[ROWS, K]`.
+    """
+
     inside: Tensor
-    known: TopK
+    teacher: TopK
 
 
 def models(scenario: str, vocabulary: int = VOCABULARY) -> Models:
-    """Zipf's law with noise: the student has 0.97 to 0.98 of its mass on its best K entries.
+    """Models after Zipf's law with noise; the student's best K entries hold 97 to 98 % of its mass.
 
-    The teacher differs by noise of half a nat; in the second scenario by 0.15, but it gives all
-    except the student's best 32 entries 3 nats less.
+    The teacher's logits differ from the student's by noise of 0.5 nats where models are "peaked",
+    of 0.15 nats otherwise. There the teacher also rejects all but the student's best 32 entries, by
+    3 nats.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (ROWS, vocabulary)
@@ -57,41 +62,44 @@ def models(scenario: str, vocabulary: int = VOCABULARY) -> Models:
     return Models(student, teacher)
 
 
-def support_of(both: Models, size: int) -> Support:
+def student_top_k(both: Models, size: int) -> StudentTopK:
     ids = both.student.topk(size).indices
     inside = torch.zeros(both.student.shape, dtype=torch.bool).scatter_(-1, ids, True)
-    return Support(ids, inside, TopK(ids, both.teacher.log_softmax(-1).gather(-1, ids)))
+    return StudentTopK(inside, TopK(ids, both.teacher.log_softmax(-1).gather(-1, ids)))
 
 
-# -- the variants: the expected loss per row, as a function of the student's logits ----------------
+# -- the variants: expected losses per row -------------------------------------------------------
 
-Loss = Callable[[Tensor, Models, Support], Tensor]
+# A function of the student's logits, in which a gradient is taken, of the models and of S.
+Loss = Callable[[Tensor, Models, StudentTopK], Tensor]
 
 
-def full(z: Tensor, both: Models, support: Support) -> Tensor:
+def full(z: Tensor, both: Models, support: StudentTopK) -> Tensor:
     return _value(z, both.teacher)
 
 
-def truncated(z: Tensor, both: Models, support: Support) -> Tensor:
-    """sum_S p l: the entries outside are left out."""
-    return torch.where(support.inside, _terms(z, both), 0.0).sum(-1)
+def truncated(z: Tensor, both: Models, support: StudentTopK) -> Tensor:
+    """sum_S p l, with l = log p - log q."""
+    log_p = z.log_softmax(-1)
+    terms = log_p.exp() * (log_p - both.teacher.log_softmax(-1))
+    return torch.where(support.inside, terms, 0.0).sum(-1)
 
 
-def renormalised(z: Tensor, both: Models, support: Support) -> Tensor:
-    return _value(z, support.known, "renormalize")
+def renormalised(z: Tensor, both: Models, support: StudentTopK) -> Tensor:
+    return _value(z, support.teacher, "renormalize")
 
 
-def masked(z: Tensor, both: Models, support: Support) -> Tensor:
-    """The full gradient on S, 0 off it: a gradient that is not that of its value."""
+def masked(z: Tensor, both: Models, support: StudentTopK) -> Tensor:
+    """The full loss, whose gradient is set to 0 outside S."""
     return _value(torch.where(support.inside, z, z.detach()), both.teacher)
 
 
-def bucket(z: Tensor, both: Models, support: Support) -> Tensor:
-    return _value(z, support.known)
+def bucket(z: Tensor, both: Models, support: StudentTopK) -> Tensor:
+    return _value(z, support.teacher)
 
 
-def corrected(z: Tensor, both: Models, support: Support) -> Tensor:
-    """The bucket, and what tokens y outside S add: (l_y - rho) log p(y), with weights p(y)."""
+def corrected(z: Tensor, both: Models, support: StudentTopK) -> Tensor:
+    """The bucket and, for tokens y sampled outside S, the expectation of (l_y - rho) log p(y)."""
     log_p = z.log_softmax(-1)
     weights = (log_p.exp() * _surprise(both, support)).detach()
     return bucket(z, both, support) + (weights * log_p).sum(-1)
@@ -112,13 +120,8 @@ def _value(z: Tensor, teacher: Tensor | TopK, tail: str = "bucket") -> Tensor:
     return value
 
 
-def _terms(z: Tensor, both: Models) -> Tensor:
-    log_p = z.log_softmax(-1)
-    return log_p.exp() * (log_p - both.teacher.log_softmax(-1))
-
-
-def _surprise(both: Models, support: Support) -> Tensor:
-    """l_v - rho outside S, 0 on it."""
+def _surprise(both: Models, support: StudentTopK) -> Tensor:
+    """l_v - rho outside S and 0 on S; rho is the log-ratio of the two tails' masses."""
     log_p, log_q = both.student.log_softmax(-1), both.teacher.log_softmax(-1)
     tails = [torch.where(support.inside, -torch.inf, x).logsumexp(-1) for x in (log_p, log_q)]
     rho = (tails[0] - tails[1])[..., None]
@@ -128,7 +131,7 @@ def _surprise(both: Models, support: Support) -> Tensor:
 # -- what is measured ------------------------------------------------------------------------------
 
 
-def gradient(loss: Loss, both: Models, support: Support) -> Tensor:
+def gradient(loss: Loss, both: Models, support: StudentTopK) -> Tensor:
     leaf = both.student.clone().requires_grad_()
     loss(leaf, both, support).sum().backward()
     assert leaf.grad is not None
@@ -136,18 +139,21 @@ def gradient(loss: Loss, both: Models, support: Support) -> Tensor:
 
 
 def compare(got: Tensor, truth: Tensor) -> dict[str, float]:
-    """Medians over rows."""
-    cosine = torch.cosine_similarity(got, truth, dim=-1)
+    """Medians over rows, relative to the norm of the true gradient; of the row sums the largest."""
+    cosine, norm = torch.cosine_similarity(got, truth, dim=-1), truth.norm(dim=-1)
     return {
-        "bias": float(((got - truth).norm(dim=-1) / truth.norm(dim=-1)).median()),
+        "bias": float(((got - truth).norm(dim=-1) / norm).median()),
         "cosine": float(cosine.median()),
-        "norm": float((got.norm(dim=-1) / truth.norm(dim=-1)).median()),
-        "row_sum": float((got.sum(-1).abs() / truth.norm(dim=-1)).max()),
+        "norm": float((got.norm(dim=-1) / norm).median()),
+        "row_sum": float((got.sum(-1).abs() / norm).max()),
     }
 
 
-def variance(both: Models, support: Support, coefficients: Tensor) -> float:
-    """Of c_y (1[v = y] - p), with c 0 on S: the part of a gradient that is sampled; a mean."""
+def variance(both: Models, coefficients: Tensor) -> float:
+    """The variance of the sampled part of a gradient, c_y (1[v = y] - p_v); a mean over rows.
+
+    The coefficients c are 0 on S.
+    """
     p = both.student.softmax(-1)
     square = (p * coefficients.square() * (1 - 2 * p + p.square().sum(-1, keepdim=True))).sum(-1)
     weighted = p * coefficients
@@ -156,23 +162,24 @@ def variance(both: Models, support: Support, coefficients: Tensor) -> float:
 
 
 def measure(scenario: str, size: int, vocabulary: int = VOCABULARY) -> list[dict]:
-    """One row for each variant."""
+    """One row of results for each variant."""
     both = models(scenario, vocabulary)
-    support = support_of(both, size)
+    support = student_top_k(both, size)
     truth = gradient(full, both, support)
-    same = Models(both.student, both.student)
-    there = support_of(same, size)
+    equal = Models(both.student, both.student)
+    equal_support = student_top_k(equal, size)
     mass = float(torch.where(support.inside, both.student.softmax(-1), 0.0).sum(-1).median())
     log_ratio = both.student.log_softmax(-1) - both.teacher.log_softmax(-1)
     sampled = {
         "bucket + sampled tail": _surprise(both, support),
-        # What makes the truncated loss unbiased, too.
+        # With this the truncated loss would be unbiased, too.
         "truncated": torch.where(support.inside, 0.0, log_ratio + 1),
     }
     rows = []
     for name, loss in VARIANTS.items():
-        at_rest = gradient(loss, same, there).norm(dim=-1) / truth.norm(dim=-1)
-        noise = variance(both, support, sampled[name]) if name in sampled else None
+        at_rest = gradient(loss, equal, equal_support).norm(dim=-1) / truth.norm(dim=-1)
+        coefficients = sampled.get(name)
+        noise = None if coefficients is None else variance(both, coefficients)
         rows.append(
             {
                 "scenario": scenario,
@@ -188,7 +195,7 @@ def measure(scenario: str, size: int, vocabulary: int = VOCABULARY) -> list[dict
 
 
 def table(rows: list[dict]) -> str:
-    """The variants as Markdown, scenario by scenario."""
+    """A Markdown table for each scenario, with a line for each variant."""
     lines = []
     for scenario in dict.fromkeys(row["scenario"] for row in rows):
         chosen = [r for r in rows if (r["scenario"], r["k"]) == (scenario, SHOWN[scenario])]
@@ -217,7 +224,7 @@ def table(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Relative bias of the expected gradient over K, one panel for each scenario."""
+    """Plots the relative bias of the expected gradient against K, in one panel per scenario."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -248,7 +255,6 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def main(folder: Path) -> None:
     """Measures all sizes and writes `topk.json`, `topk.md` and `topk.png`."""
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [row for scenario in SHOWN for size in SIZES for row in measure(scenario, size)]
     (folder / "topk.json").write_text(json.dumps(rows, indent=1) + "\n")
     text = table(rows)
