@@ -71,7 +71,7 @@ ALLOWED = {
     "torch_backend.topk": {"divergences", "rows", "torch_backend.divergences"},
     "torch_backend.ordinary": {"rows", "torch_backend.divergences"},
     "torch_backend.tokens": {"rows"},
-    "torch_backend.blocks": {
+    "torch_backend.sweep": {
         "divergences",
         "rows",
         "torch_backend.divergences",
@@ -79,8 +79,16 @@ ALLOWED = {
         "torch_backend.ordinary",
         "torch_backend.tokens",
     },
+    "torch_backend.blocks": {
+        "rows",
+        "torch_backend.divergences",
+        "torch_backend.topk",
+        "torch_backend.ordinary",
+        "torch_backend.sweep",
+    },
     "torch_backend.launch": {
         "rows",
+        "torch_backend.sweep",
         "torch_backend.blocks",
         "torch_backend.tokens",
         "torch_backend.topk",

@@ -16,7 +16,7 @@ from hybrid_kernels import (
     token_terms,
 )
 from hybrid_kernels.linear.chunks import BUDGET, chunk_size
-from hybrid_kernels.torch_backend import blocks
+from hybrid_kernels.torch_backend import sweep
 
 pytestmark = pytest.mark.native
 
@@ -37,7 +37,7 @@ BLOCK_ELEMENTS = 40 * 1024
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Of the torch backend, since problems here are smaller than those of use."""
-    monkeypatch.setattr(blocks, "block_elements", lambda: BLOCK_ELEMENTS)
+    monkeypatch.setattr(sweep, "block_elements", lambda: BLOCK_ELEMENTS)
 
 
 def size(case):

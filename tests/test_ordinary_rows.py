@@ -5,7 +5,7 @@ import torch
 
 import cases
 from hybrid_kernels import Mixture, hybrid_loss, token_terms
-from hybrid_kernels.torch_backend import blocks
+from hybrid_kernels.torch_backend import sweep
 from hybrid_kernels.torch_backend.ordinary import OrdinaryRows
 from tolerance import assert_close, assert_matches_reference
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.native
 @pytest.fixture
 def outcomes(monkeypatch):
     """Makes every row a long one; whether it was ordinary, row by row."""
-    monkeypatch.setattr(blocks, "LONG_ROW", 1)
+    monkeypatch.setattr(sweep, "LONG_ROW", 1)
     results, compute = [], OrdinaryRows.compute
 
     def recorded(*arguments):

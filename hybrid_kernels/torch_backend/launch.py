@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels.rows import FIELDS, Coefficients, Rows, weighted
-from hybrid_kernels.torch_backend.blocks import Sweep, block_elements
+from hybrid_kernels.torch_backend.blocks import blocks
+from hybrid_kernels.torch_backend.sweep import Sweep, block_elements
 from hybrid_kernels.torch_backend.tokens import Tokens
 from hybrid_kernels.torch_backend.topk import Supports
 
 
 def row_statistics(rows: Rows, statistics: Tensor) -> None:
     supports = None if rows.support is None else Supports(rows, rows.student.shape[-1])
-    for block in Sweep(rows, statistics, supports=supports):
+    for block in blocks(Sweep(rows, statistics, supports=supports)):
         block.measure()
     if rows.token_ids is not None:
         Tokens(rows).fill(statistics)
@@ -34,7 +35,7 @@ def row_gradient(
     coefficients = coefficients.columns(rows)
     tokens = None if rows.token_ids is None else Tokens(rows)
     sweep = Sweep(rows, statistics, coefficients, gradient, known=True, tokens=tokens)
-    for block in sweep:
+    for block in blocks(sweep):
         block.recall()
         block.write_gradient()
     sweep.add_tokens()
@@ -47,7 +48,7 @@ def row_values(rows: Rows, statistics: Tensor, values: Tensor) -> None:
     part of the divergence and of the sum of slopes (of Renyi's: of S - 1, and of log S as a
     log-sum-exp), as they are before `settle`. Masked rows may hold anything.
     """
-    for block in Sweep(rows, statistics, known=True):
+    for block in blocks(Sweep(rows, statistics, known=True)):
         block.write_values(values)
     if rows.token_ids is not None:
         measured = statistics.clone()
@@ -66,7 +67,7 @@ def hybrid_rows(
     tokens = None if rows.token_ids is None else Tokens(rows)
     if rows.support is None:
         sweep = Sweep(rows, statistics, coefficients, gradient, tokens=tokens)
-        for block in sweep:
+        for block in blocks(sweep):
             block.measure()
             block.write_gradient()
         if tokens is not None:
@@ -77,14 +78,14 @@ def hybrid_rows(
         supports = Supports(rows, rows.student.shape[-1])
         if gradient.dtype == torch.float32 and gradient.data_ptr() != rows.student.data_ptr():
             supports.exponentials = gradient  # which spares the second exp
-        for block in Sweep(rows, statistics, supports=supports):
+        for block in blocks(Sweep(rows, statistics, supports=supports)):
             block.measure()
         if tokens is not None:
             tokens.fill(statistics)
         supports.compare(statistics)
         coefficients = supports.finish(statistics, coefficients)
         sweep = Sweep(rows, statistics, coefficients, gradient, supports, tokens=tokens)
-        for block in sweep:
+        for block in blocks(sweep):
             block.write_support_gradient()
     sweep.add_tokens()
 
