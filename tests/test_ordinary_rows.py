@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import cases
-from hybrid_kernels import Mixture, hybrid_loss, token_terms
+from hybrid_kernels import Mixture, hybrid_loss, reference, token_terms
 from hybrid_kernels.torch_backend import sweep
 from hybrid_kernels.torch_backend.ordinary import OrdinaryRows
-from tolerance import assert_close, assert_matches_reference
+from tolerance import assert_close, assert_matches_reference, assert_near
 
 pytestmark = pytest.mark.native
 
@@ -98,6 +98,18 @@ def test_an_offset_between_the_models(noise, offset, outcomes, backend, device):
     torch.testing.assert_close(result.divergence.double(), value.detach(), rtol=3e-5, atol=0)
     tolerance = 3e-5 if (noise, offset) == (1e-4, -7.0) else 3e-7
     assert (leaf.grad.double() - z.grad).norm() < tolerance * z.grad.norm()
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 2.0])
+@pytest.mark.parametrize("style", ["typical", "offset", "one_hot"])
+def test_digits_at_every_temperature(style, temperature, outcomes, backend, device):
+    """Within three times what `test_precision.py` says of the reverse KL's own gradient."""
+    case = cases.make(10_000, (4,), style=style, seed=3, device=device)
+    case.scalar_upstream = 1.0
+    options = {"advantages": None, "reduction": "sum", "temperature": temperature}
+    truth = case.hybrid_loss(reference.hybrid_loss, torch.float64, **options).gradient
+    assert_near(case.hybrid_loss(backend=backend, **options).gradient, truth, 3 * 4e-7)
+    assert all(outcomes)
 
 
 def test_other_problems_do_not_take_this_way(outcomes, backend, device):

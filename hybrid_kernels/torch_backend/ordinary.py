@@ -1,8 +1,8 @@
 """Long ordinary rows on the CPU under the reverse KL, one by one, in as few operators as there are.
 
-What there is one of per row is a Python number here, since an operator on a tensor of one element
-takes longer than it is worth. Logits of ordinary size are exponentiated as they are, without a look
-for their maximum; the sum shows afterwards whether that was right.
+A value per row is a Python number here, since an operator on a tensor of one element takes longer
+than it is worth. Logits of ordinary size are exponentiated as they are, without their maximum; the
+sum shows afterwards whether that was right.
 
 A row is ordinary if its results are finite and not large. All other rows, and the other
 divergences, are left to `blocks.py`.
@@ -125,15 +125,15 @@ class OrdinaryRows:
 
     def _exponentials(self, logits: Tensor, out: Tensor) -> tuple[float, float, Tensor]:
         """Fills e^((z - reference)/T). Returns the reference, the sum, and z - reference."""
-        x, inv_t, reference = logits, self.inv_t, 0.0
-        for _ in range(2):
-            torch.exp(x if inv_t == 1.0 else torch.mul(x, inv_t, out=out), out=out)
-            total = float(out.sum())
+        if self.inv_t == 1.0:
+            total = float(torch.exp(logits, out=out).sum())
             if LEAST_SUM < total < MOST_SUM:
-                return reference, total, x
-            reference = float(logits.amax())
-            x = torch.sub(logits, reference, out=self.d)
-        return reference, math.nan, x
+                return 0.0, total, logits
+        # A division by T before the subtraction would round what matters.
+        reference = float(logits.amax())
+        x = torch.sub(logits, reference, out=self.d)
+        torch.exp(x if self.inv_t == 1.0 else torch.mul(x, self.inv_t, out=out), out=out)
+        return reference, float(out.sum()), x
 
     def _compare(self, z: Tensor, w: Tensor, reference: float) -> dict[int, float]:
         """The statistics that need the teacher. Fills d."""
