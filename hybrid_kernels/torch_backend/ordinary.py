@@ -21,7 +21,7 @@ from hybrid_kernels.rows import (
     Coefficients,
     Rows,
 )
-from hybrid_kernels.torch_backend.divergences import FORMS, Entries
+from hybrid_kernels.torch_backend.divergences import FORMS, Entries, row_dot
 
 # The results of ordinary numbers are smaller than that.
 ORDINARY = 2.0**20
@@ -29,6 +29,9 @@ ORDINARY = 2.0**20
 # The sum of exponentials, between these, of logits that need no reference. No exponential is then
 # infinite, and none that counts is 0.
 LEAST_SUM, MOST_SUM = 2.0**-40, 2.0**60
+
+# Below this entropy (nats) a few entries have so much of the mass that others get lost in sums.
+PEAKED = 2.0
 
 
 class OrdinaryRows:
@@ -39,6 +42,7 @@ class OrdinaryRows:
         d: `[V]`, z_v - w_v, less a constant.
         factor: what normalises p.
         mean_d, mean_z: means of d and z under the normalised p.
+        peaked: whether a few entries have nearly all of the mass.
         reference: what was subtracted from the student's logits.
         log_normaliser: log sum e^(z/T).
         entropy: H(p).
@@ -69,7 +73,8 @@ class OrdinaryRows:
         if token_terms is not None and rows.token_ids is not None:
             self.token_ids, self.token_terms = rows.token_ids.tolist(), token_terms[:, 0].tolist()
         self.statistics: dict[int, dict[int, float]] = {}
-        self.factor = self.mean_d = self.mean_z = 0.0
+        self.peaked, self.factor = False, 0.0
+        self.mean_d = self.mean_z = 0.0
         self.reference = self.log_normaliser = self.entropy = 0.0
 
     @staticmethod
@@ -107,12 +112,11 @@ class OrdinaryRows:
 
     def _measure(self, row: int) -> dict[int, float]:
         """The statistics of a row by their fields. Fills p and d."""
-        inv_t, z = self.inv_t, self._logits(0, row)
-        reference, total, x = self._exponentials(z, self.p)
-        mean_x = float(torch.dot(self.p, x)) / total
-        lse, self.factor = math.log(total), 1.0 / total
-        self.reference, self.log_normaliser = reference, reference * inv_t + lse
-        self.entropy, self.mean_z = lse - mean_x * inv_t, reference + mean_x
+        z, self.peaked = self._logits(0, row), False
+        reference, lse = self._normalise(z)
+        if self.entropy < PEAKED:
+            self.peaked = True
+            reference, lse = self._normalise(z)
         statistics = {
             FIELDS.student_max: reference,
             FIELDS.student_lse: lse,
@@ -123,9 +127,31 @@ class OrdinaryRows:
             statistics |= self._compare(z, self._logits(1, row), reference)
         return statistics
 
-    def _exponentials(self, logits: Tensor, out: Tensor) -> tuple[float, float, Tensor]:
-        """Fills e^((z - reference)/T). Returns the reference, the sum, and z - reference."""
-        if self.inv_t == 1.0:
+    def _normalise(self, z: Tensor) -> tuple[float, float]:
+        """Fills p. Returns the reference and log sum e^((z - reference)/T)."""
+        self.reference, total, x = self._exponentials(z, self.p, self.peaked)
+        lse, self.factor = math.log(total), 1.0 / total
+        self.log_normaliser = self.reference * self.inv_t + lse
+        mean_x = self._mean(x)
+        self.mean_z, self.entropy = self.reference + mean_x, lse - mean_x * self.inv_t
+        return self.reference, lse
+
+    def _mean(self, values: Tensor) -> float:
+        """The mean under the normalised p."""
+        if self.peaked:
+            # In a plain sum small products would be added to large ones, and lost.
+            return float(row_dot(self.p[None], values[None])) * self.factor
+        return float(torch.dot(self.p, values)) * self.factor
+
+    def _exponentials(
+        self, logits: Tensor, out: Tensor, centred: bool = False
+    ) -> tuple[float, float, Tensor]:
+        """Fills e^((z - reference)/T). Returns the reference, the sum, and z - reference.
+
+        Args:
+            centred: whether the reference has to be the maximum.
+        """
+        if self.inv_t == 1.0 and not centred:
             total = float(torch.exp(logits, out=out).sum())
             if LEAST_SUM < total < MOST_SUM:
                 return 0.0, total, logits
@@ -149,8 +175,15 @@ class OrdinaryRows:
             # sqrt(2 KL), as a rule.
             offset += round(self.mean_d)
             divergence = self._subtract(z, w, offset) + shift
+        if divergence < SMALL_DIVERGENCE or self.peaked:
+            # Where the log-ratios that count are small, their mean must not be a difference.
+            constant = offset + shift / inv_t
+            added = float(torch.tensor(constant))
+            self.d.add_(added)  # which makes it l T
+            self.mean_d = self._mean(self.d)
+            divergence = (self.mean_d + constant - added) * inv_t
         if divergence < SMALL_DIVERGENCE:
-            divergence = self._small_divergence(offset + shift / inv_t)
+            divergence = self._small_divergence()
         first, teacher_max = STUDENT_FIELDS, reference - offset
         return {
             FIELDS.divergence: self.rows.shares[0] * divergence,
@@ -168,18 +201,11 @@ class OrdinaryRows:
         elif offset:
             w = torch.add(w, offset, out=self.d)
         torch.sub(z, w, out=self.d)
-        self.mean_d = float(torch.dot(self.p, self.d)) * self.factor
+        self.mean_d = self._mean(self.d)
         return (self.mean_d + offset) * self.inv_t
 
-    def _small_divergence(self, constant: float) -> float:
-        """The divergence of close models as a sum of positive terms.
-
-        Adds `constant` to d, which is then l T but for the rounding of the constant, so that the
-        gradient does not cancel either.
-        """
-        constant = float(torch.tensor(constant))
-        self.d.add_(constant)
-        self.mean_d = float(torch.dot(self.p, self.d)) * self.factor
+    def _small_divergence(self) -> float:
+        """The divergence of close models as a sum of positive terms, from l T in d."""
         small_value = FORMS["reverse_kl"].small_value
         assert small_value is not None
         p, log_ratio = self.p * self.factor, self.d * self.inv_t
