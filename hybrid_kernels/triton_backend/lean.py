@@ -407,8 +407,8 @@ def second_summands(z, w, row, logs, constants, P: tl.constexpr, D: tl.constexpr
 
 @triton.jit
 def _mixture_log_ratios(p, q, y, u, d, beta):
-    """log2 m/p and log2 m/q for m = beta q + (1-beta) p, from y = log2 p, u = log2 q, d = y - u and,
-    near d = 0, a Bernoulli variable's cumulant series."""
+    """log2 m/p and log2 m/q for m = beta q + (1-beta) p, from y = log2 p, u = log2 q, d = y - u;
+    near d = 0 by the cumulant series of a Bernoulli variable."""
     # If both p and q underflow, any finite number will do.
     log_m = fast_log2(tl.fma(beta, q, tl.fma(1.0 - beta, p, SMALLEST)))
     v = beta * (1.0 - beta)

@@ -20,8 +20,8 @@ def per_word(TYPE):
 
 @triton.constexpr_function
 def pad_of(pad, TYPE):
-    """`Plan.pad` in a type: -2^90 or, if a side is fp16, the lowest fp16 number, which bf16 rounds
-    to the next number above."""
+    """`Plan.pad` in a type: -2^90 or, if a side is fp16, the lowest fp16 number (for bf16, the
+    next number above it)."""
     return -65280.0 if TYPE.is_bf16() and pad > -1e20 else pad
 
 

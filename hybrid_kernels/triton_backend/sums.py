@@ -129,8 +129,8 @@ def difference(
         u = centred(w, teacher_max, GUARDED)
         return at_least_lowest(x, BOUNDED) - at_least_lowest(u, BOUNDED)
     else:
-        # z - w is exact for close numbers, unlike z - m and w - m_w. So that a large offset costs no
-        # digits, the integer part of m - m_w first leaves the larger side; the rest comes last.
+        # z - w is exact for close numbers, unlike z - m and w - m_w. So that a large offset costs
+        # no digits, the larger side first loses the integer part of m - m_w; the rest comes last.
         coarse = tl.floor(student_max - teacher_max + 0.5)
         larger = tl.abs(student_max) > tl.abs(teacher_max)
         off_student = tl.where(larger, coarse, 0.0)
