@@ -6,9 +6,7 @@ With s = log2(e)/T, and M and N the rounded maxima of s z and s w,
     log p = ln2 (y - log2 E),  l = log p - log q = r/T + ln2 (N - M + log2 F - log2 E)
 
 An exponent is one FMA of the logit, the same in sums and gradient. Partial sums are merged by
-differences of rounded maxima, whose rounding cancels, up to logits of 1e9.
-
-A KL follows from sum 2^y y, sum 2^y u and sum 2^u (y - u), and its gradient is
+differences of rounded maxima, whose rounding cancels, up to logits of 1e9. A KL follows from sum 2^y y, sum 2^y u and sum 2^u (y - u), and its gradient is
 2^y (a + b y + c r) + d 2^u. Other problems (JSD, floors) need both normalisers first, and keep p
 and g of each entry for a gradient p A + g. P is the `Plan`, D a function of `divergences.py`.
 """
@@ -310,8 +308,8 @@ def swept_divergence(sums, log_ratio, scale, P: tl.constexpr):
 
 @triton.jit
 def swept_factors(sums, row, P: tl.constexpr):
-    """a, b, c and d of a KL's gradient 2^y (a + b y + c r) + d 2^u, where log E and log F cancel. r
-    is z - w under `Plan.fine`, less `Row.apart` under `Plan.exact`; otherwise it is u."""
+    """a to d of a KL's gradient 2^y (a + b y + c r) + d 2^u, in which log E and log F cancel. r is
+    z - w under `Plan.fine`, less `Row.apart` under `Plan.exact`; otherwise it is u."""
     share = 1.0 / sums.student
     a = -row.c_logp
     b = 0.0

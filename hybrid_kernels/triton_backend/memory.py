@@ -48,7 +48,7 @@ class Side(NamedTuple):
 
 
 class PerRow(NamedTuple):
-    """A number for each row, the element `row // repeat * stride`; `ptr` is None if there is none."""
+    """A number for each row, the element `row // repeat * stride`; without numbers, `ptr` is None."""
 
     ptr: tl.tensor
     repeat: tl.tensor
