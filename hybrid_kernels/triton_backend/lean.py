@@ -5,10 +5,10 @@ With s = log2(e)/T, and M and N the rounded maxima of s z and s w,
     y = s z - M,  u = s w - N,  E = sum 2^y,  F = sum 2^u,  r = z - w
     log p = ln2 (y - log2 E),  l = log p - log q = r/T + ln2 (N - M + log2 F - log2 E)
 
-An exponent is one FMA of the logit, the same in sums and gradient. Partial sums are merged by
-differences of rounded maxima, whose rounding cancels, up to logits of 1e9. A KL follows from sum 2^y y, sum 2^y u and sum 2^u (y - u), and its gradient is
-2^y (a + b y + c r) + d 2^u. Other problems (JSD, floors) need both normalisers first, and keep p
-and g of each entry for a gradient p A + g. P is the `Plan`, D a function of `divergences.py`.
+An exponent is one FMA of the logit, the same in sums and gradient. Merging partial sums cancels
+the rounding of M and N, up to logits of 1e9. A KL follows from sum 2^y y, sum 2^y u and
+sum 2^u (y - u), with gradient 2^y (a + b y + c r) + d 2^u. Other problems (JSD, floors) need both
+normalisers first, and keep p and g for a gradient p A + g. P is the `Plan`, D the divergence.
 """
 
 from typing import NamedTuple

@@ -48,7 +48,7 @@ class Side(NamedTuple):
 
 
 class PerRow(NamedTuple):
-    """A number for each row, the element `row // repeat * stride`; without numbers, `ptr` is None."""
+    """A number for each row, the element `row // repeat * stride`. `ptr` may be None."""
 
     ptr: tl.tensor
     repeat: tl.tensor

@@ -8,7 +8,7 @@ published. Problems that need both normalisers first meet twice.
 
 There are no guards: a row with a NaN or an infinity, with finite numbers so low that 0 times them
 may not be 0, or with models that differ by too much is *declined*. All programs decide this from
-the same numbers; nothing of the row is written, and the sweeping form does it later (`launch.py`).
+the same numbers, write no part of the row, and leave it to the sweeping form (`launch.py`).
 
 The grid is persistent, and must be resident as a whole, because programs wait for each other (hence
 the cooperative launch). A program loads its next slice while it waits. With `Plan.lag` it is one

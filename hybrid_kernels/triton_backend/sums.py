@@ -338,8 +338,8 @@ def _log_sum(total):
 
 @triton.jit
 def normalisers(sums, constants, P: tl.constexpr):
-    """A row's statistics from its sums, without those of the divergence. The maxima take the NaN of
-    the sums, or a row of NaN would look like one of -inf, as a rank's part of a row may be."""
+    """A row's statistics from its sums, without the divergence's. The maxima take the NaN of the
+    sums, or a row of NaN would look like one of -inf, as a rank's part of a row may be."""
     zero = tl.full((), 0.0, tl.float32)
     stats = ()
     for i in tl.static_range(len(sums)):
@@ -409,12 +409,10 @@ def swept_divergences(sums, stats, constants, P: tl.constexpr):
 def settle(value, slope_sum, shift, parameter, P: tl.constexpr):
     """The divergence, the sum of slopes and log S (for Renyi's slopes), from the sums of a row.
 
-    Renyi's terms p^a q^(1-a) - p give S - 1 where S is near 1, and its `slope_sum` is log S as a
-    log-sum-exp; its true slopes sum to 0.
-
-    A KL is +inf where one side forbids what the other may say and a term has no limit: with finite
-    normalisers a NaN can only be the 0 * inf of such a term. All are NaN where a normaliser is,
-    even if a minimum or maximum has dropped an entry's NaN.
+    Renyi's terms p^a q^(1-a) - p give S - 1, used near S = 1, and its `slope_sum` is log S as a
+    log-sum-exp; its true slopes sum to 0. A KL is +inf where one side forbids what the other may
+    say and a term has no limit: with finite normalisers a NaN can only be the 0 * inf of such a
+    term. All are NaN where a normaliser is, even if an entry's NaN was dropped by a maximum.
     """
     log_s = tl.full((), 0.0, tl.float32)
     if P.kl_family:
