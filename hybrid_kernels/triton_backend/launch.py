@@ -125,7 +125,7 @@ def form(
         len(rows.teachers) == 1 and rows.support is None and FAMILIES[rows.divergence].resident
     )
     if hip or mismatched or not light:
-        # HIP has no register limit, without which programs may not all be resident at once.
+        # HIP takes no register limit, without which programs may not all be resident at once.
         return sweep
     resident = plan.resident(
         rows.student.shape[-1],
