@@ -27,11 +27,11 @@ from hybrid_kernels import (
 )
 from hybrid_kernels.types import Teacher
 
-# Relative L2 error of a gradient in fp32 arithmetic; a healthy one is a few 1e-7.
+# Largest relative L2 error of a gradient in fp32 arithmetic; a good one is a few 1e-7.
 TOLERANCE = 1e-5
-# Programs of a GPU share rows as long as these.
+# Rows long enough to be shared by several programs on a GPU.
 ROWS, VOCABULARY, WIDTH = 5, 20_003, 16
-# Of Llama 2, GPT-2, Llama 3, Qwen 2.5 and Gemma.
+# The vocabularies of Llama 2, GPT-2, Llama 3, Qwen 2.5 and Gemma.
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
 
 
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def _describe(device: torch.device) -> list[str]:
-    """Prints what is here; returns the backends that can run."""
+    """Prints the versions and the device; returns the backends that can run."""
     triton = "not installed"
     if importlib.util.find_spec("triton") is not None:
         triton = importlib.metadata.version("triton")
@@ -71,7 +71,7 @@ def _describe(device: torch.device) -> list[str]:
     print(f"device          {device.type}: {name}")
     if device.type == "cpu":
         print(f"threads         {torch.get_num_threads()}")
-    print(f"backend         {backends.resolve('auto', device)} (what backend='auto' takes here)")
+    print(f"backend         {backends.resolve('auto', device)} (what backend='auto' uses here)")
     usable = ["torch"]
     try:
         backends.resolve("triton", device)
@@ -95,7 +95,7 @@ def _describe_forms(device: torch.device) -> None:
     print(f"tuning          {source}")
     print("form            hybrid_loss, bf16, N=8192 (callable advantages, token_terms: sweeping)")
     for vocabulary in VOCABULARIES:
-        # One entry seen many times: nothing is allocated.
+        # A single entry, expanded: nothing large is allocated.
         logits = torch.empty(1, dtype=torch.bfloat16, device=device).expand(1, 8192, vocabulary)
         rows = Rows(logits, (logits,), (1.0,))
         print(f"  V={vocabulary:<12,} {launchers.form(rows, logits).describe()}")
@@ -112,11 +112,11 @@ def _checks(device: torch.device, backend: str) -> list[tuple[str, float]]:
     ids = torch.randint(VOCABULARY, (ROWS,), generator=generator).to(device)
     advantages, upstream = normal(ROWS), normal(ROWS)
 
-    def hybrid(divergence: str = "reverse_kl", given: Teacher = teacher) -> float:
+    def hybrid(divergence: str = "reverse_kl", against: Teacher = teacher) -> float:
         def run(module, logits: Tensor, **options) -> Tensor:
             result = module.hybrid_loss(
                 logits,
-                given,
+                against,
                 ids,
                 advantages.to(logits.dtype),
                 entropy_weight=0.1,
@@ -132,34 +132,36 @@ def _checks(device: torch.device, backend: str) -> list[tuple[str, float]]:
         weights = upstream.to(logits.dtype)
         return (weights * (result.divergence + result.log_prob - result.entropy)).sum()
 
-    found = [(f"hybrid_loss {name}", hybrid(name)) for name in available_divergences()]
-    known = TopK.from_logits(teacher, 32, token_ids=ids)
-    found.append(("hybrid_loss reverse_kl, top-32", hybrid(given=known)))
+    errors = [(f"hybrid_loss {name}", hybrid(name)) for name in available_divergences()]
+    top_k = TopK.from_logits(teacher, 32, token_ids=ids)
+    errors.append(("hybrid_loss reverse_kl, top-32", hybrid(against=top_k)))
     mixture = Mixture([(1.0, teacher), (0.5, teacher.flip(0))])
-    found.append(("hybrid_loss reverse_kl, 2 teachers", hybrid(given=mixture)))
-    found.append(("token_terms reverse_kl", _gradient_error(terms, student, backend)))
+    errors.append(("hybrid_loss reverse_kl, 2 teachers", hybrid(against=mixture)))
+    errors.append(("token_terms reverse_kl", _gradient_error(terms, student, backend)))
 
-    # From hidden states, of which the logits of the reference are made in float64.
+    # From hidden states; the reference computes its logits from them in float64.
     hidden, weight = normal(ROWS, WIDTH), normal(VOCABULARY, WIDTH)
-    theirs = normal(VOCABULARY, WIDTH)
+    teacher_weight = normal(VOCABULARY, WIDTH)
 
     def linear(name: str) -> Callable[..., Tensor]:
         def run(module, states: Tensor, **options) -> Tensor:
             if module is hybrid_kernels:
                 function = getattr(module, f"linear_{name}")
-                given = LinearTeacher(hidden, theirs)
-                result = function(states, weight, given, ids, chunk_rows=ROWS // 2 + 1, **options)
+                linear_teacher = LinearTeacher(hidden, teacher_weight)
+                result = function(
+                    states, weight, linear_teacher, ids, chunk_rows=ROWS // 2 + 1, **options
+                )
             else:
                 function = getattr(module, name)
-                logits, other = (states @ w.T.to(states) for w in (weight, theirs))
+                logits, other = (states @ w.T.to(states) for w in (weight, teacher_weight))
                 result = function(logits, other.detach(), ids)
             return result.loss if name == "hybrid_loss" else (result.divergence * upstream).sum()
 
         return run
 
     for name in ("hybrid_loss", "token_terms"):
-        found.append((f"linear_{name} reverse_kl", _gradient_error(linear(name), hidden, backend)))
-    return found
+        errors.append((f"linear_{name} reverse_kl", _gradient_error(linear(name), hidden, backend)))
+    return errors
 
 
 def _gradient_error(run: Callable[..., Tensor], student: Tensor, backend: str) -> float:
@@ -174,8 +176,8 @@ def _gradient_error(run: Callable[..., Tensor], student: Tensor, backend: str) -
 
 
 def _print_bandwidth(device: torch.device) -> None:
-    """Achieved bandwidth on the bytes that must move, 3 N V entries: both logits read, the gradient
-    written. An addition moves the same."""
+    """Prints the bandwidth over the bytes that must move, 3 N V entries: both logits are read, the
+    gradient is written. An addition moves as many."""
     rows, vocabulary = 4096, 128256
     print(f"\nBandwidth, {rows} x {vocabulary} bf16:")
     student = torch.randn(rows, vocabulary, device=device, dtype=torch.bfloat16)

@@ -1,8 +1,8 @@
-"""Times of work on a GPU, by its own clock.
+"""Times of work on a GPU, by the GPU's clock.
 
 A sample is the time between two events. Before the first, the L2 cache is emptied by reading other
 memory, and the device spins until the host has queued everything, so that no launch latency is
-counted. Where the host was late all the same, the times say so: they are the host's then.
+counted. `Times.ahead` shows whether the host was late all the same; then a time is the host's.
 """
 
 import math
@@ -24,7 +24,7 @@ class Times(NamedTuple):
 
     Attributes:
         ms: milliseconds, in the order in which they were taken.
-        ahead: the share of samples that the host had queued before the device began.
+        ahead: the share of samples that the host had queued before the device began them.
     """
 
     ms: list[float]
@@ -41,9 +41,9 @@ def device_times(
     warmups: int = WARMUPS,
     cycles: int = BUSY_CYCLES,
 ) -> Times:
-    """Times of `run` on the current CUDA device, warm-ups left out.
+    """Times of `run` on the current CUDA device, without warm-ups.
 
-    The host has about `cycles` of the device to queue everything.
+    The host has about `cycles` device cycles to queue everything.
     """
     flushed = torch.zeros(FLUSHED_BYTES // 4, device="cuda")
     ms, ahead = [], 0

@@ -1,8 +1,8 @@
 """`python -m hybrid_kernels tune`: measures the choices of the row-resident form on this GPU.
 
-For logits of 2 and of 4 bytes, every candidate is timed on a few vocabularies and divergences; the
-one with the least time over all of them (each relative to the best of its problem) is written to
-the tuning file, which launches read from then on. It takes a few minutes, most of it compilation.
+For logits of 2 and 4 bytes, every candidate is timed on a few vocabularies and divergences. The one
+with the least geometric mean of its times is written to the tuning file, which later launches read.
+This takes a few minutes, mostly for compilation.
 """
 
 import argparse
@@ -49,8 +49,8 @@ def main(arguments: list[str]) -> int:
 
 
 def fastest(times: dict[plan.Tuning, list[float]]) -> plan.Tuning:
-    """The candidate with the least geometric mean of its times, of those that ran everywhere."""
-    ran = {c: own for c, own in times.items() if all(map(math.isfinite, own))}
+    """The candidate with the least geometric mean time, among those that ran on every problem."""
+    ran = {c: each for c, each in times.items() if all(map(math.isfinite, each))}
     if not ran:
         raise RuntimeError("tune: none of the candidates could run on this GPU; see above")
     return min(ran, key=lambda c: math.prod(ran[c]))
@@ -63,7 +63,7 @@ def milliseconds(tuning: plan.Tuning, itemsize: int, vocabulary: int, divergence
     teacher = torch.randn_like(student)
     student.requires_grad_()
     with mock.patch.object(plan, "tuned", return_value=tuning), warnings.catch_warnings():
-        # A refused candidate is not to be measured as rows that are swept.
+        # A refused candidate must fail here, or the sweeping form would be timed in its place.
         warnings.filterwarnings("error", message="hybrid_kernels: .* refused")
         try:
             return timing.device_times(

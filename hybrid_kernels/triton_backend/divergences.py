@@ -1,20 +1,19 @@
-"""The divergences, entry by entry, and the functions that they are made of.
+"""The divergences, entry by entry, and the functions that they are built from.
 
 A divergence is a sum of terms t over the entries of a row; its logit gradient follows from their
 slopes s = dt/dlog p as s_v - p_v sum s. Each divergence is one function, which a kernel takes as a
 constexpr parameter: (entry, parameter, log_s, SMALL) -> (t, u, v) with s = p u + v.
 
-- u is defined up to a constant, which no logit gradient depends on. It is chosen such that u is 0
-  where p = q: a difference of numbers around 1 would have lost its digits there.
+- u is defined up to a constant, on which no logit gradient depends. It is chosen so that u = 0
+  where p = q: a difference of numbers near 1 would have lost its digits there.
 - `log_s` is for Renyi's divergence: log sum p^a q^(1-a) of the whole row.
-- SMALL asks the KL family for terms whose sum is right where p is close to q, too.
+- SMALL asks the KL family for terms whose sum is accurate even where p is close to q.
 - Logits may be -inf, or so low that l is infinite or, where both are, NaN. What has a limit is
-  taken from the larger of p and q, with l bounded. Where there is no limit, p l and q l are 0 if
-  the probability is 0 (`LEAST`), and else an infinity or a NaN, see `sums.settle`.
+  computed from the larger of p and q, with l bounded. Without a limit, p l and q l are 0 if the
+  probability is 0 (`LEAST`), otherwise infinite or NaN, see `sums.settle`.
 
-A kernel uses some of the three results; the compiler removes what the others would cost.
-`reference.py` has the values that these must give, `sums.py` the conventions for entries that are
-left out.
+A kernel uses some of the three results, and the compiler removes the cost of the others.
+`reference.py` has the right values, `sums.py` the conventions for entries that do not count.
 """
 
 from typing import NamedTuple
@@ -30,7 +29,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(rows.LOWEST)
 LEAST = tl.constexpr(rows.LEAST)
-# In a unit of `Entry.scaled`.
+# How many nats a unit of `Entry.scaled` is.
 NATS = tl.constexpr(2.0**28)
 # Where a running maximum starts: finite, so that differences with it are never inf - inf.
 START = tl.constexpr(-3.4028234663852886e38)
@@ -79,7 +78,7 @@ def forward_kl(entry, parameter, log_s, SMALL: tl.constexpr):
 
 @triton.jit
 def _times(entry, probability, log_probability):
-    """The product of a probability and l, which may be a number where l overflows."""
+    """A probability times l, which may be finite even where l overflows."""
     return tl.where(log_probability > LEAST, probability * NATS * entry.scaled, 0.0)
 
 
@@ -96,10 +95,10 @@ def jeffreys(entry, parameter, log_s, SMALL: tl.constexpr):
 
 @triton.jit
 def _near(entry):
-    """Which log-ratios are near 0, and those (else 0).
+    """Which log-ratios are near 0, and their values (0 for the others).
 
-    The terms of a small KL are positive, by the identities sum p = sum q = 1. So an entry that is
-    raised gives back the mass that it was raised by.
+    The terms of a small KL are made positive by sum p = sum q = 1, so an entry raised to the floor
+    must subtract the added mass.
     """
     near = tl.abs(entry.log_ratio) < 0.5
     return near, tl.where(near, entry.log_ratio, 0.0)
@@ -128,9 +127,9 @@ def skew_forward_kl(entry, alpha, log_s, SMALL: tl.constexpr):
 
 @triton.jit
 def alpha(entry, a, log_s, SMALL: tl.constexpr):
-    # a p + (1-a) q - p^a q^(1-a) over a (1-a): positive, with the sum (1 - S)/(a (1-a)). With
-    # x = -|l| that is c (e^x - 1) - (e^(cx) - 1) times the larger of p and q, where c is a or 1-a;
-    # near x = 0 less the parts of first order, which cancel.
+    # t is a p + (1-a) q - p^a q^(1-a) over a (1-a): positive, with the sum (1 - S)/(a (1-a)). For
+    # x = -|l| this is c (e^x - 1) - (e^(cx) - 1) times the larger of p and q, where c is a or 1-a.
+    # Near x = 0 the first-order parts, which cancel, are omitted.
     p, q = entry.p, entry.q
     log_ratio = _zero_of_none(entry.log_ratio)
     below = log_ratio < 0.0
@@ -143,7 +142,7 @@ def alpha(entry, a, log_s, SMALL: tl.constexpr):
     t = c * (tl.where(below, p, q) - base) - (whole - base)
     t = tl.where(near, base * (c * excess(-close) - excess(-c * close)), t) / (a * (1.0 - a))
     t += (entry.raw_q - q) / a
-    # (p^a q^(1-a) - p) over a-1.
+    # The slope is (p^a q^(1-a) - p) / (a-1).
     exponent = (a - 1.0) * log_ratio
     u, v = _tilted_slope(exponent, whole, 1.0 / (a - 1.0))
     return t, u, v
@@ -151,14 +150,14 @@ def alpha(entry, a, log_s, SMALL: tl.constexpr):
 
 @triton.jit
 def renyi(entry, a, log_s, SMALL: tl.constexpr):
-    # p^a q^(1-a) - p, with the sum S - 1.
+    # t is p^a q^(1-a) - p, with the sum S - 1.
     exponent = (a - 1.0) * tl.maximum(entry.log_ratio, LOWEST)
     plain = tl.abs(exponent) < 30.0
     t = entry.p * expm1(tl.where(plain, exponent, 0.0))
     t = tl.where(plain, t, tl.exp2(log_geometric(entry, a) * LOG2E) - entry.p)
-    # (p^a q^(1-a) / S - p) a/(a-1).
+    # The slope is (p^a q^(1-a) / S - p) a/(a-1).
     exponent = exponent - log_s
-    # (At most 1, whatever the rounding of large logarithms.)
+    # At most 1, even if large logarithms were rounded up.
     whole = tl.exp2(tl.minimum(log_geometric(entry, a) - log_s, 0.0) * LOG2E)
     u, v = _tilted_slope(exponent, whole, a * (1.0 / (a - 1.0)))
     return t, u, v
@@ -166,8 +165,8 @@ def renyi(entry, a, log_s, SMALL: tl.constexpr):
 
 @triton.jit
 def _tilted_slope(exponent, whole, factor):
-    """u and v of (whole - p) factor, where whole = p e^exponent: from p as long as the ratio of the
-    two is no large number."""
+    """u and v of (whole - p) factor, where whole = p e^exponent, computed from p unless the ratio
+    of the two is extreme."""
     plain = tl.abs(exponent) < 30.0
     u = factor * tl.where(plain, expm1(tl.where(plain, exponent, 0.0)), -1.0)
     return u, factor * tl.where(plain, 0.0, whole)
@@ -183,7 +182,7 @@ def tv(entry, parameter, log_s, SMALL: tl.constexpr):
 
 
 # -- sums of slopes ------------------------------------------------------------------------------
-# Of Renyi's divergence, whose slopes sum to 0, log S takes the place of their sum: a log-sum-exp.
+# The slopes of Renyi's divergence sum to 0; log S, a log-sum-exp, takes the place of their sum.
 
 
 @triton.jit
@@ -228,15 +227,15 @@ def _zero_of_none(log_ratio):
 @triton.jit
 def log_geometric(entry, a):
     """log p^a q^(1-a) for a > 0; -inf where p = 0."""
-    # Not the -inf of l, which would meet that of log p.
+    # l is bounded, so that its -inf never meets the -inf of log p.
     exponent = entry.log_p + (a - 1.0) * tl.maximum(entry.log_ratio, START)
-    return tl.maximum(exponent, -float("inf"))  # which drops a NaN
+    return tl.maximum(exponent, -float("inf"))  # the maximum drops NaN
 
 
 @triton.jit
 def _geometric(entry, larger, a):
-    """p^a q^(1-a) for any a, from the larger of p and q, from where what is added to its logarithm
-    is at most 0 for 0 < a < 1; or from that logarithm, where it underflows."""
+    """p^a q^(1-a) for any a, from the larger of p and q: what is added to its logarithm is then at
+    most 0 for 0 < a < 1. Where the larger one underflows, from its logarithm."""
     log_ratio = _zero_of_none(entry.log_ratio)
     below = log_ratio < 0.0
     log_larger = tl.maximum(tl.where(below, entry.log_q, entry.log_p), LOWEST)
@@ -250,13 +249,13 @@ def _geometric(entry, larger, a):
 def mixture_log_ratios(entry, beta):
     """log(m/p) and log(m/q) of m = beta q + (1-beta) p, from the larger of p and q.
 
-    Of that one it is s = log(c e^-|l| + 1 - c), where c is the weight of the other. The other one's
-    is |l| + s, which would leave nothing of s to be found again where l is large.
+    For the larger it is s = log(c e^-|l| + 1 - c), where c is the weight of the smaller. For the
+    smaller it is |l| + s, from which s could not be recovered where l is large.
 
-    Near p = q it is a series in l, whose first term carries the relative precision: the cumulants
-    of a coin that falls to 1 with probability beta.
+    Near p = q both come from a series in l, whose first term keeps the relative precision: its
+    coefficients are the cumulants of a Bernoulli variable of mean beta.
     """
-    # (Of a NaN, too, where neither is asked for.)
+    # This also replaces NaN, for which neither result is used.
     log_ratio = tl.maximum(entry.log_ratio, LOWEST)
     v = beta * (1.0 - beta)
     skew = 1.0 - 2.0 * beta
@@ -292,7 +291,7 @@ def fast_log2(x):
 
 @triton.jit
 def excess(log_ratio):
-    """exp(-l) - 1 + l for |l| < 0.5, by its series: the difference itself would cancel."""
+    """exp(-l) - 1 + l for |l| < 0.5, by its series, because the difference would cancel."""
     series = 1.0 / 40320 - log_ratio * (1.0 / 362880)
     series = 1.0 / 5040 - log_ratio * series
     series = 1.0 / 720 - log_ratio * series
@@ -322,7 +321,7 @@ def log1p(x):
 
 @triton.jit
 def log_sum_exp(x):
-    """log sum e^x; -inf of nothing."""
+    """log sum e^x; -inf for no terms."""
     top = tl.max(x, 0)
     bounded = tl.minimum(tl.maximum(top, START), -START)
     total = tl.sum(tl.exp2((x - bounded) * LOG2E), 0)

@@ -1,6 +1,6 @@
 """Entries of a row whose normalisers are known: probabilities, values and slopes.
 
-Conventions are those of `sums.py`.
+The conventions of `sums.py` apply.
 """
 
 import triton
@@ -38,7 +38,7 @@ def student_log_prob(z, stat, constants):
 
 @triton.jit
 def entry_of(z, w, stat, constants, P: tl.constexpr):
-    """What a divergence asks of an entry."""
+    """What a divergence needs of an entry."""
     inv_t = constants.inv_t * nats(True)
     p = student_probability(z, stat, constants)
     log_p = student_log_prob(z, stat, constants)
@@ -50,7 +50,7 @@ def entry_of(z, w, stat, constants, P: tl.constexpr):
     log_ratio = d * inv_t + stat.shift
     scaled = d * constants.inv_t + stat.shift * unit(True)
     if P.floor:
-        # Not under what both sides forbid.
+        # The floor does not apply where both sides are -inf.
         x = centred(z, stat.student_max)
         some = (x > -float("inf")) | (u > -float("inf"))
         q = tl.where(some, tl.maximum(q, tl.exp2(constants.floor * LOG2E)), 0.0)
@@ -65,7 +65,7 @@ def entry_of(z, w, stat, constants, P: tl.constexpr):
 def _term_and_slope(
     tile, i: tl.constexpr, stats, constants, P: tl.constexpr, D: tl.constexpr, SMALL: tl.constexpr
 ):
-    """t and s of each entry; in the place of Renyi's s the exponent whose log-sum-exp is log S."""
+    """t and s of each entry; for Renyi, s is the exponent whose log-sum-exp is log S."""
     entry = entry_of(tile[0], tile[1][i], Statistics(*stats[i]), constants, P)
     parameter = constants.parameter
     t, u, v = D(entry, parameter, 0.0, SMALL)
@@ -79,8 +79,8 @@ def _term_and_slope(
 def values_and_slopes(
     tile, stats, constants, P: tl.constexpr, D: tl.constexpr, SMALL: tl.constexpr = False
 ):
-    """What a tile adds to the divergence and the sum of slopes of each member, all normalisers
-    known; under SMALL the divergence is the sum that is right where it is small, too."""
+    """What a tile adds to each member's divergence and sum of slopes, once all normalisers are
+    known; under SMALL the divergence is accurate even if it is small."""
     values = ()
     slopes = ()
     for i in tl.static_range(len(stats)):
@@ -97,7 +97,7 @@ def values_and_slopes(
 
 @triton.jit
 def add_values_and_slopes(a, b, P: tl.constexpr):
-    """The results of `values_and_slopes` of the entries of both."""
+    """The results of `values_and_slopes` for two parts together."""
     values = ()
     slopes = ()
     for i in tl.static_range(len(a[0])):
@@ -108,7 +108,7 @@ def add_values_and_slopes(a, b, P: tl.constexpr):
 
 @triton.jit
 def small_value(tile, stats, constants, P: tl.constexpr, D: tl.constexpr):
-    """What a tile adds to the weighted sum of divergences, where that is small."""
+    """What a tile adds to a small weighted sum of divergences."""
     total = tl.full((), 0.0, tl.float32)
     for i in tl.static_range(len(stats)):
         t, _ = _term_and_slope(tile, i, stats, constants, P, D, True)
@@ -123,7 +123,7 @@ def teacher_log_prob(w_token, stats, constants, P: tl.constexpr):
     mean = tl.full((), 0.0, tl.float32)
     for i in tl.static_range(len(w_token)):
         stat = Statistics(*stats[i])
-        # (Weighted first: of a lowest logit log q itself might overflow.)
+        # Weighted first, because log q of a lowest logit might overflow.
         weight = constants.shares[i] / total
         u = w_token[i] - stat.teacher_max
         log_q = u * (weight * constants.inv_t) - weight * stat.teacher_lse

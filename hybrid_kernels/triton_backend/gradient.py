@@ -11,10 +11,12 @@ from hybrid_kernels.triton_backend.memory import coefficient
 from hybrid_kernels.triton_backend.sums import Statistics, centred, difference, nats, unit
 
 
-class Weights(NamedTuple):
-    """A row's coefficients of dD/dz, dlog p(y)/dz and dH/dz, with the 1/T of a logit gradient;
-    `rest` stands for the second in all but the sampled token's own term. (Outside a support the
-    divergence's gradient is a multiple of p, as that of log p(y) is.)"""
+class RowCoefficients(NamedTuple):
+    """A row's coefficients of dD/dz, dlog p(y)/dz and dH/dz, each divided by T.
+
+    `rest` replaces the second in every term but the sampled token's own: outside a support the
+    divergence's gradient is a multiple of p, like the gradient of log p(y).
+    """
 
     divergence: tl.tensor
     log_prob: tl.tensor
@@ -37,21 +39,21 @@ def weights_of(args, where, token, stats, constants, P: tl.constexpr):
                 stat = Statistics(*stats[i])
                 pull = divergence * constants.shares[i] * (stat.tail_slope - stat.slope_sum)
                 rest -= tl.where(divergence == 0.0, 0.0, pull)
-    return Weights(divergence, log_prob, entropy, rest)
+    return RowCoefficients(divergence, log_prob, entropy, rest)
 
 
 @triton.jit
-def tile_gradient(tile, stats, weights, constants, P: tl.constexpr, D: tl.constexpr):
-    """The gradient of each entry, all but the sampled token's own term c_logp 1[v = y]:
+def tile_gradient(tile, stats, coefficients, constants, P: tl.constexpr, D: tl.constexpr):
+    """The gradient of each entry, without the sampled token's own term c_logp 1[v = y]:
 
     c_div (s - p sum s) - c_logp p - c_ent p (log p + H), with s = p u + v,
 
-    where the first is a weighted sum over the members.
+    whose first term is a weighted sum over the members.
     """
-    gradient = _member_gradient(tile, 0, stats, weights, constants, P, D)
+    gradient = _member_gradient(tile, 0, stats, coefficients, constants, P, D)
     PULLS: tl.constexpr = P.pulls
     for i in tl.static_range(1, PULLS):
-        gradient += _member_gradient(tile, i, stats, weights, constants, P, D)
+        gradient += _member_gradient(tile, i, stats, coefficients, constants, P, D)
     return gradient
 
 
@@ -60,36 +62,36 @@ def _member_gradient(
     tile,
     i: tl.constexpr,
     stats,
-    weights,
+    coefficients,
     constants,
     P: tl.constexpr,
     D: tl.constexpr,
 ):
-    """The part of one member; that of the first has the student's own terms."""
+    """One member's part; the first also has the student's own terms."""
     z = tile[0]
     stat = Statistics(*stats[i])
-    weight = weights.divergence * constants.shares[i]
-    # A weight of 0 makes 0 of an infinite divergence.
+    weight = coefficients.divergence * constants.shares[i]
+    # A weight of 0 turns even an infinite divergence into 0.
     silent = weight == 0.0
-    # The log-ratio of ordinary probabilities may be so large that only its product with p is a
-    # number. So what multiplies p is kept in units of 2^28, too.
+    # The log-ratio may be so large that only its product with p is finite, so the factor of p is
+    # kept in units of 2^28 as well.
     LARGE: tl.constexpr = P.pulls > 0 and P.student_d and not P.floor
     UNIT: tl.constexpr = unit(True) if LARGE else 1.0
-    inner = tl.full((), -0.0, tl.float32)  # which the compiler leaves out of a sum
+    inner = tl.full((), -0.0, tl.float32)  # -0.0, which the compiler can drop from a sum
     if i == 0:
-        inner = -weights.rest * UNIT
+        inner = -coefficients.rest * UNIT
         if P.entropy:
-            inner += weights.entropy * (stat.student_lse - stat.entropy) * UNIT
+            inner += coefficients.entropy * (stat.student_lse - stat.entropy) * UNIT
     if P.pulls > 0:
         w = tile[1][i]
         entry = entry_of(z, w, stat, constants, P)
         p = entry.p
         v = -entry.q
         if P.student_d and not P.floor:
-            # u = l: what is the same for all entries is added once.
+            # Here u = l, and its part common to all entries is added once.
             constant = weight * UNIT * (stat.shift - stat.slope_sum)
             inner += tl.where(silent, 0.0, constant)
-            teacher_max = tl.where(silent, 0.0, stat.teacher_max)  # which may be NaN
+            teacher_max = tl.where(silent, 0.0, stat.teacher_max)  # it may be NaN
             d = difference(z, w, stat.student_max, teacher_max, True, True)
             inner = (weight * constants.inv_t * (nats(True) * UNIT)) * d + inner
         else:
@@ -100,7 +102,7 @@ def _member_gradient(
         p = student_probability(z, stat, constants)
     if i == 0 and P.entropy:
         x = tl.maximum(centred(z, stat.student_max), LOWEST * unit(True))
-        inner -= (weights.entropy * constants.inv_t * (nats(True) * UNIT)) * x
+        inner -= (coefficients.entropy * constants.inv_t * (nats(True) * UNIT)) * x
     gradient = p * inner
     if LARGE:
         gradient *= nats(True)
@@ -110,14 +112,14 @@ def _member_gradient(
 
 
 @triton.jit
-def store_sampled(where, token, stats, weights, constants, P: tl.constexpr, D: tl.constexpr):
-    """Writes the sampled token's gradient over what its tile has stored: that, and its own term.
+def store_sampled(where, token, stats, coefficients, constants, P: tl.constexpr, D: tl.constexpr):
+    """Rewrites the sampled token's entry of the gradient, with its own term.
 
-    One entry written afterwards costs less than a comparison in every lane. A support has its own
-    way with tokens in it.
+    One late write costs less than a comparison in every lane. For a token in a support,
+    `topk.store_support` does it.
     """
-    gradient = tile_gradient((token.z, token.ws), stats, weights, constants, P, D)
-    gradient = (gradient + weights.log_prob).to(where.gradient.dtype.element_ty)
+    gradient = tile_gradient((token.z, token.ws), stats, coefficients, constants, P, D)
+    gradient = (gradient + coefficients.log_prob).to(where.gradient.dtype.element_ty)
     written = tl.where(token.in_support, -1, token.id)
     tl.debug_barrier()
     tl.store(where.gradient + written, gradient, mask=written >= 0)

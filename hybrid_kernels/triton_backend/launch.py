@@ -1,4 +1,4 @@
-"""The launchers of the row kernels, and the choice between their forms."""
+"""The launchers of the row kernels and the choice between their forms."""
 
 import warnings
 from collections.abc import Sequence
@@ -29,23 +29,23 @@ from hybrid_kernels.triton_backend.topk import mark_kernel
 
 # Triton compiles for alignments of 16, in bytes of a pointer and in entries of a stride.
 ALIGNMENT = 16
-# What the driver says of a cooperative launch that it does not take; nothing has run then.
+# The driver's errors for a cooperative launch that it refuses; nothing has run then.
 REFUSALS = ("too many blocks in cooperative launch", "operation not supported")
 _refusing: set[torch.device] = set()
-# How supports of any size are marked.
+# The form that marks supports of any size.
 MARKS = plan.Sweep(block_v=GROUP, num_warps=4)
 
 
 class Launch(NamedTuple):
-    """A kernel and all that it is launched with.
+    """A kernel and everything it is launched with.
 
     Attributes:
-        kernel: of (arguments, plan), or (arguments, plan, divergence).
-        programs: how many there are.
-        form: its compiler options.
-        arguments: everything dynamic.
-        plan: everything static.
-        divergence: its function, where the kernel takes one.
+        kernel: its parameters are (arguments, plan) or (arguments, plan, divergence).
+        programs: how many to run.
+        form: has the compiler options.
+        arguments: the dynamic parameters.
+        plan: the static parameters.
+        divergence: the divergence's function, if the kernel needs one.
     """
 
     kernel: JITFunction
@@ -84,10 +84,10 @@ def hybrid_rows(
 ) -> None:
     support, chosen, declined = _marked(rows, gradient), form(rows, gradient), None
     if isinstance(chosen, plan.Resident) and rows.total > 0:
-        own = resident_launch(rows, statistics, coefficients, gradient, chosen)
+        launch = resident_launch(rows, statistics, coefficients, gradient, chosen)
         try:
-            own.run()
-            declined = own.arguments.declined
+            launch.run()
+            declined = launch.arguments.declined
         except RuntimeError as error:
             reason = str(error).removeprefix("Triton Error [CUDA]: ")
             if chosen.splits == 1 or reason not in REFUSALS:
@@ -98,11 +98,11 @@ def hybrid_rows(
 
 
 def row_values(rows: Rows, statistics: Tensor, values: Tensor) -> None:
-    """What these entries add to the divergences of rows whose normalisers `statistics` has.
+    """What these entries add to the divergences of rows whose normalisers are in `statistics`.
 
-    Fills `[1 + 2 M, N]`: log q(y), the weighted mean over the M members; and for each of them its
-    part of the divergence and of the sum of slopes (of Renyi's: of S - 1, and of log S as a
-    log-sum-exp), as they are before `sums.settle`. Masked rows may hold anything.
+    Fills `[1 + 2 M, N]`: log q(y), the weighted mean over the M members; then for each member its
+    part of the divergence and of the sum of slopes (Renyi's: of S - 1, and of log S as a
+    log-sum-exp), before `sums.settle`. Masked rows may hold any values.
     """
     values_launch(rows, statistics, values).run()
 
@@ -114,18 +114,18 @@ def scale_rows(gradient: Tensor, factor: Tensor) -> None:
 def form(
     rows: Rows, gradient: Tensor, hip: bool = torch.version.hip is not None
 ) -> plan.Sweep | plan.Resident:
-    """How `hybrid_rows` runs a problem: the only place where that is chosen."""
+    """The form in which `hybrid_rows` runs a problem, chosen only here."""
     sweep = sweep_form(rows)
     sides = [*rows.logits, gradient]
     sizes = {t.element_size() for t in rows.logits}
-    # Words are loaded at 16-byte boundaries, and of both sides together.
-    apart = len(sizes) > 1 or gradient.element_size() > max(sizes)
-    apart = apart or not (all(map(_is_aligned, sides)) or has_edges(sides))
+    # The row-resident form loads words at 16-byte boundaries that both sides share.
+    mismatched = len(sizes) > 1 or gradient.element_size() > max(sizes)
+    mismatched = mismatched or not (all(map(_is_aligned, sides)) or has_edges(sides))
     light = not rows.teachers or (
         len(rows.teachers) == 1 and rows.support is None and FAMILIES[rows.divergence].resident
     )
-    if hip or apart or not light:
-        # (Whether programs fit together is known from a register limit, which HIP doesn't take.)
+    if hip or mismatched or not light:
+        # HIP takes no register limit, without which programs may not all be resident at once.
         return sweep
     resident = plan.resident(
         rows.student.shape[-1],
@@ -141,13 +141,13 @@ def form(
 
 
 def sweep_form(rows: Rows) -> plan.Sweep:
-    """How the sweeping form runs a problem."""
+    """The sweeping form of a problem."""
     light = rows.one_sweep and len(rows.teachers) < 2
     return plan.sweep(rows.student.shape[-1], light)
 
 
 def values_form(rows: Rows) -> plan.Sweep:
-    """How `row_values` runs a problem."""
+    """The form in which `row_values` runs a problem."""
     return plan.sweep(rows.student.shape[-1], one_sweep=False)
 
 
@@ -161,17 +161,17 @@ def sweep_launch(
     measure: bool,
     declined: Tensor | None = None,
 ) -> Launch:
-    """Measures statistics or reads them, and writes a gradient where there is one to write.
+    """Measures or reads statistics, and writes the gradient if there is one.
 
     Args:
-        declined: takes those rows alone.
+        declined: if given, only these rows are processed.
     """
     arguments = _arguments(rows, support, statistics, coefficients, gradient)
     arguments = arguments._replace(declined=declined)
     static, chosen = _plan(rows, coefficients, gradient), sweep_form(rows)
     static = static._replace(
         measure=measure,
-        # Marks are read by the byte.
+        # Marks are read in whole bytes.
         block=max(chosen.block_v, GROUP) if static.k else chosen.block_v,
         slice=static.vocabulary,
     )
@@ -185,8 +185,8 @@ def resident_launch(
     gradient: Tensor,
     chosen: plan.Resident,
 ) -> Launch:
-    """Measures statistics and writes the gradient, but of rows that it declines. A device may
-    refuse programs that have to run side by side."""
+    """Measures statistics and writes the gradient, except for rows that it declines. A device may
+    refuse programs that must run side by side."""
     static = _plan(rows, coefficients, gradient)
     last = static.vocabulary - 2 * GROUP - (chosen.splits - 1) * chosen.slice_v
     static = static._replace(
@@ -228,7 +228,7 @@ def values_launch(rows: Rows, statistics: Tensor, values: Tensor) -> Launch:
 
 
 def mark_launch(rows: Rows, support: Support, gradient: Tensor | None) -> Launch:
-    """Fills a support's buffers; the rows are split as those of the launch that reads it."""
+    """Fills a support's buffers; splits rows like the launch that reads them."""
     static = _plan(rows, None, gradient)._replace(write=False)
     arguments = _arguments(rows, support, None, None, None)
     return Launch(mark_kernel, rows.total, MARKS, arguments, static)
@@ -244,7 +244,7 @@ def scale_launch(gradient: Tensor, factor: Tensor) -> Launch:
 
 
 def _marked(rows: Rows, gradient: Tensor | None) -> Support | None:
-    """What has to be known of a top-K support before the rows are read."""
+    """A top-K support, marked before the rows are read."""
     if rows.support is None:
         return None
     support = empty_support(rows)
@@ -253,7 +253,7 @@ def _marked(rows: Rows, gradient: Tensor | None) -> Support | None:
 
 
 def empty_support(rows: Rows) -> Support:
-    """Buffers for what `mark_kernel` finds: an eighth of a byte for each logit, 8 for each id."""
+    """Buffers that `mark_kernel` fills: one bit for each logit and 8 bytes for each id."""
     ids, device = rows.support, rows.student.device
     assert ids is not None
     size = (rows.total, mark_bytes(rows.student.shape[-1]))
@@ -270,7 +270,7 @@ def empty_support(rows: Rows) -> Support:
 
 
 def _function(rows: Rows) -> JITFunction:
-    """That of the divergence."""
+    """The function of the problem's divergence."""
     return getattr(divergences, rows.divergence)
 
 
@@ -281,14 +281,14 @@ def _arguments(
     coefficients: Coefficients | None,
     gradient: Tensor | None,
 ) -> Arguments:
-    """What a problem and its gradient are at run time."""
+    """The dynamic parameters of a problem and its gradient."""
     teachers = rows.teachers or None
     if teachers is not None and rows.support is None:
         teachers = tuple(_side(t) for t in teachers)
     temperature = rows.row_temperature
-    weights: Sequence[PerRow | None] = (None, None, None)
+    per_row: Sequence[PerRow | None] = (None, None, None)
     if coefficients is not None:
-        weights = [_per_row(c, rows.total) for c in coefficients]
+        per_row = [_per_row(c, rows.total) for c in coefficients]
     sides = rows.logits if gradient is None else [*rows.logits, gradient]
     return Arguments(
         student=_side(rows.student),
@@ -305,14 +305,14 @@ def _arguments(
         parameter=rows.parameter,
         statistics=statistics,
         gradient=None if gradient is None else _side(gradient),
-        c_div=weights[0],
-        c_logp=weights[1],
-        c_ent=weights[2],
+        c_div=per_row[0],
+        c_logp=per_row[1],
+        c_ent=per_row[2],
     )
 
 
 def _plan(rows: Rows, coefficients: Coefficients | None, gradient: Tensor | None) -> Plan:
-    """What of a problem and its gradient is static; how they are cut is left open."""
+    """The static parameters of a problem and its gradient, except how the work is cut."""
     family, members = FAMILIES[rows.divergence], len(rows.teachers)
     k = 0 if rows.support is None else rows.support.shape[-1]
     full = 0 if k else members
@@ -345,19 +345,19 @@ def _plan(rows: Rows, coefficients: Coefficients | None, gradient: Tensor | None
 
 
 def _per_row(values: Tensor | None, count: int) -> PerRow:
-    """Of `[R]`, see `rows.repeat_of`."""
+    """A number for each of `count` rows, from values `[R]`, see `rows.repeat_of`."""
     if values is None or values.numel() == 1:
         return PerRow(values, 1, 0)
     return PerRow(values, repeat_of(values, count), 1)
 
 
 def _refused(device: torch.device, launch: plan.Resident, reason: str) -> None:
-    """Warns once. Where warnings are errors every launch is refused, and nothing swept."""
+    """Warns once; where warnings are errors, every launch raises and nothing is swept."""
     warnings.warn(
         f"hybrid_kernels: {device} refused to run {launch.programs} programs side by side "
-        f"({reason}). From here on one program sweeps each long row there: "
-        "the results are the same and take longer. A process that has a part of a GPU (MPS, green "
-        "contexts) has to expect this.",
+        f"({reason}). From now on one program sweeps each long row there: "
+        "the results are the same but slower. Expect this in a process that has only part of a GPU "
+        "(MPS, green contexts).",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -365,7 +365,7 @@ def _refused(device: torch.device, launch: plan.Resident, reason: str) -> None:
 
 
 def has_edges(tensors: list[Tensor]) -> bool:
-    """Whether rows have to be split to move in 128-bit pieces, and can be (see `memory.py`)."""
+    """Whether rows must and can be split to move in 128-bit pieces (see `memory.py`)."""
     if all(_is_aligned(t) for t in tensors):
         return False
     first, *others = [_phases(t) for t in tensors]
@@ -378,13 +378,13 @@ def _is_aligned(logits: Tensor) -> bool:
 
 
 def _phases(logits: Tensor) -> tuple[int, ...]:
-    """Where rows begin relative to a boundary, as far as it can differ from row to row."""
+    """Where rows begin relative to a boundary, and what changes it from row to row."""
     entries = [logits.data_ptr() // logits.element_size(), *_row_strides(logits)]
     return tuple(entry % GROUP for entry in entries)
 
 
 def _row_strides(logits: Tensor) -> tuple[int, int]:
-    """Strides of both row dimensions, 0 where one is of no consequence."""
+    """Strides of both row dimensions; 0 for a dimension of size 1."""
     outer, inner, _ = logits.shape
     return (logits.stride(0) if outer > 1 else 0), (logits.stride(1) if inner > 1 else 0)
 
@@ -395,7 +395,7 @@ def _side(logits: Tensor) -> Side:
 
 
 def _inner(sides: list[Tensor]) -> int | None:
-    """I, unless the rows of each side lie at equal distances."""
+    """I, or None if the rows of each side are evenly spaced."""
     inner = sides[0].shape[1]
     strides = map(_row_strides, sides)
     return None if all(o in (0, inner * i) or i == 0 for o, i in strides) else inner

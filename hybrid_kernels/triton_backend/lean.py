@@ -1,20 +1,14 @@
 """The arithmetic of the row-resident form, for rows of ordinary numbers.
 
-With s = log2(e)/T, and M and N the maxima of s z and s w as rounded,
+With s = log2(e)/T, and M and N the rounded maxima of s z and s w,
 
     y = s z - M,  u = s w - N,  E = sum 2^y,  F = sum 2^u,  r = z - w
     log p = ln2 (y - log2 E),  l = log p - log q = r/T + ln2 (N - M + log2 F - log2 E)
 
-An exponent is one FMA of the logit, the same in sums and gradient. M is the same number everywhere
-and partial sums are merged by differences of such numbers, so that its rounding cancels, up to
-logits of 1e9. r is exact where it matters.
-
-A KL has its value from sum 2^y y, sum 2^y u and sum 2^u (y - u), and a gradient of the form
-2^y (a + b y + c r) + d 2^u, whose factors are constants of the row. Other problems (JSD, floors)
-need both normalisers first: of each entry they keep p and g, such that the gradient is p A + g once
-the slopes are summed.
-
-P is the `Plan`, D the function of the divergence (`divergences.py`).
+An exponent is one FMA of the logit, the same in sums and gradient. Merging partial sums cancels
+the rounding of M and N, up to logits of 1e9. A KL follows from sum 2^y y, sum 2^y u and
+sum 2^u (y - u), with gradient 2^y (a + b y + c r) + d 2^u. Other problems (JSD, floors) need both
+normalisers first, and keep p and g for a gradient p A + g. P is the `Plan`, D the divergence.
 """
 
 from typing import NamedTuple
@@ -27,19 +21,19 @@ from hybrid_kernels.triton_backend.packed import extreme, unpacked
 from hybrid_kernels.triton_backend.reduce import INTERPRETED, added, max_2, sum_each
 from hybrid_kernels.triton_backend.slices import edges_of
 
-# How far apart the models' maxima may lie, in factors of 2: r loses digits beyond.
+# How far the models' maxima may differ, in powers of 2: beyond this, r loses digits.
 FAR = tl.constexpr(64.0)
 # E and F of ordinary rows lie between this and its reciprocal.
 LEAST_SUM = tl.constexpr(2.0**-60)
-# A normal number, which is 0 beside others.
+# The smallest normal number, which vanishes in a sum with an ordinary one.
 SMALLEST = tl.constexpr(2.0**-126)
-# Below the maximum of a row by so much, 2^x is 0.
+# 2^x is 0 this far below a row's maximum.
 BELOW = tl.constexpr(160.0)
 
 
 class Sums(NamedTuple):
-    """Of a slice or a row: max z, E, sum 2^y y; and with a teacher max w, F, sum 2^u d, and sum
-    2^y u or, where that is to be `Plan.exact`, sum 2^y d, with d of `_difference`."""
+    """Of a slice or a row: max z, E, sum 2^y y, max w, F, sum 2^y u (under `Plan.exact` sum 2^y d)
+    and sum 2^u d, with d of `_difference`; 0 for what the plan does not need."""
 
     student_max: tl.tensor
     student: tl.tensor
@@ -51,8 +45,7 @@ class Sums(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row's numbers: M, N, max z - max w, s, 1/T, and the coefficients of dD/dz, dlog p(y)/dz and
-    dH/dz with the 1/T of a gradient."""
+    """M, N, max z - max w, s, 1/T, and the coefficients of dD/dz, dlog p(y)/dz and dH/dz over T."""
 
     m: tl.tensor
     n: tl.tensor
@@ -65,8 +58,7 @@ class Row(NamedTuple):
 
 
 class Logs(NamedTuple):
-    """log2 E, log2 F, 1/E, and the entropy. (To be asked for where they are needed: exact
-    logarithms are long.)"""
+    """log2 E, log2 F, 1/E and the entropy. Exact logarithms are slow: compute these late."""
 
     student: tl.tensor
     teacher: tl.tensor
@@ -76,7 +68,7 @@ class Logs(NamedTuple):
 
 @triton.jit
 def fma(a, b, c):
-    """a b + c, rounded once. (The interpreter rounds `tl.fma` twice.)"""
+    """a b + c, rounded once; the interpreter's `tl.fma` rounds twice."""
     if INTERPRETED:
         return (a.to(tl.float64) * b + c).to(tl.float32)
     else:
@@ -85,7 +77,7 @@ def fma(a, b, c):
 
 @triton.jit
 def rounded_product(a, b):
-    """a b as a number of its own, which the compiler does not take into an FMA."""
+    """a b, rounded: the compiler may not contract it into an FMA."""
     if INTERPRETED:
         return a * b
     else:
@@ -94,13 +86,9 @@ def rounded_product(a, b):
         )
 
 
-# -- sums ------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def _difference(z, w, y, u, apart, P: tl.constexpr):
-    """(z - max z) - (w - max w): where it is to be exact, of logits of which close ones are
-    subtracted without a rounding; else times s."""
+    """(z - max z) - (w - max w): from the logits under `Plan.exact`, otherwise times s."""
     if P.exact:
         return (z - w) - apart
     else:
@@ -129,7 +117,7 @@ def _summands(z, w, scale, student_max, teacher_max, apart, P: tl.constexpr):
 def sums_of_slice(
     held, scale, is_lead, STUDENT: tl.constexpr, TEACHER: tl.constexpr, P: tl.constexpr
 ):
-    """Those of a slice, a number for each."""
+    """The sums of a slice, as scalars, in the order of `_numbers`."""
     zs = held.zs
     ws = held.ws
     if P.one_sweep and P.student_d and STUDENT == TEACHER:
@@ -163,14 +151,13 @@ def sums_of_slice(
 
 @triton.jit
 def _marked(terms, lowest, P: tl.constexpr):
-    """What a part adds to the sums, with a NaN if there are logits in it that are so low that 0
-    times such a number may be no 0."""
+    """The terms, with a NaN where a logit is so low that 0 times it may not be 0."""
     return (terms[0], tl.where(lowest < P.pad, float("nan"), terms[1])) + terms[2:]
 
 
 @triton.jit
 def _with_edges(numbers, held, scale, P: tl.constexpr):
-    """The numbers of a slice and the edges."""
+    """The numbers of a slice and the edges together."""
     z, w = edges_of(held)
     if P.full > 0:
         z_max, w_max = max_2(z, w, 0)
@@ -194,7 +181,7 @@ def _with_edges(numbers, held, scale, P: tl.constexpr):
 
 @triton.jit
 def _about(numbers, top, teacher_top, scale, P: tl.constexpr):
-    """The sums of some part, about other maxima."""
+    """The sums of a part, moved to other maxima."""
     step = rounded_product(numbers[0], scale) - rounded_product(top, scale)
     share = tl.exp2(step)
     terms = (share * numbers[1], share * (numbers[2] + numbers[1] * step))
@@ -216,7 +203,7 @@ def _about(numbers, top, teacher_top, scale, P: tl.constexpr):
 
 @triton.jit
 def _numbers(z_max, w_max, terms, P: tl.constexpr):
-    """As they are published."""
+    """The maxima and sums in the order in which they are published."""
     numbers = (z_max, terms[0], terms[1])
     if P.full > 0:
         numbers = numbers + (w_max,) + terms[2:]
@@ -225,7 +212,7 @@ def _numbers(z_max, w_max, terms, P: tl.constexpr):
 
 @triton.jit
 def together(numbers, count, scale, P: tl.constexpr):
-    """The numbers of the first `count` of some parts, merged."""
+    """The numbers of the first `count` parts, merged."""
     there = tl.arange(0, numbers[0].shape[0]) < count
     if P.full > 0:
         top, teacher_top = max_2(numbers[0], numbers[3], 0)
@@ -259,7 +246,7 @@ def named(numbers, P: tl.constexpr):
 
 @triton.jit
 def is_ordinary(sums, scale, P: tl.constexpr):
-    """Whether the sums are those of numbers that need no guards, and padding added nothing."""
+    """Whether the sums needed no guards and padding added nothing to them."""
     probe = sums.student + sums.student_y + sums.teacher + sums.student_d + sums.teacher_d
     lowest = sums.student_max
     apart = 0.0
@@ -268,7 +255,7 @@ def is_ordinary(sums, scale, P: tl.constexpr):
         apart = tl.abs(sums.student_max - sums.teacher_max)
     above = (lowest - P.pad) * scale > BELOW
     ordinary = (probe - probe == 0.0) & above & (apart * scale < FAR)
-    # (Of logits beyond 1e9 the rounding of M is so large that sums have no digits left.)
+    # With logits beyond 1e9, M is rounded so coarsely that the sums have no digits left.
     ordinary = ordinary & (sums.student > LEAST_SUM) & (sums.student < 1.0 / LEAST_SUM)
     if P.full > 0:
         ordinary = ordinary & (sums.teacher > LEAST_SUM) & (sums.teacher < 1.0 / LEAST_SUM)
@@ -290,7 +277,7 @@ def logs_of(sums, P: tl.constexpr):
 
 @triton.jit
 def _means(sums, scale, P: tl.constexpr):
-    """Of d times s: the student's, and the teacher's."""
+    """The mean of s d under the student and under the teacher."""
     unit = 1.0
     if P.exact:
         unit = scale
@@ -306,7 +293,7 @@ def _means(sums, scale, P: tl.constexpr):
 
 @triton.jit
 def swept_divergence(sums, log_ratio, scale, P: tl.constexpr):
-    """Value and sum of slopes of a KL, from log2 F/E."""
+    """A KL and its sum of slopes; `log_ratio` is log2 F/E."""
     student, teacher = _means(sums, scale, P)
     value = tl.full((), 0.0, tl.float32)
     slopes = value
@@ -321,9 +308,8 @@ def swept_divergence(sums, log_ratio, scale, P: tl.constexpr):
 
 @triton.jit
 def swept_factors(sums, row, P: tl.constexpr):
-    """a, b, c and d of a KL's gradient 2^y (a + b y + c r) + d 2^u. There r is z - w if the
-    gradient is to be `Plan.fine`, that less `Row.apart` if it is to be exact, and else u. (The
-    logarithms of E and F cancel.)"""
+    """a to d of a KL's gradient 2^y (a + b y + c r) + d 2^u, in which log E and log F cancel. r is
+    z - w under `Plan.fine`, less `Row.apart` under `Plan.exact`; otherwise it is u."""
     share = 1.0 / sums.student
     a = -row.c_logp
     b = 0.0
@@ -373,7 +359,7 @@ def swept_gradient(z, w, row, factors, P: tl.constexpr):
 
 @triton.jit
 def ordinary_entry(z, w, row, logs, constants, P: tl.constexpr):
-    """What a divergence asks of an entry, both normalisers known."""
+    """What a divergence needs of an entry, once both normalisers are known."""
     y = fma(z, row.scale, -row.m) - logs.student
     u = fma(w, row.scale, -row.n) - logs.teacher
     d = tl.fma((z - w) - row.apart, row.scale, logs.teacher - logs.student)
@@ -390,9 +376,8 @@ def ordinary_entry(z, w, row, logs, constants, P: tl.constexpr):
 
 @triton.jit
 def second_summands(z, w, row, logs, constants, P: tl.constexpr, D: tl.constexpr):
-    """Of an entry, both normalisers known: factors of what it adds to two sums, see
-    `second_divergence`, and p and g of its gradient p A + g. (Of JSD all probabilities are times E,
-    which saves an operation.)"""
+    """An entry's terms in the two sums of `second_divergence`, each as two factors, and p and g of
+    its gradient p A + g. For JSD all probabilities are times E, which saves an operation."""
     if P.kl_family or P.exact:
         entry = ordinary_entry(z, w, row, logs, constants, P)
         t, u, v = D(entry, constants.parameter, 0.0, True)
@@ -420,9 +405,9 @@ def second_summands(z, w, row, logs, constants, P: tl.constexpr, D: tl.constexpr
 
 @triton.jit
 def _mixture_log_ratios(p, q, y, u, d, beta):
-    """log2 m/p and log2 m/q of m = beta q + (1-beta) p, from p and q, their logarithms y and u, and
-    d = y - u: as good as those, and near d = 0 a series, the cumulants of a coin."""
-    # (Where nothing is left of p and q, any number.)
+    """log2 m/p and log2 m/q for m = beta q + (1-beta) p, from y = log2 p, u = log2 q, d = y - u;
+    near d = 0 by the cumulant series of a Bernoulli variable."""
+    # If both p and q underflow, any finite number will do.
     log_m = fast_log2(tl.fma(beta, q, tl.fma(1.0 - beta, p, SMALLEST)))
     v = beta * (1.0 - beta)
     skew = 1.0 - 2.0 * beta
@@ -435,7 +420,7 @@ def _mixture_log_ratios(p, q, y, u, d, beta):
 
 @triton.jit
 def second_divergence(sums, logs, parameter, P: tl.constexpr):
-    """Value and sum of slopes. Of JSD from sum q log2 m/q and sum p log2 m/p."""
+    """The divergence and its sum of slopes; JSD from sum q log2 m/q and sum p log2 m/p."""
     if P.kl_family or P.exact:
         return sums[0], sums[1]
     else:
@@ -450,13 +435,13 @@ def second_factor(slopes, c_logp, row, logs, P: tl.constexpr):
     if P.kl_family or P.exact:
         return factor
     else:
-        # (g has the entropy's part for log2 p E.)
+        # g holds the entropy's part for log2(p E).
         return (factor + row.c_ent * LN2 * logs.student) * logs.share
 
 
 @triton.jit
 def gradient_of(z, w, row, factors, sums, constants, P: tl.constexpr, D: tl.constexpr):
-    """Of single entries."""
+    """The gradient of single entries."""
     if P.one_sweep:
         return swept_gradient(z, w, row, factors, P)
     else:

@@ -1,20 +1,20 @@
-"""How programs that share a row meet: each publishes its numbers, and waits for those of all.
+"""How programs that share a row meet: each publishes its numbers and waits for everyone's.
 
-Every number is published in a word of 64 bits, whose upper half is 1 once it is there. So a single
-read tells whether it is there and what it is, without fences or counters: an aligned access of 64
-bits is not torn, and a store reaches the L2 cache, which is what is read. No word is used twice: a
-row has 64 bytes for each of its slices and meetings, which are 0 at first.
+A number is published in a word of 64 bits, whose upper half becomes 1. So a single read shows both
+whether the number has arrived and what it is, without fences or counters: an aligned access of 64
+bits is not torn, and both stores and reads go to the L2 cache. No word is used twice: a row has 64
+bytes for each of its slices and meetings, which start at 0.
 
-A GPU runs the programs of a cooperative launch side by side; Triton's interpreter runs one after
-another, so that a test must run them side by side itself (`tests/interpreter.py`). None waits for
-ever: there are at least as many programs as slices of a row, so that no two of these are the same
-program's; programs take their slices in the order of the rows, and publish for a row before they
-wait for it, so that those of the first unfinished row all do. Programs that never come would hang
-whoever waits for them: a wait has an end, after seconds, which is an error.
+A GPU runs the programs of a cooperative launch side by side. Triton's interpreter runs one after
+another, so a test must run them side by side itself (`tests/interpreter.py`). No program waits for
+ever. There are at least as many programs as slices of a row, so each slice of a row has a different
+program. Programs process slices in row order and publish for a row before they wait for it, so all
+slices of the first unfinished row get published. If programs never come, the wait ends with an
+error after seconds.
 
-A small divergence is summed a second time, and nobody waits for it: the last to arrive adds up.
-That a row is small each program finds for itself, from the same numbers. It counts if all do: the
-first sum stands until the last program has arrived.
+A small divergence is summed a second time without waiting: the last program to arrive adds up. Each
+program decides from the same numbers whether a row is small. The first sum stands until all
+programs have arrived.
 """
 
 import triton
@@ -24,7 +24,7 @@ from hybrid_kernels.triton_backend import plan
 from hybrid_kernels.triton_backend.memory import write_divergence
 from hybrid_kernels.triton_backend.reduce import INTERPRETED
 
-# Seconds of them on a GPU, where each takes a microsecond or so.
+# A few seconds on a GPU, where a poll takes about a microsecond.
 MAX_POLLS = tl.constexpr(2**12 if plan.INTERPRETED else 2**22)
 # Numbers that a program publishes at once.
 NUMBERS = 8
@@ -33,14 +33,14 @@ _NUMBERS = tl.constexpr(NUMBERS)
 
 @triton.jit
 def _words(args, row, MEETING: tl.constexpr, P: tl.constexpr):
-    """Those of the first slice of a row. (32 bits are enough for offsets: eight words or sixteen
-    are for hundreds of logits at least.)"""
+    """The words of a row's first slice. Their offsets fit into 32 bits, because the eight or
+    sixteen words of a slice stand for hundreds of logits at least."""
     return args.published + (row * P.meetings + MEETING) * (P.splits * _NUMBERS)
 
 
 @triton.jit
 def _numbered(numbers, place):
-    """The number at a place, in every lane; the last one where there are fewer."""
+    """The number at each lane's place; the last number beyond the end."""
     value = numbers[0]
     for i in tl.static_range(1, len(numbers)):
         value = tl.where(place >= i, numbers[i], value)
@@ -49,7 +49,7 @@ def _numbered(numbers, place):
 
 @triton.jit
 def publish(args, turn, MEETING: tl.constexpr, numbers, P: tl.constexpr):
-    """Publishes up to eight numbers of a slice for a meeting of its row, if there is such a row."""
+    """Publishes up to eight numbers of a slice for a meeting of its row, if that row exists."""
     place = tl.arange(0, _NUMBERS)
     bits = _numbered(numbers, place).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
     ptr = _words(args, turn.row, MEETING, P) + turn.part * _NUMBERS + place
@@ -58,10 +58,10 @@ def publish(args, turn, MEETING: tl.constexpr, numbers, P: tl.constexpr):
 
 @triton.jit
 def meet(args, row, MEETING: tl.constexpr, P: tl.constexpr):
-    """What all have published for a meeting: eight tensors `[lanes]`, one lane for each slice.
+    """Waits for all numbers of a meeting: eight tensors `[lanes]`, one lane for each slice.
 
-    Lanes without a slice hold the first one's. Each thread looks for itself at one of them.
-    Where they don't arrive, a GPU's kernel ends with a trap, which torch reports as a CUDA error.
+    Lanes without a slice hold the first slice's numbers. Each thread polls one slice by itself. If
+    a slice never arrives, the kernel ends with a trap, which torch reports as a CUDA error.
     """
     place = tl.arange(0, P.lanes)
     ptr = _words(args, row, MEETING, P) + tl.where(place < P.splits, place, 0) * _NUMBERS
@@ -121,7 +121,7 @@ def meet(args, row, MEETING: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def arrive(counter_ptr):
-    """Makes what this program has stored visible; returns how many arrived before."""
+    """Makes this program's stores visible; returns how many programs arrived before."""
     tl.debug_barrier()
     return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
 
@@ -134,7 +134,7 @@ def write_small(args, turn, value, P: tl.constexpr):
     before = arrive(args.counters + turn.row)
     if before == P.splits - 1:
         tl.debug_barrier()
-        # Past the L1 cache, which other programs don't update.
+        # Bypass the L1 cache, which other programs don't update.
         lane = tl.arange(0, P.lanes)
         pieces = tl.load(ptr + lane, mask=lane < P.splits, other=0.0, cache_modifier=".cg")
         write_divergence(args, turn.row, tl.sum(pieces, 0))

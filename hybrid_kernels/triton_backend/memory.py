@@ -1,9 +1,9 @@
 """How the row kernels reach memory: their arguments, and the tiles, edges and scalars of a row.
 
-A row that does not begin at a 16-byte boundary, or whose length is no multiple of 8, can't be moved
-in 128-bit pieces as a whole. `Plan.edges` splits it: the *body* begins at the first boundary and
-holds whole groups of 8 entries; the up to 7 entries before it and the up to 7 after it, the
-*edges*, are one narrow tile of their own. Rows for which nothing has to be split are all body.
+A row that does not begin at a 16-byte boundary, or whose length is not a multiple of 8, can't be
+moved in 128-bit pieces as a whole. `Plan.edges` splits it: the *body* begins at the first boundary
+and holds whole groups of 8 entries; the *edges*, up to 7 entries before it and the rest after it,
+are a narrow tile. Rows that need no split are all body.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,7 @@ TAIL_CORRECTION = tl.constexpr(FIELDS.tail_correction)
 _STUDENT_MAX = tl.constexpr(FIELDS.student_max)
 _STUDENT_LSE = tl.constexpr(FIELDS.student_lse)
 _STUDENT_FIELDS = tl.constexpr(STUDENT_FIELDS)
-# Those of a member follow the student's, member by member.
+# The fields of each member follow the student's.
 _TEACHER_MAX = tl.constexpr(MEMBER.teacher_max)
 _TEACHER_LSE = tl.constexpr(MEMBER.teacher_lse)
 _SLOPE_SUM = tl.constexpr(MEMBER.slope_sum)
@@ -33,7 +33,7 @@ _LOG_S = tl.constexpr(MEMBER.log_s)
 _TAIL_SLOPE = tl.constexpr(MEMBER.tail_slope)
 _MEMBER_FIELDS = tl.constexpr(MEMBER_FIELDS)
 
-# Entries in a group that begins at a boundary; 16 bytes of a 16-bit format.
+# Entries in a group that begins at a boundary: 16 bytes in a 16-bit format.
 GROUP = 8
 _GROUP = tl.constexpr(GROUP)
 _EDGES = tl.constexpr(2 * GROUP)
@@ -48,7 +48,7 @@ class Side(NamedTuple):
 
 
 class PerRow(NamedTuple):
-    """A number for each row, the element `row // repeat * stride`; or nothing but None."""
+    """A number for each row, the element `row // repeat * stride`. `ptr` may be None."""
 
     ptr: tl.tensor
     repeat: tl.tensor
@@ -56,11 +56,11 @@ class PerRow(NamedTuple):
 
 
 class Support(NamedTuple):
-    """What there is of top-K supports, all contiguous.
+    """The top-K supports and their buffers, all contiguous.
 
-    given: `[N, K]`, the ids as they came; ids: int32 `[N, K]`, those that count; logits: fp32
-    `[N, K]`, the student's; marks: uint8 `[N, mark_bytes(V)]`, and words, the same as int32;
-    token_log_prob: fp32 `[N]`, or None; resolution: of the log-probabilities.
+    given: `[N, K]`, the ids as passed; ids: int32 `[N, K]`, the ids that count; logits: fp32
+    `[N, K]`, the student's; marks: uint8 `[N, mark_bytes(V)]`; words: the marks as int32;
+    token_log_prob: fp32 `[N]` or None; resolution: the rounding of the log-probabilities.
     """
 
     given: tl.tensor
@@ -73,27 +73,27 @@ class Support(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """Everything that a kernel takes at run time. What a kernel has no use for is None.
+    """Everything that a kernel takes at run time; None for what it does not need.
 
     Attributes:
         student: a `Side`.
         teachers: one for each member; under a support their log-probabilities `[N, K]`.
-        shares: a weight for each member; (1,) where there is none.
+        shares: a weight for each member; (1,) without members.
         support: a `Support`.
         token_ids, valid: `[N]`.
         count: N.
-        inner: I; None where rows lie at equal distances, `Side.stride_i`.
+        inner: I; None if all rows are `Side.stride_i` apart.
         inv_t: 1/T.
-        temperature: T in its place, `PerRow`.
-        floor, parameter: of the divergence.
+        temperature: T of each row, replaces inv_t, `PerRow`.
+        floor, parameter: the teacher's floor and the divergence's parameter.
         statistics: fp32 `[fields, N]`, see `rows.FIELDS`.
         gradient: a `Side`.
         c_div, c_logp, c_ent: the coefficients of the gradient's terms, `PerRow`.
-        published, pieces, counters: of programs that share rows, see `meeting.py`.
-        declined: int8 `[N]`, rows that the row-resident form has left to the other; that form takes
-            those alone where it is given this.
-        row_values: where `values_kernel` writes.
-        factor: of `scale_kernel`, `PerRow`.
+        published, pieces, counters: for programs that share rows, see `meeting.py`.
+        declined: int8 `[N]`, the rows that the row-resident form leaves to the sweeping form,
+            which then processes only these.
+        row_values: the output of `values_kernel`.
+        factor: the factor of `scale_kernel`, `PerRow`.
     """
 
     student: tl.tensor = None
@@ -124,8 +124,8 @@ class Arguments(NamedTuple):
 class Place(NamedTuple):
     """Where a row is, or a program's part of it.
 
-    student, teachers, gradient, marks: its first entry on each side; head: where the body begins;
-    body: how many entries it has; row, part: the numbers of both.
+    student, teachers, gradient, marks: the row's first entry on each side; head: where the body
+    begins; body: its number of entries; row, part: the indices of the row and the part.
     """
 
     student: tl.tensor
@@ -139,8 +139,8 @@ class Place(NamedTuple):
 
 
 class Token(NamedTuple):
-    """The sampled token of a row: its id (-1 for none), its logit on the student's side and on each
-    full teacher's; of a support, whether it is in it and how its advantage is corrected."""
+    """A row's sampled token: its id (-1 for none), its logits from the student and each full
+    teacher; under a support, whether it is in it and the correction of its advantage."""
 
     id: tl.tensor
     z: tl.tensor
@@ -163,7 +163,7 @@ def _row_start(side, row, inner):
 
 @triton.jit
 def locate(args, row, part, P: tl.constexpr):
-    """A row on all sides and, where one is written, in its gradient."""
+    """A row on all sides and, if it is written, in the gradient."""
     student = _row_start(args.student, row, args.inner)
     teachers = ()
     if P.full > 0:
@@ -178,7 +178,7 @@ def locate(args, row, part, P: tl.constexpr):
     head = tl.full((), 0, tl.int32)
     body = tl.full((), P.vocabulary, tl.int32)
     if P.edges:
-        # The launcher has made sure that this splits all sides at boundaries.
+        # The launcher has checked that this splits all sides at boundaries.
         size: tl.constexpr = student.dtype.element_ty.primitive_bitwidth // 8
         past = ((student.to(tl.int64) // size) % _GROUP).to(tl.int32)
         head = tl.minimum((_GROUP - past) % _GROUP, P.vocabulary)
@@ -190,8 +190,8 @@ def locate(args, row, part, P: tl.constexpr):
 
 @triton.constexpr_function
 def mark_bytes(vocabulary):
-    """Bytes of a row's marks, one bit for each entry: those of the body, those of the edges behind
-    them, and what fills up 16 bytes."""
+    """Bytes of a row's marks, one bit for each entry: first the body, then the edges, padded to a
+    multiple of 16 bytes."""
     return (edge_byte(vocabulary) + 2 + 15) // 16 * 16
 
 
@@ -214,9 +214,9 @@ def body_of(row_ptr, head, P: tl.constexpr):
 
 @triton.jit
 def load_tile(where, start, limit, P: tl.constexpr, GUARDED: tl.constexpr = True):
-    """A tile of a row's body, up to a limit, on all sides as stored. Of a support the marks.
+    """A tile of a row's body, up to a limit, on all sides as stored; marks for a support's teacher.
 
-    Lanes outside hold -inf on all sides or, where they are not guarded, the plan's padding.
+    Lanes outside hold -inf on all sides or, unguarded, the plan's padding.
     """
     PAD: tl.constexpr = -float("inf") if GUARDED else P.pad
     offsets = start + tl.arange(0, P.block)
@@ -235,7 +235,7 @@ def load_tile(where, start, limit, P: tl.constexpr, GUARDED: tl.constexpr = True
 
 @triton.jit
 def store_tile(where, start, limit, gradient, P: tl.constexpr):
-    """A tile of the body of a row's gradient."""
+    """Stores a tile of the body of a row's gradient."""
     offsets = start + tl.arange(0, P.block)
     ptr = body_of(where.gradient, where.head, P)
     tl.store(ptr + offsets, gradient.to(ptr.dtype.element_ty), mask=offsets < limit)
@@ -250,7 +250,7 @@ def edge_lanes(where, lane, P: tl.constexpr):
 
 @triton.jit
 def load_edges(where, is_read, P: tl.constexpr):
-    """The edges of a row, as a tile; nothing is loaded unless it `is_read`."""
+    """The edges of a row as a tile; loads nothing unless `is_read`."""
     offsets, inside = edge_lanes(where, tl.arange(0, _EDGES), P)
     inside = inside & (offsets < tl.where(is_read, P.vocabulary, 0))
     z = tl.load(where.student + offsets, mask=inside, other=-float("inf"))
@@ -273,7 +273,7 @@ def store_edges(where, gradient, P: tl.constexpr):
 
 @triton.jit
 def clear_edges(where, P: tl.constexpr):
-    """The edges of a masked row's gradient."""
+    """Zeros the edges of a masked row's gradient."""
     store_edges(where, tl.zeros((_EDGES,), tl.float32), P)
 
 
@@ -295,7 +295,7 @@ def number_of(per_row, row):
 
 @triton.jit
 def coefficient(per_row, row, inv_t):
-    """0 where there is none."""
+    """A row's coefficient times 1/T; 0 if there is none."""
     value = tl.full((), 0.0, tl.float32)
     if per_row.ptr is not None:
         value = number_of(per_row, row) * inv_t
@@ -339,8 +339,8 @@ def sampled_id(args, row, P: tl.constexpr):
 
 @triton.jit
 def sampled_token(args, where, P: tl.constexpr):
-    """A row's sampled token; NaN logits for an id outside the vocabulary. To be read before the
-    gradient, which may overwrite them."""
+    """A row's sampled token; NaN logits for an id outside the vocabulary. Must be read before the
+    gradient is written, which may overwrite the logits."""
     token = no_token(P)
     if args.token_ids is not None:
         token_id = sampled_id(args, where.row, P)
@@ -348,7 +348,7 @@ def sampled_token(args, where, P: tl.constexpr):
         ws = ()
         for i in tl.static_range(len(where.teachers)):
             ws = ws + (_logit(where.teachers[i], token_id),)
-        # Not in one. As a constant that would cost a register too many in some kernels.
+        # This is False: a constant would cost some kernels a register too many.
         token = Token(token_id, z, ws, token_id < -1, token.correction)
     return token
 
@@ -363,15 +363,15 @@ def _logit(row_ptr, token):
 
 @triton.jit
 def _fields(args, row):
-    """Where a row's first statistic is, and how far it is to the next."""
-    # N is a constant where there is one row, and has no `.to` then.
+    """A pointer to a row's first statistic, and the distance to the next."""
+    # With a single row N is a constant, which has no `.to`.
     return args.statistics + row, tl.cast(args.count, tl.int64)
 
 
 @triton.jit
 def write_statistics(args, row, stats, inv_t, P: tl.constexpr):
-    """Every field but the divergence and the log-probabilities of the token; those of a support are
-    written where it is compared."""
+    """Writes all fields but the divergence, the token's log-probabilities, and those of a support,
+    which `topk.compare` writes."""
     student = Statistics(*stats[0])
     ptr, count = _fields(args, row)
     tl.store(ptr + _ENTROPY * count, student.entropy)
@@ -406,7 +406,7 @@ def write_divergence(args, row, value):
 
 @triton.jit
 def read_statistics(args, row, P: tl.constexpr):
-    """What the gradient needs."""
+    """The statistics that the gradient needs."""
     ptr, count = _fields(args, row)
     student_max = tl.load(ptr + _STUDENT_MAX * count)
     student_lse = tl.load(ptr + _STUDENT_LSE * count)
@@ -438,7 +438,7 @@ def read_statistics(args, row, P: tl.constexpr):
 
 @triton.jit
 def clear_statistics(args, row, P: tl.constexpr):
-    """The statistics of a masked row."""
+    """Zeros the statistics of a masked row."""
     ptr, count = _fields(args, row)
     FIELDS: tl.constexpr = _STUDENT_FIELDS + max(P.members, 1) * _MEMBER_FIELDS
     for field in tl.static_range(FIELDS):

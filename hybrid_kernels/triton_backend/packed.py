@@ -1,9 +1,9 @@
-"""Entries as the row-resident form keeps them: packed as they were loaded, two 16-bit ones to a
-word of 32 bits, and unpacked where they are used.
+"""Entries as the row-resident form keeps them: packed as loaded, two 16-bit entries to a 32-bit
+word, and unpacked where they are used.
 
-So a slice takes half the registers, and a prefetch is not waited for where it begins: what is done
-to a loaded register is done when the row is used. Inline assembly does what Triton's compiler
-would do otherwise, or not at all; the interpreter, which has none, gets the same in plain Triton.
+So a 16-bit slice needs half the registers, and a prefetch is waited for only when its row is used.
+Inline assembly does what Triton's compiler would do differently or not at all. The interpreter has
+no inline assembly, and runs the same steps in plain Triton.
 """
 
 import triton
@@ -20,14 +20,14 @@ def per_word(TYPE):
 
 @triton.constexpr_function
 def pad_of(pad, TYPE):
-    """`Plan.pad` in a type: -2^90, or the lowest number of fp16 where a side is of that, which for
-    bf16 is the next one above."""
+    """`Plan.pad` in a type: -2^90 or, if a side is fp16, the lowest fp16 number (for bf16, the
+    next number above it)."""
     return -65280.0 if TYPE.is_bf16() and pad > -1e20 else pad
 
 
 @triton.constexpr_function
 def word_of(pad, TYPE):
-    """A word of nothing but that."""
+    """A word filled with `pad_of`."""
     if TYPE.primitive_bitwidth != 16:
         return pad
     if TYPE.is_fp16():
@@ -37,7 +37,7 @@ def word_of(pad, TYPE):
 
 @triton.jit
 def words_at(ptr):
-    """A pointer to words, from one to entries."""
+    """A pointer to entries as a pointer to words."""
     if ptr.dtype.element_ty.primitive_bitwidth == 16:
         return tl.multiple_of(ptr.to(tl.pointer_type(tl.int32)), 16)
     else:
@@ -48,8 +48,8 @@ def words_at(ptr):
 def unpacked(word, TYPE: tl.constexpr):
     """The entries of words, in fp32.
 
-    The compiler must not see that it has done this before: it would keep the results, which are
-    twice as many registers as the words.
+    The compiler must not notice a repeated call: it would keep the results, which need twice as
+    many registers as the words.
     """
     if TYPE.primitive_bitwidth != 16:
         return (word,)
@@ -81,8 +81,7 @@ def unpacked(word, TYPE: tl.constexpr):
 
 @triton.jit
 def packed(entries, TYPE: tl.constexpr):
-    """Words of entries, rounded to their type. (One by one, a GPU rounds at an eighth of the
-    rate.)"""
+    """Words of entries rounded to their type, two at once: one by one is an eighth as fast."""
     if TYPE.primitive_bitwidth != 16:
         return entries[0]
     elif INTERPRETED:
@@ -108,7 +107,7 @@ def _farther(a, b, LARGER: tl.constexpr):
 
 @triton.jit
 def _each(a, b, TYPE: tl.constexpr, LARGER: tl.constexpr):
-    """The larger, or the smaller, of the entries of two words, place by place."""
+    """The larger or smaller of the entries of two words, place by place."""
     if TYPE.primitive_bitwidth != 16:
         return _farther(a, b, LARGER)
     elif INTERPRETED:
@@ -127,7 +126,7 @@ def _each(a, b, TYPE: tl.constexpr, LARGER: tl.constexpr):
 
 @triton.jit
 def extreme(words, TYPE: tl.constexpr, LARGER: tl.constexpr):
-    """The largest, or the smallest, of each place of tiles of words, in fp32; NaN is dropped."""
+    """The largest or smallest entry at each place of tiles of words, in fp32, ignoring NaN."""
     found = words[0]
     for i in tl.static_range(1, len(words)):
         found = _each(found, words[i], TYPE, LARGER)

@@ -1,14 +1,14 @@
 """What is decided before a kernel runs: its static parameters, and how its work is cut.
 
-A kernel takes everything that is static in one `Plan`. This is also the only place where tuning
-lives. A *form* is a way to run the row kernels:
+A kernel receives everything static in one `Plan`. All tuning is here, too. A *form* is a way to run
+the row kernels:
 
 - "row-resident" (`resident.py`): statistics and gradient in one launch, 3 N V entries moved;
-- "sweeping" (`sweep.py`): tile by tile, for statistics alone, for a gradient from statistics that
-  are known (callable `advantages`, the backward of `token_terms`), and for what the first can't do.
+- "sweeping" (`sweep.py`): tile by tile, for statistics alone, for a gradient from known statistics
+  (callable `advantages`, the backward of `token_terms`), and for what the first form can't do.
 
-What a GPU runs best can be measured once, by `python -m hybrid_kernels tune`, which writes a small
-file. Nothing is timed at import or in a user's call.
+`python -m hybrid_kernels tune` measures once what a GPU runs fastest, and writes a small file.
+Nothing is timed at import or in a user's call.
 """
 
 import functools
@@ -22,13 +22,13 @@ import torch
 import triton
 from triton import knobs
 
-# Whether kernels run on the CPU, one program after another. Triton decides when it is imported.
+# Whether kernels run on the CPU, one program after another. Triton decides this at import.
 INTERPRETED = bool(knobs.runtime.interpret)
 
 WARP = 32
 
-# The sweeping form: entries that a program holds at once, in registers, and how many of them a
-# thread holds. tests/test_ahead_of_time.py forbids spills.
+# The sweeping form: how many entries a program holds in registers at once, and how many a thread.
+# tests/test_ahead_of_time.py forbids spills.
 MAX_BLOCK_V = 4096
 MAX_BLOCK_V_TWO_SWEEPS = 2048
 PER_THREAD = 16
@@ -38,70 +38,70 @@ PER_THREAD_TWO_SWEEPS = 8
 MAX_REGISTERS = 128
 
 # The interpreter pays per operation, not per entry, and runs one program after another, so there a
-# program takes whole rows. (Tests that run programs side by side cut rows into slices.)
+# program processes whole rows. Tests that run programs side by side cut rows into slices.
 INTERPRETED_BLOCK_V = 65536
 INTERPRETED_SLICE = 2**31
 INTERPRETED_WARPS = 1
 INTERPRETED_PROGRAMS = 2
 INTERPRETED_LAG = True
 
-# An ordinary number (`sums.py`) below all others of a row, or nearly all rows.
+# An ordinary number (`sums.py`), below all others in nearly all rows.
 PAD = -(2.0**90)
 
 # Slices are cut at multiples of this many entries, so that they move in 128-bit pieces.
 SLICE_MULTIPLE = 8
-# Words of 32 bits that a warp of the row-resident form loads at once: 16 bytes a thread. (Triton
-# cuts every tile of so many columns alike, a row to a warp; others it moves through shared memory.)
+# Words of 32 bits that a warp of the row-resident form loads at once: 16 bytes a thread. Triton
+# gives each warp a row of a tile this wide; other widths it moves through shared memory.
 WIDTH = 4 * WARP
-# What the latency of a slice is worth, in tiles; see `_cut`.
+# The latency of a slice, in tiles; see `_cut`.
 LATENCY = 5
-# That a multiprocessor holds at once, of any size.
+# The most programs a multiprocessor may hold at once.
 MAX_PROGRAMS = 16
 
 
 class Plan(NamedTuple):
-    """Everything static of a kernel, but for the function of its divergence (`divergences.py`).
+    """Everything static in a kernel except its divergence's function (`divergences.py`).
 
-    It is one constexpr parameter. What follows from other fields is a field, too: neither methods
-    nor properties of a NamedTuple can be used in a kernel.
+    It is one constexpr parameter. Values that follow from other fields are fields, too, because a
+    kernel can use neither methods nor properties of a NamedTuple.
 
     Attributes:
         vocabulary: V.
         edges: whether rows are split at 16-byte boundaries (`memory.py`).
-        pad: what lanes outside a row hold where they are not guarded (`sums.py`).
+        pad: the value of unguarded lanes outside a row (`sums.py`).
         members: how many teachers there are.
-        full: how many of them are known by their logits; all or none.
-        sums: how many `Sums` a sweep has.
-        k: ids of a top-K support; 0 where there is none.
-        block_k: the next power of 2.
+        full: how many teachers are known by their logits; all or none.
+        sums: how many `Sums` a sweep computes.
+        k: the number of ids of a top-K support; 0 without one.
+        block_k: the next power of 2 of k.
         tail: what stands for the vocabulary outside a support: "bucket", "renormalize" or "mask".
         corrects: whether tokens sampled outside a support correct its gradient.
         floor: whether there is a teacher floor.
-        row_temperature: whether each row has a temperature of its own.
-        one_sweep: whether one sweep finds all statistics of this problem: of a one-sweep divergence
-            without a floor, and wherever there is no full teacher.
-        small: whether a small divergence is summed a second time: of full teachers.
-        kl_family: whether the divergence is a one-sweep one, whose function knows SMALL terms.
+        row_temperature: whether temperatures differ by row.
+        one_sweep: whether one sweep finds all statistics: for one-sweep divergences without a
+            floor, and without full teachers.
+        small: whether a small divergence is summed a second time; only with full teachers.
+        kl_family: whether the divergence is a one-sweep one, whose function has SMALL terms.
         student_d, teacher_d: which sums a sweep over full teachers needs for the divergence.
-        has_v, tilted: of the divergence, see `hybrid_kernels/divergences.py`.
+        has_v, tilted: properties of the divergence, see `hybrid_kernels/divergences.py`.
         pulls: how many full teachers the gradient has a coefficient for; all or none.
-        log_prob, entropy: whether the gradient has a coefficient for them.
+        log_prob, entropy: whether the gradient has these coefficients.
         measure: whether statistics are measured; otherwise they are read.
         write: whether a gradient is written.
         block: entries of a tile of the sweeping form.
-        warps: of a program of the row-resident form.
-        width: words that a warp holds of a tile (`packed.py`).
+        warps: warps of a program of the row-resident form.
+        width: words of a tile that a warp holds (`packed.py`).
         tiles: how many tiles a program holds.
-        slice: entries of its part of a row, at most.
-        least, most: entries of the shortest slice, and of all together, at most.
+        slice: the most entries of a row that a program has.
+        least, most: the fewest entries of a slice, and the most of all slices together.
         splits: how many programs share a row.
-        lanes: the next power of 2.
+        lanes: the next power of 2 of splits.
         meetings: how often these programs meet.
         lag: whether a program publishes the sums of its next slice before it waits for the row of
             this one.
-        exact: whether differences are taken of the logits themselves in its sums, of which rounding
-            leaves nothing where logits are fp32 and models close.
-        fine: the same of its gradient.
+        exact: whether sums use differences of the logits themselves, because rounding would destroy
+            those of close models in fp32.
+        fine: whether the gradient uses such differences.
     """
 
     vocabulary: int
@@ -144,7 +144,7 @@ class Plan(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What a launch has to know of a GPU."""
+    """What a launch needs to know about a GPU."""
 
     name: str
     multiprocessors: int
@@ -166,9 +166,9 @@ class Tuning(NamedTuple):
     """The free choices of the row-resident form.
 
     Attributes:
-        tiles: that a program holds of a row, at most.
-        num_warps: of a program, unless rows are short.
-        programs: that a multiprocessor holds at once.
+        tiles: the most tiles of a row that a program holds.
+        num_warps: warps of a program; short rows need fewer.
+        programs: how many programs a multiprocessor holds at once.
         lag: whether a program publishes the sums of its next slice before it waits for the row of
             this one.
     """
@@ -179,7 +179,7 @@ class Tuning(NamedTuple):
     lag: bool
 
 
-# For logits of 2 and of 4 bytes: what an H100 ran fastest, of the prototype of this form
+# For logits of 2 and 4 bytes: what an H100 ran fastest with a prototype of this form
 # (bench/results).
 DEFAULT_TUNING = {2: Tuning(8, 4, 2, True), 4: Tuning(8, 4, 2, True)}
 
@@ -212,8 +212,8 @@ class Sweep(NamedTuple):
 class Resident(NamedTuple):
     """Compile-time constants and grid of the row-resident form.
 
-    `splits` programs share a row in slices of `slice_v` entries, which a program holds as `tiles`
-    tiles of `num_warps * width` words; there are `programs` in all.
+    `splits` programs share a row in slices of `slice_v` entries, and each holds its slice as
+    `tiles` tiles of `num_warps * width` words. There are `programs` in all.
     """
 
     tiles: int
@@ -228,11 +228,11 @@ class Resident(NamedTuple):
 
     @property
     def in_flight(self) -> float:
-        """Rows that are worked at at once."""
+        """How many rows are processed at once."""
         return self.programs / self.splits
 
     def room(self, itemsize: int) -> int:
-        """For how many entries of a row a program has room."""
+        """How many entries of a row fit into a program."""
         return self.tiles * self.num_warps * self.width * max(1, 4 // itemsize)
 
     def options(self, hip: bool = torch.version.hip is not None) -> dict[str, int | bool]:
@@ -248,7 +248,7 @@ class Resident(NamedTuple):
 
 
 def _options(num_warps: int, registers: int, hip: bool) -> dict[str, int | bool]:
-    # Contraction to fused multiply-add is on, whatever Triton's default.
+    # Always contract to fused multiply-add, regardless of Triton's default.
     options: dict[str, int | bool] = {"num_warps": num_warps, "enable_fp_fusion": True}
     return options if hip else {**options, "maxnreg": registers}
 
@@ -282,11 +282,11 @@ def resident(
         itemsize: bytes of a logit.
         rows: N.
         device: where it will run.
-        tuning: its choices; by default those of the tuning file, else those of `DEFAULT_TUNING`.
-        meetings: of the programs of a row. Nothing lags where there are two.
+        tuning: the form's choices; by default from the tuning file, else `DEFAULT_TUNING`.
+        meetings: how often the programs of a row meet. With two meetings nothing lags.
         narrow: whether the gradient has fewer bytes than the logits.
-        edges: whether rows are split at 16-byte boundaries. What is left over of a row by full
-            slices is among the edges then, if it fits.
+        edges: whether rows are split at 16-byte boundaries. The remainder of a row after full
+            slices then belongs to the edges, if it fits.
     """
     per_word = max(1, 4 // itemsize)
     if INTERPRETED:
@@ -294,24 +294,24 @@ def resident(
     tuning = tuning or tuned(device.name, itemsize) or DEFAULT_TUNING[itemsize]
     num_warps, width, tiles = tuning.num_warps, WIDTH, tuning.tiles
     if meetings == 2:
-        # Two numbers are kept of each entry.
+        # Two numbers are kept for each entry.
         tiles = max(1, tiles * 7 // 8)
     if narrow:
-        # So that a thread stores 16 bytes, too.
+        # Then a thread stores 16 bytes, too.
         width, tiles = 2 * width, max(1, tiles // 2)
-    # A short row takes a smaller program, and more of them.
+    # Short rows get smaller programs, and more of them.
     while num_warps > 1 and vocabulary <= num_warps * width * per_word // 2:
         num_warps //= 2
     on_each = min(MAX_PROGRAMS, tuning.programs * tuning.num_warps // num_warps)
-    places = device.multiprocessors * on_each
+    capacity = device.multiprocessors * on_each
     tile = num_warps * width * per_word
     tiles, splits = _cut(vocabulary - _room(num_warps, edges), tile, tiles)
     slice_v = min(_slice(vocabulary, splits), tiles * tile)
     registers = min(255, device.registers // (on_each * num_warps * WARP) // 8 * 8)
-    if places < splits:
+    if capacity < splits:
         return None
     lag = tuning.lag and splits > 1 and meetings == 1
-    programs = min(places, rows * splits)
+    programs = min(capacity, rows * splits)
     return Resident(tiles, width, slice_v, splits, programs, num_warps, registers, meetings, lag)
 
 
@@ -327,15 +327,15 @@ def _interpreted(vocabulary: int, per_word: int, rows: int, meetings: int, edges
 
 
 def _room(num_warps: int, edges: bool) -> int:
-    """For how many entries there is room among the edges, one for each thread."""
+    """How many entries of a row fit into the edges, one for each thread."""
     return num_warps * WARP - 2 * SLICE_MULTIPLE if edges else 0
 
 
 def _cut(vocabulary: int, tile: int, most: int) -> tuple[int, int]:
-    """Tiles of slices, at most so many, and how many slices there are.
+    """How many tiles a slice has, at most `most`, and how many slices there are.
 
-    A slice takes about `LATENCY` and its tiles. Lanes without an entry cost instructions, but no
-    bytes.
+    A slice takes about as long as `LATENCY` tiles and its own. Lanes without an entry cost
+    instructions, but no bytes.
     """
 
     def splits(tiles: int) -> int:
@@ -365,18 +365,18 @@ def _round_up(number: int, multiple: int) -> int:
 
 def tuning_file() -> Path:
     """`$HYBRID_KERNELS_TUNING`, else `hybrid_kernels/tuning.json` in the user's cache folder."""
-    if given := os.environ.get("HYBRID_KERNELS_TUNING"):
-        return Path(given)
+    if path := os.environ.get("HYBRID_KERNELS_TUNING"):
+        return Path(path)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "hybrid_kernels" / "tuning.json"
 
 
 @functools.cache
 def tuned(device_name: str, itemsize: int) -> Tuning | None:
-    """What the tuning file says of a device; None where it says nothing.
+    """The tuning file's entry for a device, or None.
 
     Raises:
-        ValueError: the file is there, but can't be read as one.
+        ValueError: the file exists, but is not a valid tuning file.
     """
     path = tuning_file()
     if not path.is_file():

@@ -1,8 +1,7 @@
-"""Several reductions at once, and conditions that all threads see alike.
+"""Several reductions at once, and conditions that are the same in all threads.
 
-One after another, reductions would each wait for the whole program, and keep all that the later
-ones need in registers meanwhile. The interpreter is slow at a reduction it does not know, so there
-they do run one after another.
+Each separate reduction would wait for the whole program, and meanwhile keep the inputs of later
+ones in registers. The interpreter is slow at custom reductions, so there they do run one by one.
 """
 
 import triton
@@ -73,7 +72,7 @@ def sum_each(tensors, AXIS: tl.constexpr = 0):
 
 @triton.jit
 def added(a, b):
-    """Two tuples of tensors, place by place."""
+    """The sums of two tuples of tensors, element by element."""
     total = ()
     for i in tl.static_range(len(a)):
         total = total + (a[i] + b[i],)
@@ -82,10 +81,10 @@ def added(a, b):
 
 @triton.jit
 def agreed(condition):
-    """The condition, alike in all threads, for branches that hold barriers or reductions.
+    """The condition, the same in all threads, for branches that contain barriers or reductions.
 
-    A sum of products may be contracted into the first exchange of a reduction, where one thread
-    rounds a product that its partner does not: "scalars" can differ in their last bit.
+    The compiler may contract a product into the first exchange of a reduction, so that one thread
+    rounds a product and its partner does not: "scalars" can differ in their last bit.
     """
     votes = tl.zeros((32,), tl.int32) + condition.to(tl.int32)
     return tl.max(votes, 0) > 0

@@ -1,20 +1,19 @@
 """The row-resident kernel: statistics and gradient with every logit read once, 3 N V entries.
 
-It is for one full teacher, or none, and for the divergences of the KL family and JSD. A row is cut
-into slices, each for another program. A program keeps its slice in registers (`slices.py`),
-publishes its sums (`lean.py`), meets those that have the others (`meeting.py`), adds up the sums of
-all, and writes its slice of the gradient. Where a row fits into one program, nothing is published.
-Problems that need both normalisers first meet twice.
+It handles one full teacher or none, with the divergences of the KL family and JSD. A row is cut
+into slices, each for a different program. A program keeps its slice in registers (`slices.py`),
+publishes its sums (`lean.py`), meets the programs that have the other slices (`meeting.py`), adds
+up all sums, and writes its slice of the gradient. If a row fits into one program, nothing is
+published. Problems that need both normalisers first meet twice.
 
-What is left out are guards: a row with a NaN or an infinity, with finite numbers so low that 0
-times them may be no 0, or with models that lie far apart is *declined*. All programs find that from
-the same numbers; nothing of the row is written, and the sweeping form takes it afterwards
-(`launch.py`).
+There are no guards: a row with a NaN or an infinity, with finite numbers so low that 0 times them
+may not be 0, or with models that differ by too much is *declined*. All programs decide this from
+the same numbers, write no part of the row, and leave it to the sweeping form (`launch.py`).
 
-The grid is persistent, and it must be resident as a whole, because programs wait for each other
-(hence the cooperative launch). A program loads its next slice while it waits. With `Plan.lag` it is
-one slice further ahead: it publishes the sums of the next before it waits for those of this one's
-row, so that what it waits for has had the time of a gradient to arrive.
+The grid is persistent, and must be resident as a whole, because programs wait for each other (hence
+the cooperative launch). A program loads its next slice while it waits. With `Plan.lag` it is one
+slice further ahead: it publishes the sums of its next slice before it waits for the row of this
+one, so that the numbers it waits for have had the time of a gradient to arrive.
 """
 
 import triton
@@ -73,8 +72,8 @@ from hybrid_kernels.triton_backend.sums import Statistics, is_small
 
 @triton.jit
 def _small_value(where, held, row, logs, constants, is_lead, P: tl.constexpr, D: tl.constexpr):
-    """What a slice adds to a small divergence. It is read again, in a loop that is not unrolled: a
-    case less usual must not cost registers."""
+    """What a slice adds to a small divergence. The slice is read again, in a loop that is not
+    unrolled, because a rare case must not cost registers."""
     SIZE: tl.constexpr = piece_of(P)
     PIECES: tl.constexpr = P.tiles * P.warps * P.width // SIZE
     total = tl.full((SIZE,), 0.0, tl.float32)
@@ -101,7 +100,7 @@ def _second_sums(
     held, where, limit, row, logs, constants, is_lead, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
     P: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """What a slice adds to the divergence and the sum of slopes, and p and g of all its entries."""
+    """What a slice adds to the divergence and the sum of slopes, and p and g of its entries."""
     zs = held.zs
     ws = held.ws
     values = tl.full((P.warps, P.width), 0.0, tl.float32)
@@ -115,7 +114,7 @@ def _second_sums(
             t = own[0][1]
             s = own[1][1]
             if P.floor:
-                # The teacher is raised in lanes outside the slice, too.
+                # The floor also raises the teacher in lanes outside the slice.
                 inside = places(i, P) < limit
                 t = tl.where(inside, t, 0.0)
                 s = tl.where(inside, s, 0.0)
@@ -136,7 +135,7 @@ def _second_sums(
 
 @triton.jit
 def _is_owner(where, token, is_lead, P: tl.constexpr):
-    """Whether the sampled token is in this program's slice, or nowhere and this is the lead."""
+    """Whether the sampled token is in this program's slice, or in no slice and this is the lead."""
     offset = token - where.head
     first = where.part * P.slice
     in_slice = (offset >= first) & (offset < tl.minimum(first + P.slice, where.body))
@@ -171,11 +170,11 @@ def _scale_of(args, row, P: tl.constexpr):
 
 @triton.jit
 def _write_statistics(args, number, value, slopes, sums, row, constants, P: tl.constexpr):
-    """By the lead."""
+    """Called by the lead."""
     logs = logs_of(sums, P)
     if P.one_sweep and P.full > 0:
         value, slopes = swept_divergence(sums, logs.teacher - logs.student, row.scale, P)
-    # About the maxima themselves, where E is about their rounded product with s.
+    # Relative to the maxima themselves; E is relative to their rounded product with s.
     student_lse = (logs.student - fma(sums.student_max, row.scale, -row.m)) * LN2
     teacher_lse = (logs.teacher - fma(sums.teacher_max, row.scale, -row.n)) * LN2
     zero = tl.full((), 0.0, tl.float32)
@@ -196,7 +195,7 @@ def _write_statistics(args, number, value, slopes, sums, row, constants, P: tl.c
 
 @triton.jit
 def _write_log_probs(args, number, z, w, sums, row, constants, P: tl.constexpr):
-    """By the owner of the sampled token."""
+    """Called by the owner of the sampled token."""
     logs = logs_of(sums, P)
     log_p = (fma(z, row.scale, -row.m) - logs.student) * LN2
     log_q = tl.full((), 0.0, tl.float32)
@@ -221,7 +220,7 @@ def _is_small(sums, constants, P: tl.constexpr):
 def _write_small(
     args, turn, where, held, sums, row, constants, is_lead, P: tl.constexpr, D: tl.constexpr
 ):
-    """A small divergence, summed a second time, over what the lead writes of it."""
+    """Sums a small divergence a second time, and overwrites what the lead has written."""
     logs = logs_of(sums, P)
     value = _small_value(where, held, row, logs, constants, is_lead, P, D)
     if P.splits > 1:
@@ -235,7 +234,7 @@ def _store_tiles(
     where, limit, held, kept, row, factors, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
     P: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a slice: from its logits or, after a second meeting, from what was kept."""
+    """The gradient of a slice: from its logits or, after a second meeting, from `kept`."""
     PER_WORD: tl.constexpr = per_word(STUDENT)
     ptr = body_of(where.gradient, where.head, P) + where.part * P.slice
     zs = held.zs
@@ -267,10 +266,10 @@ def _store_edges(where, held, row, factors, sums, constants, P: tl.constexpr, D:
 def _store_token(
     where, token, z, w, c_logp, row, factors, sums, constants, P: tl.constexpr, D: tl.constexpr
 ):
-    """Writes the sampled token's gradient over what its tile has stored: that, and its own term.
-    One entry mended costs less than a comparison in every lane."""
+    """Rewrites the sampled token's entry of the gradient, with its own term. One late write costs
+    less than a comparison in every lane."""
     gradient = gradient_of(z, w, row, factors, sums, constants, P, D) + c_logp
-    # Another thread may have stored it.
+    # Another thread may have stored the entry.
     tl.debug_barrier()
     gradient = gradient.to(where.gradient.dtype.element_ty)
     tl.store(where.gradient + token, gradient, mask=token >= 0)
@@ -305,7 +304,7 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
     while turn.row < args.count:
         number = turn.row
         is_lead = is_lead_of(turn, P)
-        # What a row needs from memory at once, before it is waited for.
+        # All that a row needs from memory is loaded here, before the program waits.
         constants = constants_of(args, number, P)
         c_div = coefficient(args.c_div, number, constants.inv_t)
         if P.full > 0:
@@ -316,12 +315,12 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
         c_ent = coefficient(args.c_ent, number, constants.inv_t)
         where = locate(args, number, turn.part, P)
         limit = limit_of(where, PER_WORD, P)
-        # The token's logits, too, which the gradient may overwrite: between the two lies a barrier,
-        # where sums are reduced. (Those of another program's slice may be overwritten already.)
+        # So are the token's logits, which the gradient may overwrite, after the barrier of a
+        # reduction. Other programs may already have overwritten logits in their slices.
         token, is_owner, z_token, w_token = _token_of(args, where, is_lead, P)
         after, counts = following(args, ahead, P)
 
-        # What is published now: this slice's sums or, with a lag, the next one's.
+        # Publish this slice's sums or, with a lag, the next slice's.
         if P.lag:
             scale = _scale_of(args, ahead.row, P)
             numbers = _publish_sums(args, ahead, next_held, scale, STUDENT, TEACHER, P)
@@ -362,7 +361,7 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
                 there = tl.arange(0, P.lanes) < P.splits
                 met = (tl.where(there, met[0], 0.0), tl.where(there, met[1], 0.0))
                 numbers = sum_each(met, 0)
-            # Not before: p and g take the registers of both slices.
+            # Not earlier: p and g occupy the registers of both slices.
             far_held = load_slice(args, after, P)
             value, slopes = second_divergence(numbers, logs, constants.parameter, P)
             is_written = agreed(is_written & (value - value == 0.0))

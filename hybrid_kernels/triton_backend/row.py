@@ -1,4 +1,4 @@
-"""What follows the sums of a row that is swept, all but the walks over its entries."""
+"""What follows the sums of a swept row: its statistics, and the last entries of its gradient."""
 
 import triton
 import triton.language as tl
@@ -16,10 +16,10 @@ from hybrid_kernels.triton_backend.sums import Statistics, settled
 
 @triton.jit
 def conclude(args, where, token, stats, divergences, constants, P: tl.constexpr, D: tl.constexpr):
-    """Completes the statistics, and writes them.
+    """Completes the statistics and writes them.
 
-    `stats` are those of `normalisers`, `divergences` values and slope sums of the full teachers.
-    Returns the divergence, the statistics, and what there is to know of the token.
+    `stats` come from `normalisers`; `divergences` are the values and slope sums of full teachers.
+    Returns the divergence, the statistics and the token, both complete.
     """
     value = tl.full((), 0.0, tl.float32)
     log_q = tl.full((), 0.0, tl.float32)
@@ -40,11 +40,10 @@ def conclude(args, where, token, stats, divergences, constants, P: tl.constexpr,
 
 @triton.jit
 def finish_gradient(
-    args, where, token, stats, weights, constants, P: tl.constexpr, D: tl.constexpr
+    args, where, token, stats, coefficients, constants, P: tl.constexpr, D: tl.constexpr
 ):
-    """Completes the gradient that the tiles have written: the sampled token's entry and the
-    support."""
+    """Completes the gradient after the tiles: the sampled token's entry and the support's."""
     if P.log_prob or P.corrects:
-        store_sampled(where, token, stats, weights, constants, P, D)
+        store_sampled(where, token, stats, coefficients, constants, P, D)
     if P.k > 0:
-        topk.store_support(args, where, token, stats, weights, constants, P, D)
+        topk.store_support(args, where, token, stats, coefficients, constants, P, D)

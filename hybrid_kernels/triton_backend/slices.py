@@ -1,10 +1,10 @@
 """The slices of rows that a program of the row-resident form keeps in registers: which they are,
-how they are loaded and stored, and how masked rows are passed over.
+how they are loaded and stored, and how masked rows are skipped.
 
-The slices of all rows, one after another, are dealt to the programs in turn, so that all programs
-have something to do, however many share a row. The one that has the last slice of a row is its
-*lead*. A slice is tiles of words (`packed.py`); that of the lead also has the edges (`memory.py`),
-one for each thread, in a tile of their own.
+The slices of all rows are dealt to the programs in turn, so that every program has work, however
+many share a row. The program with the last slice of a row is its *lead*. A slice consists of tiles
+of words (`packed.py`); the lead's slice also has the row's edges (`memory.py`), in a separate tile
+with one entry for each thread.
 """
 
 from typing import NamedTuple
@@ -33,14 +33,14 @@ _WARP = tl.constexpr(WARP)
 
 
 class Turn(NamedTuple):
-    """A slice of a program: its row, and its number there."""
+    """A slice of a program: its row, and its index in the row."""
 
     row: tl.tensor
     part: tl.tensor
 
 
 class Slice(NamedTuple):
-    """What a program holds of a row: tiles of words, and the edges if they are its."""
+    """What a program holds of a row: tiles of words and, for the lead, the edges."""
 
     zs: tl.tensor
     ws: tl.tensor
@@ -65,14 +65,14 @@ def _next(turn, P: tl.constexpr):
 
 @triton.jit
 def places(i, P: tl.constexpr):
-    """Where in its slice the words of a tile are."""
+    """The places of a tile's words in its slice."""
     warp = tl.arange(0, P.warps)[:, None]
     return (i * P.warps + warp) * P.width + tl.arange(0, P.width)[None, :]
 
 
 @triton.jit
 def edge_places(P: tl.constexpr):
-    """One for each thread: in a tile of their own, because Triton would move others."""
+    """Edge lanes, one for each thread: other shapes Triton would move between threads."""
     return tl.arange(0, P.warps * _WARP)
 
 
@@ -80,13 +80,13 @@ def edge_places(P: tl.constexpr):
 def limit_of(where, PER_WORD: tl.constexpr, P: tl.constexpr):
     """How many words a slice has."""
     words = tl.minimum(where.body - where.part * P.slice, P.slice) // PER_WORD
-    # (Of which the compiler would lose sight.)
+    # The compiler can't see this by itself.
     return tl.multiple_of(words, 8 // PER_WORD)
 
 
 @triton.jit
 def is_lead_of(turn, P: tl.constexpr):
-    """Whether a program does what is done once for a row. (The last slice is the shortest.)"""
+    """Whether a program does what is done once per row. It has the last slice, the shortest."""
     return turn.part == P.splits - 1
 
 
@@ -102,7 +102,7 @@ def _load_side(row_ptr, where, is_read, is_lead, P: tl.constexpr):
     for i in tl.static_range(TILES):
         within = places(i, P)
         if (i + 1) * P.warps * P.width * PER_WORD <= P.least:
-            # Every slice has all of it. (A mask would cost instructions.)
+            # Every slice fills this tile, and a mask would cost instructions.
             tile = tl.load(ptr + within)
         else:
             tile = tl.load(ptr + within, mask=within < limit, other=PAD)
@@ -118,7 +118,8 @@ def _load_side(row_ptr, where, is_read, is_lead, P: tl.constexpr):
 
 @triton.constexpr_function
 def piece_of(P):
-    """Words that are read again at once: one for each thread. (The interpreter pays per step.)"""
+    """How many words `load_again` reads: one for each thread, more in the interpreter, which pays
+    per step."""
     return P.warps * (P.width if INTERPRETED.value else WARP)
 
 
@@ -136,8 +137,8 @@ def load_again(row_ptr, where, i, P: tl.constexpr):
 
 @triton.jit
 def load_slice(args, turn, P: tl.constexpr):
-    """The slice; padding where there is no such row."""
-    # Beyond the last row, any: what is done with it leads nowhere.
+    """The slice; padding if there is no such row."""
+    # Beyond the last row any row will do, as the result is not used.
     is_read = turn.row < args.count
     where = locate(args, tl.where(is_read, turn.row, 0), turn.part, P)
     is_lead = is_lead_of(turn, P)
@@ -151,14 +152,13 @@ def load_slice(args, turn, P: tl.constexpr):
 
 @triton.jit
 def edges_of(held):
-    """The edges of both sides, in fp32. (Not before they are used, which is when they are waited
-    for.)"""
+    """The edges of both sides in fp32. Call it late: it waits for their loads."""
     return held.z_edge.to(tl.float32), held.w_edge.to(tl.float32)
 
 
 @triton.jit
 def store_words(ptr, i, limit, entries, P: tl.constexpr):
-    """A tile of the gradient, of one entry for a word of the student's, or two."""
+    """Stores a tile of the gradient: one or two entries for each word of the student's logits."""
     TYPE: tl.constexpr = ptr.dtype.element_ty
     within = places(i, P)
     if len(entries) == per_word(TYPE):
@@ -170,7 +170,7 @@ def store_words(ptr, i, limit, entries, P: tl.constexpr):
 
 @triton.jit
 def _clear(args, turn, P: tl.constexpr):
-    """The gradient and the statistics of a masked row."""
+    """Zeros a slice of a masked row's gradient and, as the lead, its statistics and edges."""
     where = locate(args, turn.row, turn.part, P)
     TYPE: tl.constexpr = where.gradient.dtype.element_ty
     zero = tl.full((P.warps, P.width), 0.0, tl.float32)
@@ -194,14 +194,14 @@ def _clear(args, turn, P: tl.constexpr):
 
 @triton.jit
 def following(args, turn, P: tl.constexpr):
-    """A program's next slice, and whether its row is not masked, as `counting` wants it."""
+    """A program's next slice, and the result of `counts_of` for it."""
     turn = _next(turn, P)
     return turn, counts_of(args, turn)
 
 
 @triton.jit
 def counts_of(args, turn):
-    """Whether a row is not masked; so is what lies beyond the last one."""
+    """1 for rows that are not masked and rows beyond the last one, otherwise 0."""
     if args.valid is not None:
         return tl.load(args.valid + turn.row, mask=turn.row < args.count, other=1).to(tl.int32)
     else:
@@ -210,8 +210,8 @@ def counts_of(args, turn):
 
 @triton.jit
 def counting(args, turn, counts, P: tl.constexpr):
-    """A program's next slice of a row that is not masked, from one of which that is known; the
-    others are cleared."""
+    """A program's first slice from `turn` on whose row is not masked; clears those before it.
+    `counts` is the result of `counts_of` for `turn`."""
     if args.valid is not None:
         while counts == 0:
             _clear(args, turn, P)

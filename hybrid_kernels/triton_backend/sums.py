@@ -1,26 +1,25 @@
-"""The sums over a row that its statistics are made of, in functions without a memory access.
+"""The sums over a row that its statistics are made of; nothing here accesses memory.
 
-Notation, per row: z and w the logits of student and teacher, m and m_w their maxima, p and q the
-softmaxes at temperature T, l = log p - log q, x = z - m and d = (z - m) - (w - m_w). Conventions:
+Per row, z and w are the logits of student and teacher, m and m_w their maxima, p and q the
+softmaxes at temperature T, l = log p - log q, x = z - m and d = (z - m) - (w - m_w). P is the
+`Plan`, D the divergence's function (`divergences.py`). Conventions:
 
-- Exponentials are base 2 of `x * scale` with scale = log2(e)/T. The difference is taken first:
-  scaling z and m separately would cost four digits at |z| = 1e4.
+- Exponentials are base 2 of `x * scale` with scale = log2(e)/T. The difference comes first: scaling
+  z and m separately would cost four digits at |z| = 1e4.
 - Logits may be -inf, or stand for it: -1e9, a dtype's lowest number. 0 times the infinite l of an
-  entry without probability would be NaN, and sums of lowest numbers overflow. So functions have a
-  `GUARDED` version, which selects, and keeps x and d in units of 2^28 nats, where they have room.
-  The other version is for ordinary numbers. It keeps x and d in units of 2^-28 nats, so that
-  anything beyond 2^100 nats overflows and leaves a NaN in a sum: that shows, without a test for
-  each entry, that the guarded version is needed (`is_ordinary`). A unit that is a power of two
-  rounds nothing, and costs nothing: the difference becomes an FMA.
-- A tile is (z, ws), with one w for each teacher that is known by its logits, as they were loaded,
-  because 16-bit numbers allow for shorter arithmetic. Under a top-K support there is one w, with
-  marks that are 1 on the support: a sweep finds the student's mass outside it.
-- Lanes outside the vocabulary hold -inf on both sides, and add nothing. Where nothing is guarded,
-  they hold `Plan.pad`, an ordinary number so far below others that it adds nothing.
-- All that depends on a teacher is a tuple with one element for each; without a teacher there is one
-  element, of the student alone. Triton 3.6 forgets the type of a NamedTuple that is an element of a
-  tuple built by addition; hence `Sums(*sums[i])` where a field is wanted.
-- P is the `Plan`, D the function of the divergence (`divergences.py`).
+  entry without probability would be NaN, and sums of lowest numbers overflow. So `GUARDED`
+  functions select, and keep x and d in units of 2^28 nats, where they have room. The others are for
+  ordinary numbers, in units of 2^-28 nats: anything beyond 2^100 nats leaves a NaN in a sum, which
+  shows that guards are needed without a test for each entry (`is_ordinary`). Units that are powers
+  of two round nothing and cost nothing: the difference becomes an FMA.
+- A tile is (z, ws) as loaded, because 16-bit numbers allow shorter arithmetic. There is one w for
+  each teacher known by its logits. Under a top-K support the only w holds marks, 1 on the support,
+  so that a sweep finds the student's mass outside it.
+- Lanes outside the vocabulary hold -inf on both sides and add nothing. Without guards they hold
+  `Plan.pad`, an ordinary number too low to add anything.
+- What depends on a teacher is a tuple with one element for each, or for the student alone if there
+  is no teacher. Triton 3.6 forgets the type of a NamedTuple that is an element of a tuple built by
+  addition; hence `Sums(*sums[i])` where a field is wanted.
 """
 
 from typing import NamedTuple
@@ -29,22 +28,14 @@ import triton
 import triton.language as tl
 
 from hybrid_kernels import rows
-from hybrid_kernels.triton_backend.divergences import (
-    LEAST,
-    LOG2E,
-    LOWEST,
-    NATS,
-    START,
-    log1p,
-)
+from hybrid_kernels.triton_backend.divergences import LEAST, LOG2E, LOWEST, NATS, START, log1p
 from hybrid_kernels.triton_backend.reduce import added, max_2, sum_each
 
 SMALL_DIVERGENCE = tl.constexpr(rows.SMALL_DIVERGENCE)
 
 
 class Constants(NamedTuple):
-    """The numbers of a row: 1/T, log2(e)/T, the teacher's floor, the divergence's parameter, and
-    the weights of the teachers."""
+    """A row's 1/T, log2(e)/T, teacher floor, divergence parameter and weights of the teachers."""
 
     inv_t: tl.tensor
     scale: tl.tensor
@@ -54,8 +45,8 @@ class Constants(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """The sums over a part of a row, about the maxima of its entries. `terms` holds those of
-    `Terms` that the plan needs, in that order, with x and d in units of 2^28 nats."""
+    """The sums over part of a row, relative to the maxima of its entries. `terms` holds the `Terms`
+    that the plan needs, in that order, with x and d in units of 2^28 nats."""
 
     student_max: tl.tensor
     teacher_max: tl.tensor
@@ -63,8 +54,8 @@ class Sums(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What an entry adds to the sums, or all entries; 0 for what the plan does not need. With
-    x = z - m, d of `difference` and exponents divided by T,
+    """What one entry or all of them add to the sums; 0 for what the plan does not need. With
+    d of `difference` and exponents divided by T,
 
     student_sum = sum e^x        student_x = sum e^x x       student_d = sum e^x d
     teacher_sum = sum e^(w-m_w)  teacher_d = sum e^(w-m_w) d
@@ -80,8 +71,8 @@ class Terms(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """The statistics of a whole row and one teacher, as `rows.FIELDS` and `rows.MEMBER` define
-    them; `shift` is l - d/T. Under a support teacher_lse is log(1 - P)."""
+    """The statistics of a row and one teacher, see `rows.FIELDS` and `rows.MEMBER`; `shift` is
+    l - d/T. Under a support teacher_lse is log(1 - P)."""
 
     student_max: tl.tensor
     teacher_max: tl.tensor
@@ -99,27 +90,27 @@ class Statistics(NamedTuple):
 
 @triton.constexpr_function
 def unit(guarded):
-    """What x and d are multiplied by."""
+    """The factor of x and d, one over their unit in nats."""
     return 1 / NATS.value if guarded else NATS.value
 
 
 @triton.constexpr_function
 def nats(guarded):
-    """Nats in a unit."""
+    """How many nats a unit is."""
     return 1 / unit(guarded)
 
 
 @triton.jit
 def centred(logits, maximum, GUARDED: tl.constexpr = True):
-    """x, or the same of a teacher, in its unit."""
+    """x, or its counterpart for a teacher, in its unit."""
     UNIT: tl.constexpr = unit(GUARDED)
-    # (Left to itself, the compiler takes the other product into the FMA.)
+    # By itself, the compiler would contract the other product into the FMA.
     return tl.fma(logits.to(tl.float32), UNIT, -(maximum * UNIT))
 
 
 @triton.jit
 def at_least_lowest(x, GUARDED: tl.constexpr = True):
-    """A finite number for the x of -inf, below those of all numbers."""
+    """x, with a finite number in place of -inf, below the x of any finite logit."""
     if GUARDED:
         x = tl.maximum(x, LOWEST)
     return x
@@ -129,18 +120,17 @@ def at_least_lowest(x, GUARDED: tl.constexpr = True):
 def difference(
     z, w, student_max, teacher_max, GUARDED: tl.constexpr = True, BOUNDED: tl.constexpr = False
 ):
-    """d of each entry in its unit, with hardly a rounding where the models are close or far apart;
-    infinite, or NaN, where a side is -inf, unless it is BOUNDED."""
+    """d of each entry in its unit, almost exact whether the models are close or far apart; infinite
+    or NaN where a side is -inf, unless BOUNDED."""
     BITS: tl.constexpr = max(z.dtype.primitive_bitwidth, w.dtype.primitive_bitwidth)
     if BITS == 16:
-        # Numbers of so few digits are subtracted exactly.
+        # Numbers with so few digits subtract exactly.
         x = centred(z, student_max, GUARDED)
         u = centred(w, teacher_max, GUARDED)
         return at_least_lowest(x, BOUNDED) - at_least_lowest(u, BOUNDED)
     else:
-        # z - w is exact for close numbers, where z - m and w - m_w would each be rounded. So the
-        # integer part of m - m_w is taken off the larger side first (a large offset between the
-        # models must not cost digits either), and the rest of it last.
+        # z - w is exact for close numbers, unlike z - m and w - m_w. So that a large offset costs
+        # no digits, the larger side first loses the integer part of m - m_w; the rest comes last.
         coarse = tl.floor(student_max - teacher_max + 0.5)
         larger = tl.abs(student_max) > tl.abs(teacher_max)
         off_student = tl.where(larger, coarse, 0.0)
@@ -210,7 +200,7 @@ def _member_sums(tile, i: tl.constexpr, constants, P: tl.constexpr, GUARDED: tl.
     if P.full > 0:
         teacher_top = tile[1][i].to(tl.float32)
         if P.full > 1:
-            # By itself, the student's is the same operation for all of them, and done once.
+            # Computed alone, the student's maximum is common to all members, and found once.
             student_max = tl.max(top, 0)
             teacher_max = tl.max(teacher_top, 0)
         else:
@@ -270,7 +260,7 @@ def _summands(
 
 @triton.jit
 def _of_some(factor, exponent, GUARDED: tl.constexpr = True):
-    """What a probability of 2^exponent is multiplied by; 0 where it is 0."""
+    """The factor of a probability 2^exponent; 0 where the probability is 0."""
     if GUARDED:
         factor = tl.where(exponent > LEAST * LOG2E, factor, 0.0)
     return factor
@@ -278,7 +268,7 @@ def _of_some(factor, exponent, GUARDED: tl.constexpr = True):
 
 @triton.jit
 def merge(a, b, scale, P: tl.constexpr):
-    """The sums of the entries of both: the online log-sum-exp update."""
+    """The sums of two parts together: the online log-sum-exp update."""
     merged = ()
     for i in tl.static_range(len(a)):
         one = Sums(*a[i])
@@ -293,10 +283,8 @@ def merge(a, b, scale, P: tl.constexpr):
 
 @triton.jit
 def about(sums, student_max, teacher_max, scale, P: tl.constexpr):
-    """The terms of sums, about other maxima.
-
-    x and d move by a step and the weights by a factor: sum' = factor * (sum + weight * step).
-    """
+    """The terms relative to other maxima: x and d move by a step, the weights by a factor, and
+    sum' = factor * (sum + weight * step)."""
     student_step = at_least_lowest(centred(sums.student_max, student_max))
     teacher_step = at_least_lowest(centred(sums.teacher_max, teacher_max))
     student_exponent = student_step * (scale * nats(True))
@@ -319,8 +307,7 @@ def about(sums, student_max, teacher_max, scale, P: tl.constexpr):
 
 @triton.jit
 def is_ordinary(sums, constants, P: tl.constexpr):
-    """Whether sums that nothing guarded are those of ordinary numbers, and lanes outside the row
-    are too far below them to have added anything."""
+    """Whether unguarded sums are right: all numbers are ordinary, and padding added nothing."""
     probe = _unpacked(Sums(*sums[0]).terms, P).student_x
     for i in tl.static_range(len(sums)):
         terms = _unpacked(Sums(*sums[i]).terms, P)
@@ -336,7 +323,7 @@ def is_above_padding(parts, constants, P: tl.constexpr):
         lowest = tl.minimum(lowest, parts[i][0])
         if P.full > 0:
             lowest = tl.minimum(lowest, parts[i][1])
-    # (2^-160 is 0 in fp32.)
+    # 2^-160 is 0 in fp32.
     return (lowest - P.pad) * constants.scale > 160.0
 
 
@@ -345,17 +332,14 @@ def is_above_padding(parts, constants, P: tl.constexpr):
 
 @triton.jit
 def _log_sum(total):
-    """log of a sum of exponentials; NaN for a row of -inf, and for a NaN."""
+    """log of a sum of exponentials; NaN for a row of -inf and for NaN."""
     return tl.where(total > 0.0, tl.log(total), float("nan"))
 
 
 @triton.jit
 def normalisers(sums, constants, P: tl.constexpr):
-    """The statistics of a row from its sums, all but those of its divergence.
-
-    A maximum drops a NaN, and a row of nothing but NaN would look like one of -inf, which a rank's
-    part of the vocabulary may be: so it takes the NaN of the sum.
-    """
+    """A row's statistics from its sums, without the divergence's. The maxima take the NaN of the
+    sums, or a row of NaN would look like one of -inf, as a rank's part of a row may be."""
     zero = tl.full((), 0.0, tl.float32)
     stats = ()
     for i in tl.static_range(len(sums)):
@@ -383,8 +367,8 @@ def normalisers(sums, constants, P: tl.constexpr):
 
 @triton.jit
 def with_slopes(stat, student, slope_sum, log_s, tail_slope):
-    """The statistics with what the divergence adds, and the student's from `student`: those of all
-    members are equal, and known to be so once they are the same."""
+    """The statistics with what the divergence adds. All members get the student's from `student`,
+    so that the compiler knows them to be equal."""
     return Statistics(
         student.student_max,
         stat.teacher_max,
@@ -400,7 +384,7 @@ def with_slopes(stat, student, slope_sum, log_s, tail_slope):
 
 @triton.jit
 def swept_divergences(sums, stats, constants, P: tl.constexpr):
-    """Value and sum of slopes, for each member, from the sums of one sweep."""
+    """Each member's divergence and sum of slopes, from the sums of one sweep."""
     values = ()
     slopes = ()
     for i in tl.static_range(len(stats)):
@@ -423,15 +407,12 @@ def swept_divergences(sums, stats, constants, P: tl.constexpr):
 
 @triton.jit
 def settle(value, slope_sum, shift, parameter, P: tl.constexpr):
-    """What a row's divergence makes of the sums of its terms and slopes, and its edge cases.
+    """The divergence, the sum of slopes and log S (for Renyi's slopes), from the sums of a row.
 
-    Returns the value, the sum of slopes, and log S, which the slopes of Renyi's divergence need.
-    Its terms are p^a q^(1-a) - p, which give S - 1 where S is near 1, and in the place of the sum
-    of slopes stands log S as a log-sum-exp; its own slopes sum to 0.
-
-    +inf where one side forbids what the other may say and a term has no limit: there 0 * inf may
-    have made a NaN, which with two finite normalisers can mean nothing else. NaN where a normaliser
-    is NaN, even if a minimum or maximum has dropped the NaN of an entry.
+    Renyi's terms p^a q^(1-a) - p give S - 1, used near S = 1, and its `slope_sum` is log S as a
+    log-sum-exp; its true slopes sum to 0. A KL is +inf where one side forbids what the other may
+    say and a term has no limit: with finite normalisers a NaN can only be the 0 * inf of such a
+    term. All are NaN where a normaliser is, even if an entry's NaN was dropped by a maximum.
     """
     log_s = tl.full((), 0.0, tl.float32)
     if P.kl_family:
@@ -449,7 +430,7 @@ def settle(value, slope_sum, shift, parameter, P: tl.constexpr):
 
 @triton.jit
 def settled(values, slopes, stats, constants, P: tl.constexpr):
-    """`settle` for each member: the weighted sum of their divergences, and their statistics."""
+    """`settle` for all members: the weighted sum of divergences, and the statistics."""
     total = tl.full((), 0.0, tl.float32)
     members = ()
     for i in tl.static_range(len(stats)):
@@ -462,7 +443,7 @@ def settled(values, slopes, stats, constants, P: tl.constexpr):
 
 @triton.jit
 def is_small(value, constants):
-    """Whether a weighted sum of divergences is so small that it has to be summed a second time."""
+    """Whether a weighted sum of divergences is so small that it must be summed a second time."""
     return value < SMALL_DIVERGENCE * total_of(constants.shares)
 
 

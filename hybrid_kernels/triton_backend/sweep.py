@@ -1,10 +1,9 @@
 """The sweeping kernel: one program per row, the vocabulary in tiles, in up to three sweeps.
 
-One kernel in three modes: it measures a row's statistics, writes its gradient, or both. Per row it
-reads the logits once for the statistics (twice where the divergence needs both normalisers first,
-or is so small that its value is summed a second time) and once for the gradient. This is the form
-for statistics alone, for a gradient whose coefficients depend on the statistics, for whatever
-`resident.py`, the other one, does not take, and for the rows that it declines.
+It measures a row's statistics, writes its gradient, or does both. It reads the logits once for the
+statistics (twice if the divergence needs both normalisers first, or is so small that it is summed a
+second time) and once for the gradient. This is the form for statistics alone, for gradients whose
+coefficients depend on the statistics, and for every problem or row that `resident.py` can't do.
 """
 
 import triton
@@ -78,8 +77,8 @@ def _first_sweep(where, constants, P: tl.constexpr):
 
 @triton.jit
 def _turned(passed, P: tl.constexpr):
-    """Where a sweep is that goes backwards, as every other one does: the tiles that the one before
-    read last are still in the L2 cache."""
+    """Where the tiles of a backward sweep start. Every other sweep goes backwards, because the
+    tiles read last are still in the L2 cache."""
     LAST: tl.constexpr = (P.vocabulary - 1) // P.block * P.block
     return LAST - passed
 
@@ -88,7 +87,7 @@ def _turned(passed, P: tl.constexpr):
 def _second_sweep(
     where, stats, constants, P: tl.constexpr, D: tl.constexpr, SMALL: tl.constexpr = False
 ):
-    """Divergence and sum of slopes of each member, all normalisers known."""
+    """Each member's divergence and sum of slopes, once all normalisers are known."""
     values = ()
     slopes = ()
     for _ in tl.static_range(len(stats)):
@@ -105,7 +104,7 @@ def _second_sweep(
 
 @triton.jit
 def _small_sweep(where, stats, constants, P: tl.constexpr, D: tl.constexpr):
-    """A divergence too small for the difference of large sums that a sweep finds it as."""
+    """A divergence that is too small to be a difference of large sums."""
     value = tl.full((), 0.0, tl.float32)
     if P.edges:
         value = small_value(_load_edges(where, P), stats, constants, P, D)
@@ -115,20 +114,20 @@ def _small_sweep(where, stats, constants, P: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _gradient_sweep(where, stats, weights, constants, P: tl.constexpr, D: tl.constexpr):
+def _gradient_sweep(where, stats, coefficients, constants, P: tl.constexpr, D: tl.constexpr):
     if P.edges:
         edges = _load_edges(where, P)
-        store_edges(where, tile_gradient(edges, stats, weights, constants, P, D), P)
+        store_edges(where, tile_gradient(edges, stats, coefficients, constants, P, D), P)
     for passed in range(0, P.vocabulary, P.block):
         start = _turned(passed, P) if P.one_sweep else passed
         tile = _load(where, start, P)
-        gradient = tile_gradient(tile, stats, weights, constants, P, D)
+        gradient = tile_gradient(tile, stats, coefficients, constants, P, D)
         store_tile(where, start, where.body, gradient, P)
 
 
 @triton.jit
 def sweep_kernel(args, P: tl.constexpr, D: tl.constexpr):
-    """One row: its statistics are measured (else they are read), its gradient written."""
+    """Measures or reads the statistics of one row, and writes its gradient if there is one."""
     row = tl.program_id(0)
     if args.declined is not None:
         if tl.load(args.declined + row) == 0:
@@ -138,7 +137,7 @@ def sweep_kernel(args, P: tl.constexpr, D: tl.constexpr):
         constants = constants_of(args, row, P)
         token = sampled_token(args, where, P)
         if P.write and not P.measure:
-            # No reduction keeps the first gradient tile behind these loads.
+            # Without a reduction, nothing else keeps the gradient's first store behind these loads.
             tl.debug_barrier()
         if P.measure:
             if args.declined is not None:
@@ -161,9 +160,9 @@ def sweep_kernel(args, P: tl.constexpr, D: tl.constexpr):
             if P.k > 0:
                 token = topk.recall(args, where, token, P)
         if P.write:
-            weights = weights_of(args, where, token, stats, constants, P)
-            _gradient_sweep(where, stats, weights, constants, P, D)
-            finish_gradient(args, where, token, stats, weights, constants, P, D)
+            coefficients = weights_of(args, where, token, stats, constants, P)
+            _gradient_sweep(where, stats, coefficients, constants, P, D)
+            finish_gradient(args, where, token, stats, coefficients, constants, P, D)
     else:
         if P.measure:
             clear_statistics(args, row, P)
@@ -176,8 +175,8 @@ def sweep_kernel(args, P: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def values_kernel(args, P: tl.constexpr, D: tl.constexpr):
-    """What the entries of one row add to its divergence, where there are more of them elsewhere:
-    the second sweep alone, with the statistics of the whole row."""
+    """What part of a row's entries adds to its divergence, given the statistics of the whole row:
+    the second sweep alone."""
     row = tl.program_id(0)
     where = locate(args, row, tl.full((), 0, tl.int32), P)
     if is_valid(args, row):
@@ -196,8 +195,7 @@ def values_kernel(args, P: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def scale_kernel(args, P: tl.constexpr):
-    """Multiplies a row by its factor; one of 0 or 1 reads nothing else, and 0 leaves nothing of an
-    infinity."""
+    """Multiplies a row by its factor. For 0 and 1 no entry is read, so 0 also clears infinities."""
     row = tl.program_id(0)
     factor = number_of(args.factor, row)
     if factor != 1.0:

@@ -1,15 +1,14 @@
-"""Teachers known on a support of K entries: what replaces a sweep over the teacher's logits.
+"""Teachers known on a support of K entries, instead of a sweep over the teacher's logits.
 
-The vocabulary becomes K + 1 categories: the entries of the support, and the tail, whose mass is
-what the support leaves over. A divergence is that of the two coarse distributions, a lower bound of
-the full one. Within the tail the teacher's shape is the student's, so that every entry of the tail
-has the log-ratio of the whole, rho = log((1-P)/(1-Q)).
+The vocabulary becomes K + 1 categories: the entries of the support, and the tail with the remaining
+mass. The divergence compares these two coarse distributions, and is a lower bound of the full one.
+Within the tail the teacher's shape is the student's, so every entry there has the log-ratio of the
+tail as a whole, rho = log((1-P)/(1-Q)).
 
-One launch, `mark_kernel`, looks at the supports alone: it marks their entries, one bit each, drops
-padding and repetitions, and gathers the student's logits. The row kernels then read the student's
-logits and the marks; their sums of a tile are those of the student, and its mass outside the
-support, which is never a difference of masses. What remains, `compare` and `store_support`, is
-arithmetic on K numbers.
+`mark_kernel` first looks at the supports alone: it marks their entries, one bit each, drops padding
+and repetitions, and gathers the student's logits. The row kernels then read the student's logits
+and the marks. They sum the mass outside the support directly, never as a difference of masses. What
+remains, `compare` and `store_support`, is arithmetic on K numbers.
 """
 
 from typing import NamedTuple
@@ -51,10 +50,10 @@ from hybrid_kernels.triton_backend.sums import (
 
 _TEACHER_MASS = tl.constexpr(FIELDS.teacher_mass)
 
-# What stands in the list of ids for padding and repetitions, and for ids outside the vocabulary.
+# These replace ids in the list: padding and repetitions, and ids outside the vocabulary.
 DROPPED = tl.constexpr(-1)
 OUTSIDE = tl.constexpr(-2)
-# log(2) in two parts. The first times an integer is exact.
+# log(2) in two parts: the first times an integer is exact.
 LN2_HIGH = tl.constexpr(0.693359375)
 LN2_LOW = tl.constexpr(-2.12194440e-4)
 SMALLEST = tl.constexpr(SMALLEST_TAIL)
@@ -62,8 +61,8 @@ HIDDEN = tl.constexpr(HIDDEN_TAIL)
 
 
 class Categories(NamedTuple):
-    """One teacher's comparison: the entries of the support, `[K]`, and the tail as an entry, `[1]`;
-    log q raised to the floor; the teacher's mass on the support."""
+    """What is compared with one teacher: the support's entries `[K]`, the tail as an entry `[1]`,
+    log q `[K]` raised to the floor, and the teacher's mass on the support."""
 
     support: tl.tensor
     tail: tl.tensor
@@ -73,7 +72,7 @@ class Categories(NamedTuple):
 
 @triton.jit
 def mark_kernel(args, P: tl.constexpr):
-    """Marks the support of one row, lists what counts of it and gathers the student's logits."""
+    """Marks one row's support, lists the ids that count and gathers the student's logits."""
     row = tl.program_id(0)
     if is_valid(args, row):
         where = locate(args, row, 0, P)
@@ -94,9 +93,9 @@ def mark_kernel(args, P: tl.constexpr):
         counts = inside
         repeated = inside & ((before & bit) != 0)
         left = tl.max(repeated.to(tl.int32), 0)
-        # Which of them found the bit unset is a matter of chance: the first one counts. In each
-        # trial a place of a table, which is where the ids will be, goes to the first lane that asks
-        # for it, and that settles this lane's id. The others ask for other places.
+        # Which repetition found the bit unset is chance, but the first one must count. In each
+        # trial, the first lane that asks for a place in a table (the memory of the ids) gets it,
+        # which settles its id. Lanes with other ids try another place.
         table = args.support.ids + first
         pending = inside
         trial = 0
@@ -107,7 +106,7 @@ def mark_kernel(args, P: tl.constexpr):
             tl.atomic_min(table + place, lane, mask=pending, sem="relaxed")
             tl.debug_barrier()
             winner = tl.load(table + place, mask=pending, other=0, cache_modifier=".cg")
-            # (Short supports are in several warps at once, of which one writes.)
+            # Several warps hold a copy of a short support, and one of them writes.
             tl.debug_barrier()
             settled = pending & (tl.load(args.support.given + first + winner) == given)
             counts = counts & ((lane == winner) | ~settled)
@@ -122,7 +121,7 @@ def mark_kernel(args, P: tl.constexpr):
 
 @triton.jit
 def _load(args, row, P: tl.constexpr):
-    """The ids of a row's support and the student's logits there; NaN for an id that can't be."""
+    """The ids of a row's support and the student's logits there; NaN for an invalid id."""
     lane = tl.arange(0, P.block_k)
     offsets = tl.cast(row, tl.int64) * P.k + lane
     ids = tl.load(args.support.ids + offsets, mask=lane < P.k, other=-1)
@@ -139,7 +138,7 @@ def _load_teacher(args, i: tl.constexpr, row, P: tl.constexpr):
 
 @triton.jit
 def _exp(x):
-    """e^x to the last digits: 1 - sum e^x cancels all others. (x log2(e) alone loses some.)"""
+    """e^x to the last digit, as 1 - sum e^x cancels the others; rounding x log2(e) loses some."""
     ordinary = x > -100.0
     bounded = tl.where(ordinary, x, 0.0)
     n = tl.floor(bounded * LOG2E + 0.5)
@@ -149,10 +148,10 @@ def _exp(x):
 
 @triton.jit
 def _tail_of_teacher(log_q, counts, q, resolution):
-    """The tail's mass 1 - sum q, as it comes out and as it is taken, and sum q.
+    """The tail's mass 1 - sum q as computed and as used, and sum q.
 
-    1 - q_max comes from expm1, so that a tail of 1e-12 is not lost. One that is smaller than the
-    rounding of the log-probabilities is taken as what that hides.
+    1 - q_max comes from expm1, so that a tail of 1e-12 is not lost. A tail below the rounding of
+    the log-probabilities is replaced by the mass that rounding may hide.
     """
     top = tl.max(tl.where(counts, log_q, START), 0)
     first = tl.argmax(tl.where(counts, log_q, START), 0)
@@ -186,7 +185,7 @@ def _categories(ids, z, log_q, student, log_tail, constants, resolution, P: tl.c
         tail_q = tl.where(tail_q < lowest, lowest, tail_q)
     own_log_q = log_q
     if P.floor:
-        # Not under what both sides forbid.
+        # The floor does not apply where both sides are -inf.
         log_q = tl.where(some, log_q, -float("inf"))
     if P.tail == "renormalize":
         x -= tl.max(x, 0)
@@ -202,7 +201,7 @@ def _categories(ids, z, log_q, student, log_tail, constants, resolution, P: tl.c
         raw_q = q
     log_q = tl.where(counts, log_q, -float("inf"))
     support = Entry(p, q, raw_q, log_p, log_q, log_p - log_q, scaled - log_q * unit(True))
-    # A tail without entries takes no part.
+    # A tail without entries has no mass.
     none = tl.sum(counts.to(tl.int32), 0) >= P.vocabulary
     if P.tail == "renormalize":
         none = none | True
@@ -224,10 +223,8 @@ def _categories(ids, z, log_q, student, log_tail, constants, resolution, P: tl.c
 
 @triton.jit
 def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constexpr):
-    """Divergence, statistics of the members, log q(y) and the token from the student's statistics.
-
-    It also fills the fields that only supports have.
-    """
+    """The divergence, the members' statistics, log q(y) and the token, from the student's
+    statistics. Also writes the fields that only supports have."""
     row = where.row
     ids, z = _load(args, row, P)
     student = Statistics(*stats[0])
@@ -258,7 +255,7 @@ def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constex
             slope_sum = together(whole, tail_whole, P)
         else:
             slope_sum = tl.sum(c.support.p * u + v, 0) + tl.sum(c.tail.p * tail_u + tail_v, 0)
-        # (NaN where a side that is renormalised has no mass on the support.)
+        # NaN where a renormalised side has no mass on the support.
         masses = c.teacher_mass + tl.sum(c.support.p + c.support.q, 0)
         finite = student.student_lse + 0.0 * masses
         outside = tl.max((ids == OUTSIDE).to(tl.int32), 0) > 0
@@ -267,7 +264,7 @@ def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constex
             member_value, slope_sum, finite, constants.parameter, P
         )
         _, tail_u, tail_v = D(c.tail, constants.parameter, log_s, False)
-        # Of an empty tail no entry is left to have a slope.
+        # An empty tail has no slope.
         per_p = tl.where(c.tail.p > 0.0, tail_v / tl.maximum(c.tail.p, SMALLEST), 0.0)
         share = constants.shares[i]
         value += share * member_value
@@ -285,7 +282,7 @@ def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constex
     correction = tl.full((), 0.0, tl.float32)
     if P.corrects:
         log_p = student_log_prob(token.z, student, constants)
-        # log q(y) may be NaN, for one that is not known.
+        # log q(y) is NaN where it is not known.
         corrected = ~in_support & (elsewhere == elsewhere) & (log_tail > -float("inf"))
         correction = tl.where(corrected, total * (log_p - elsewhere) - rho, 0.0)
     p = tl.where(ids != DROPPED, student_probability(z, student, constants), 0.0)
@@ -300,7 +297,7 @@ def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constex
 
 @triton.jit
 def recall(args, where, token, P: tl.constexpr):
-    """The token as `compare` has found it before."""
+    """The token as an earlier `compare` completed it."""
     ids, _ = _load(args, where.row, P)
     in_support = tl.max(((ids == token.id) & (token.id >= 0)).to(tl.int32), 0) > 0
     correction = token.correction
@@ -311,27 +308,29 @@ def recall(args, where, token, P: tl.constexpr):
 
 
 @triton.jit
-def store_support(args, where, token, stats, weights, constants, P: tl.constexpr, D: tl.constexpr):
-    """Writes the gradient of the support over what the tiles have stored."""
+def store_support(
+    args, where, token, stats, coefficients, constants, P: tl.constexpr, D: tl.constexpr
+):
+    """Overwrites the entries of the support in the gradient."""
     student = Statistics(*stats[0])
     ids, z = _load(args, where.row, P)
     p = student_probability(z, student, constants)
-    inner = -weights.log_prob
+    inner = -coefficients.log_prob
     if P.entropy:
-        # (Where p = 0, any number.)
+        # Where p = 0, any finite number will do.
         log_p = tl.maximum(centred(z, student.student_max) * constants.inv_t, LOWEST * unit(True))
         log_p *= nats(True)
-        inner += weights.entropy * (student.student_lse - student.entropy - log_p)
-    own_term = tl.where((ids == token.id) & (token.id >= 0), weights.log_prob, 0.0)
+        inner += coefficients.entropy * (student.student_lse - student.entropy - log_p)
+    own_term = tl.where((ids == token.id) & (token.id >= 0), coefficients.log_prob, 0.0)
     gradient = p * inner + own_term
     for i in tl.static_range(len(args.teachers)):
         log_q = _load_teacher(args, i, where.row, P)
-        # The tail does not matter here.
+        # The tail's mass, here e^-1, does not matter.
         c = _categories(ids, z, log_q, student, -1.0, constants, args.support.resolution, P)
         stat = Statistics(*stats[i])
         _, u, v = D(c.support, constants.parameter, stat.log_s, False)
-        share = weights.divergence * constants.shares[i]
+        share = coefficients.divergence * constants.shares[i]
         pull = share * (c.support.p * (u - stat.slope_sum) + v)
-        gradient += tl.where(weights.divergence == 0.0, 0.0, pull)
+        gradient += tl.where(coefficients.divergence == 0.0, 0.0, pull)
     tl.debug_barrier()
     tl.store(where.gradient + ids, gradient.to(where.gradient.dtype.element_ty), mask=ids >= 0)
