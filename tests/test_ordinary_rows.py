@@ -137,6 +137,38 @@ def test_a_row_that_is_not_ordinary_among_others(outcomes, backend, device):
     assert gradient[2].isfinite().all()
 
 
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3e38, -3e38, 1e9, -1e9])
+def test_values_that_are_not_ordinary(value, side, outcomes, backend, device):
+    """They are what `blocks.py` makes of them, which `test_edges.py` tests."""
+    case = cases.make(127, (4,), device=device)
+    getattr(case, side)[1:3, 5:9] = value
+    options = {"entropy_weight": 0.1, "reduction": "none", "backend": backend}
+    got = case.hybrid_loss(**options)
+    ordinary = list(outcomes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "LONG_ROW", 10**9)
+        expected = case.hybrid_loss(**options)
+    assert ordinary[0]
+    assert ordinary[3]
+    close = {"rtol": 1e-5, "atol": 1e-5, "equal_nan": True}
+    torch.testing.assert_close(got.gradient, expected.gradient, **close)
+    torch.testing.assert_close(got.result.divergence, expected.result.divergence, **close)
+    torch.testing.assert_close(got.result.entropy, expected.result.entropy, **close)
+
+
+@pytest.mark.parametrize("weight", [1e39, 1e30, -1e30, torch.inf, torch.nan])
+def test_weights_that_are_not_ordinary(weight, outcomes, backend, device):
+    case = cases.make(127, (4,), device=device)
+    weights = torch.tensor([1.0, weight, 1.0, 0.5], device=device)
+    options = {"dense_weight": weights, "reduction": "none", "backend": backend}
+    got = case.hybrid_loss(**options).gradient
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "LONG_ROW", 10**9)
+        expected = case.hybrid_loss(**options).gradient
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
 def test_statistics_serve_a_later_gradient(outcomes, backend, device):
     """They may have another reference than the maximum of the row."""
     case = cases.make(1000, (4,), device=device)

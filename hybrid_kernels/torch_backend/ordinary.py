@@ -4,8 +4,8 @@ A value per row is a Python number here, since an operator on a tensor of one el
 than it is worth. Logits of ordinary size are exponentiated as they are, without their maximum; the
 sum shows afterwards whether that was right.
 
-A row is ordinary if its results are finite and not large. All other rows, and the other
-divergences, are left to `blocks.py`.
+A row is ordinary if its results are finite, and neither they nor its coefficients are large. All
+other rows, and the other divergences, are left to `blocks.py`.
 """
 
 import math
@@ -90,6 +90,8 @@ class OrdinaryRows:
 
     def compute(self, row: int) -> bool:
         """Measures a row and writes its gradient, unless it is not ordinary: then nothing."""
+        if any(c is not None and abs(c[row]) > ORDINARY for c in self.coefficients):
+            return False
         statistics = self._measure(row)
         if not all(abs(number) < ORDINARY for number in statistics.values()):
             return False
@@ -101,7 +103,7 @@ class OrdinaryRows:
     def write_statistics(self, statistics: Tensor) -> None:
         """Writes those of the rows that were computed."""
         rows, fields = list(self.statistics), range(len(statistics))
-        columns = [[own.get(f, 0.0) for f in fields] for own in self.statistics.values()]
+        columns = [[each.get(f, 0.0) for f in fields] for each in self.statistics.values()]
         if rows:
             statistics[:, rows] = torch.tensor(columns).T
 
@@ -170,7 +172,7 @@ class OrdinaryRows:
         offset = reference - teacher_reference
         offset = float(round(offset)) if abs(offset) < ORDINARY else 0.0
         divergence = self._subtract(z, w, offset) + shift
-        if abs(self.mean_d) > 2 * math.sqrt(2 * max(divergence, 0.0)):
+        if 2 * math.sqrt(2 * max(divergence, 0.0)) < abs(self.mean_d) < ORDINARY:
             # The models are close but for an offset, which costs digits: a log-ratio is as large as
             # sqrt(2 KL), as a rule.
             offset += round(self.mean_d)

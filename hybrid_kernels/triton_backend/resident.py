@@ -97,9 +97,18 @@ def _small_value(where, held, row, logs, constants, is_lead, P: tl.constexpr, D:
 
 @triton.jit
 def _second_sums(
-    held, where, limit, row, logs, constants, is_lead, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
-    P: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
+    held,
+    where,
+    limit,
+    row,
+    logs,
+    constants,
+    is_lead,
+    STUDENT: tl.constexpr,
+    TEACHER: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+):
     """What a slice adds to the divergence and the sum of slopes, and p and g of its entries."""
     zs = held.zs
     ws = held.ws
@@ -231,9 +240,16 @@ def _write_small(
 
 @triton.jit
 def _store_tiles(
-    where, limit, held, kept, row, factors, STUDENT: tl.constexpr, TEACHER: tl.constexpr,
+    where,
+    limit,
+    held,
+    kept,
+    row,
+    factors,
+    STUDENT: tl.constexpr,
+    TEACHER: tl.constexpr,
     P: tl.constexpr,
-):  # fmt: skip
+):
     """The gradient of a slice: from its logits or, after a second meeting, from `kept`."""
     PER_WORD: tl.constexpr = per_word(STUDENT)
     ptr = body_of(where.gradient, where.head, P) + where.part * P.slice
