@@ -63,6 +63,38 @@ def resolve_group(name: str) -> torch.distributed.ProcessGroup:
     return distributed_c10d._resolve_process_group(name)  # pyright: ignore
 
 
+class _Side:
+    """The normalisers of the student or of one teacher over all shards, float64.
+
+    Attributes:
+        empty: bool `[S, N]`, whether a shard holds only -inf.
+        top: `[N]`, max z.
+        above: `[S, N]`, a shard's maximum minus `top`, over the temperature.
+        lse: `[N]`, log sum exp((z - max z)/T); NaN where a shard's is, or where all are empty.
+        log_mass: `[S, N]`, log P_s.
+    """
+
+    def __init__(self, top: Tensor, lse: Tensor, rows: Rows) -> None:
+        # Triton's maxima start at the lowest number, which may also be a logit; lse then is finite.
+        self.empty = (top <= torch.finfo(torch.float32).min) & lse.isnan()
+        top = torch.where(self.empty, -torch.inf, top.double())
+        self.top = top.amax(0)
+        self.above = torch.where(self.empty, 0.0, _over_t(top - self.top, rows))
+        lse = torch.where(self.empty, -torch.inf, self.above + lse)
+        total = lse.logsumexp(0)
+        self.lse = torch.where(total == -torch.inf, torch.nan, total)
+        self.log_mass = lse - self.lse
+
+    def mean(self, values: Tensor) -> Tensor:
+        """sum_s P_s x_s over the shards with mass; NaN where `lse` is."""
+        return weighted(self.log_mass.exp(), values).sum(0) + 0.0 * self.lse
+
+
+def _over_t(values: Tensor, rows: Rows) -> Tensor:
+    """`[..., N]` over the temperatures."""
+    return (values[..., None] / rows.temperature_of())[..., 0]
+
+
 class Sharded:
     """The launchers of a backend over the ranks of a group, which all have to make each call.
 
@@ -202,7 +234,7 @@ class Sharded:
         if rows.valid is not None:
             statistics.masked_fill_(~rows.valid, 0.0)
 
-    def _write_student(self, rows: Rows, statistics: Tensor, parts: Tensor) -> "_Side":
+    def _write_student(self, rows: Rows, statistics: Tensor, parts: Tensor) -> _Side:
         """Fills the fields that do not depend on a teacher; returns the student's normalisers."""
         student = _Side(parts[:, FIELDS.student_max], parts[:, FIELDS.student_lse], rows)
         entropies = parts[:, FIELDS.entropy] - student.log_mass
@@ -218,12 +250,7 @@ class Sharded:
         return student
 
     def _chain(
-        self,
-        rows: Rows,
-        statistics: Tensor,
-        parts: Tensor,
-        student: "_Side",
-        teachers: "list[_Side]",
+        self, rows: Rows, statistics: Tensor, parts: Tensor, student: _Side, teachers: list[_Side]
     ) -> None:
         """Fills divergences and sums of slopes by the chain rule."""
         value, log_q = parts[:, FIELDS.divergence].double(), 0.0
@@ -382,38 +409,6 @@ class Sharded:
         if rows.valid is not None:
             counts = counts & rows.valid[:, None]
         self._overwrite(gradient, index, counts, values.to(gradient.dtype))
-
-
-class _Side:
-    """The normalisers of the student or of one teacher over all shards, float64.
-
-    Attributes:
-        empty: bool `[S, N]`, whether a shard holds only -inf.
-        top: `[N]`, max z.
-        above: `[S, N]`, a shard's maximum minus `top`, over the temperature.
-        lse: `[N]`, log sum exp((z - max z)/T); NaN where a shard's is, or where all are empty.
-        log_mass: `[S, N]`, log P_s.
-    """
-
-    def __init__(self, top: Tensor, lse: Tensor, rows: Rows) -> None:
-        # Triton's maxima start at the lowest number, which may also be a logit; lse then is finite.
-        self.empty = (top <= torch.finfo(torch.float32).min) & lse.isnan()
-        top = torch.where(self.empty, -torch.inf, top.double())
-        self.top = top.amax(0)
-        self.above = torch.where(self.empty, 0.0, _over_t(top - self.top, rows))
-        lse = torch.where(self.empty, -torch.inf, self.above + lse)
-        total = lse.logsumexp(0)
-        self.lse = torch.where(total == -torch.inf, torch.nan, total)
-        self.log_mass = lse - self.lse
-
-    def mean(self, values: Tensor) -> Tensor:
-        """sum_s P_s x_s over the shards with mass; NaN where `lse` is."""
-        return weighted(self.log_mass.exp(), values).sum(0) + 0.0 * self.lse
-
-
-def _over_t(values: Tensor, rows: Rows) -> Tensor:
-    """`[..., N]` over the temperatures."""
-    return (values[..., None] / rows.temperature_of())[..., 0]
 
 
 def _is_chained(rows: Rows) -> bool:

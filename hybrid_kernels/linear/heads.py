@@ -117,7 +117,7 @@ def _unwrapped(name: str, module: nn.Module) -> tuple[Any, list[tuple[Any, Any, 
         if type(wrapped).forward is not nn.Linear.forward:
             raise ValueError(
                 f"{name}weight: a {type(module).__name__}, of which only a linear layer's forward "
-                "is supported; give the [V, D] weight that it multiplies by"
+                "is known here; give the [V, D] weight that it multiplies by"
             )
         return wrapped, []
     if not hasattr(wrapped, "lora_A"):
