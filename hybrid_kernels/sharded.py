@@ -237,16 +237,15 @@ class Sharded:
     def _write_student(self, rows: Rows, statistics: Tensor, parts: Tensor) -> _Side:
         """Fills the fields that do not depend on a teacher; returns the student's normalisers."""
         student = _Side(parts[:, FIELDS.student_max], parts[:, FIELDS.student_lse], rows)
-        entropies = parts[:, FIELDS.entropy] - student.log_mass
-        statistics[FIELDS.entropy] = student.mean(entropies)
+        statistics[FIELDS.entropy] = student.mean(parts[:, FIELDS.entropy] - student.log_mass)
         statistics[FIELDS.student_max] = student.top
         statistics[FIELDS.student_lse] = student.lse
         statistics[FIELDS.logsumexp] = _over_t(student.top, rows) + student.lse
         if rows.token_ids is not None:
             # In an empty shard `log_mass` alone, -inf, is log p of every token.
             within = torch.where(student.empty, 0.0, parts[:, FIELDS.log_prob])
-            log_prob = self._of_owner(within + student.log_mass, rows.token_ids)
-            statistics[FIELDS.log_prob] = log_prob
+            log_prob = within + student.log_mass
+            statistics[FIELDS.log_prob] = self._of_owner(log_prob, rows.token_ids)
         return student
 
     def _chain(
@@ -285,8 +284,7 @@ class Sharded:
         statistics[FIELDS.divergence] = value
         if rows.token_ids is not None:
             within = torch.where(forbidden, 0.0, parts[:, FIELDS.teacher_log_prob])
-            log_q = self._of_owner(within + log_q, rows.token_ids)
-            statistics[FIELDS.teacher_log_prob] = log_q
+            statistics[FIELDS.teacher_log_prob] = self._of_owner(within + log_q, rows.token_ids)
 
     def _sum_up(self, rows: Rows, local: Rows, statistics: Tensor) -> None:
         """Fills divergences and sums of slopes by a second sweep, given all normalisers."""
@@ -412,7 +410,7 @@ class Sharded:
 
 
 def _is_chained(rows: Rows) -> bool:
-    """Whether the chain rule gives the divergence of so many teachers, which have no floor."""
+    """Whether the chain rule gives the divergence: without a floor, for few enough teachers."""
     return rows.teacher_floor is None and len(rows.teachers) <= FAMILIES[rows.divergence].chained
 
 

@@ -52,7 +52,7 @@ class SupportTerms(NamedTuple):
 
 
 class Supports:
-    """The supports of all rows: results of sweeps over the vocabulary, and what follows from them.
+    """The supports of all rows, with the results of sweeps over the vocabulary.
 
     Attributes:
         counts: `[N, K]` bool, the ids that count.
@@ -137,10 +137,8 @@ class Supports:
 
 
 def overwrite(out: Tensor, index: Tensor, selected: Tensor, values: Tensor) -> None:
-    """Writes the selected ones of `[..., K]` values into `out[..., index]`.
-
-    Where a value is not selected, its index must be 0.
-    """
+    """Writes the selected ones of the `[..., K]` values into `out`, at their index in its last
+    dimension. The index of the others must be 0."""
     # The others repeat the first selected write or, where there is none, write entry 0 back.
     first = selected.to(torch.int8).argmax(-1, keepdim=True)
     has_selected = selected.gather(-1, first)
