@@ -460,7 +460,7 @@ def group_size(value: int | None, batch: int, baseline: str) -> int:
     if batch and batch % size:
         raise ValueError(
             f"group_size: {size} does not divide the batch of {batch} sequences; every group must "
-            "be complete"
+            "be whole"
         )
     if batch and size < 2 and "leave_one_out" in baseline:
         raise ValueError(
