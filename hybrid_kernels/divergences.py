@@ -1,7 +1,7 @@
-"""The table of divergences: what the package knows of each besides its formulas.
+"""The table of divergences: what the package knows about each one, except its formulas.
 
-These stand in `reference.py` (values) and, for the backends, in `cpu_forms.py` and
-`triton_backend/divergences.py` (values and slopes).
+The formulas are in `reference.py` (values only) and, for the backends, in
+`torch_backend/divergences.py` and `triton_backend/divergences.py` (values and slopes).
 """
 
 import math
@@ -10,8 +10,10 @@ from dataclasses import KW_ONLY, dataclass, field
 
 @dataclass(frozen=True)
 class Parameter:
-    """The parameter of a family: its values, from `low` to `high` (where `open`, without that end),
-    and `limits`, by value the divergence that the family is there, or tends to."""
+    """The parameter of a family: its range from `low` to `high`, each end excluded where `open`.
+
+    `limits` maps special values to the divergence that the family equals, or tends to, there.
+    """
 
     name: str
     default: float
@@ -37,18 +39,19 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Family:
-    """A row of the table, of a student p and a teacher q whose logits differ by d.
+    """A row of the table, for a student p and a teacher q whose logits differ by d.
 
     Attributes:
         parameter: its parameter, if it has one.
-        student_d: whether it is found in one sweep and KL(p||q), unweighted, is in it: the sweep
-            adds up sum p d, which is infinite where q = 0 < p.
-        teacher_d: the same of KL(q||p): the sweep adds up sum q d, infinite where p = 0 < q.
+        student_d: whether one sweep is enough and KL(p||q), unweighted, is part of it: the sweep
+            computes sum p d, which is infinite where q = 0 < p.
+        teacher_d: the same for KL(q||p): the sweep computes sum q d, infinite where p = 0 < q.
         has_u: whether the slopes of its terms, s = dt/dlog p = p u + v, have a u.
         has_v: whether they have a v.
-        tilted: whether its slopes wait for log S of the whole row, S = sum p^a q^(1-a).
-        chained: of up to how many teachers the chain rule over shards of the vocabulary gives it.
-        resident: whether a GPU keeps rows in registers, where they would otherwise be read again:
+        tilted: whether its slopes need log S of the whole row, S = sum p^a q^(1-a).
+        chained: the largest number of teachers for which the chain rule over shards of the
+            vocabulary gives it.
+        resident: whether a GPU keeps rows in registers instead of reading them again, which pays
             where reading takes longer than the arithmetic.
     """
 
@@ -64,16 +67,16 @@ class Family:
 
     @property
     def one_sweep(self) -> bool:
-        """Whether one sweep over the vocabulary finds its statistics, sums of exp(z) poly(z, w).
+        """Whether one sweep over the vocabulary gives its statistics, sums of exp(z) poly(z, w).
 
-        The others need both normalisers first. What one sweep finds is a difference of large sums,
-        so a small value is summed a second time (`SMALL_DIVERGENCE` in `rows.py`).
+        The others need both normalisers first. The value from one sweep is a difference of large
+        sums, so a small one is summed again (`SMALL_DIVERGENCE` in `rows.py`).
         """
         return self.student_d or self.teacher_d
 
     @property
     def linear(self) -> bool:
-        """Whether it is KL(p||q) alone: its sums do not read q, and p may be unnormalised."""
+        """Whether it is KL(p||q) alone: its sums do not need q, and p may be unnormalised."""
         return self.student_d and not self.teacher_d
 
 
@@ -105,7 +108,7 @@ FAMILIES = {
 
 
 def available_divergences() -> tuple[str, ...]:
-    """The names that `divergence=` takes."""
+    """The names that `divergence=` accepts."""
     return tuple(FAMILIES)
 
 
@@ -129,12 +132,12 @@ class Divergence:
     ``tv``               total variation, sum_v |p_v - q_v| / 2
     ===================  ===============================================================
 
-    Parameters within 1e-3 of a limit cost digits: ask for the limit itself.
+    Parameters within 1e-3 of a limit lose precision: use the limit itself.
 
     Args:
         name: one of `available_divergences()`.
         **params: `beta` in [0, 1] for ``jsd`` (default 0.5); `alpha` in [0, 1) for the skew KLs
-            (default 0.1), any for ``alpha`` and above 0 for ``renyi`` (default 0.5).
+            (default 0.1), any number for ``alpha``, above 0 for ``renyi`` (default 0.5 for both).
 
     Raises:
         ValueError: unknown name or parameter, or a parameter outside its range.
@@ -147,8 +150,8 @@ class Divergence:
         parameter = FAMILIES[name].parameter
         for key, value in params.items():
             if parameter is None or key != parameter.name:
-                takes = f"only {parameter.name!r}" if parameter else "no parameter"
-                raise ValueError(f"divergence: {name!r} got {key!r}, it takes {takes}")
+                accepted = f"only {parameter.name!r}" if parameter else "no parameter"
+                raise ValueError(f"divergence: {name!r} got {key!r}, it takes {accepted}")
             if not parameter.allows(value):
                 raise ValueError(
                     f"divergence: {name!r} got {key}={value!r}, which must be a number in "
@@ -168,7 +171,7 @@ class Divergence:
         return hash(self.canonical())
 
     def canonical(self) -> tuple[str, float]:
-        """The kernel's name of this divergence and its parameter (0 where it has none)."""
+        """The kernels' name for this divergence and its parameter (0 where it has none)."""
         parameter = FAMILIES[self.name].parameter
         if parameter is None:
             return self.name, 0.0

@@ -1,9 +1,9 @@
 """The sparse term on `[B, T]` tensors: discounted returns, baselines, advantages.
 
-Source: arXiv 2512.23097. Its conventions, and the ones this package adds where the paper is
+Source: arXiv 2512.23097, whose conventions hold here, with this package's own where the paper is
 silent: the exponent is `k - t`; the reward is not discounted; the sum runs over `k > t` only,
-because the cost at `t` is charged exactly by the dense term; the return is a constant (no
-gradient flows through it).
+because the dense term charges the cost at `t` exactly; the return is a constant (no gradient flows
+through it).
 """
 
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ BASELINES = ("none", "leave_one_out", "group_mean", "per_token_leave_one_out")
 def returns_to_go(costs: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
     """Discounted sum of the strictly future costs.
 
-        G_{t+1} = sum_{k > t} gamma^(k - t) c_k          over positions k that the mask keeps
+        G_{t+1} = sum_{k > t} gamma^(k - t) c_k          over valid positions k
 
     Args:
-        costs: `[B, T]` floating, c_k; detached here, arithmetic in fp32. What stands on masked
-            positions is never read into a result, whatever it is.
+        costs: `[B, T]` floating, c_k; detached here, arithmetic in fp32. Masked positions never
+            affect a result, even if they hold NaN.
         mask: `[B, T]` bool or 0/1 integers, the valid tokens.
         gamma: discount in [0, 1].
 
@@ -35,7 +35,8 @@ def returns_to_go(costs: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
         ValueError: wrong shape, dtype or gamma.
 
     Notes:
-        A doubling scan: log2(T) elementwise steps, no loop over T and no host synchronisation.
+        A doubling scan: log2(T) elementwise steps, with no loop over T and no host
+        synchronisation.
     """
     validate.matrix("costs", costs)
     validate.row_mask(mask, validate.CallShape(costs.shape, costs.device))
@@ -73,8 +74,8 @@ def sparse_advantages(
 
     - ``none``: b = 0.
     - ``leave_one_out``: minus the mean of R over the *other* responses of the group. Unbiased.
-    - ``group_mean``: minus the mean of R over the whole group, itself included. Biased: at
-      gamma = 1 it scales the whole gradient, dense term included in expectation, by 1 - 1/K.
+    - ``group_mean``: minus the mean of R over the whole group, response i included. Biased: at
+      gamma = 1 it scales the expected gradient, dense term included, by 1 - 1/K.
     - ``per_token_leave_one_out``: at each position, minus the mean over the other responses of
       their own `lambda r - sum_{k>t} ... - (1-eta) c_t` there (a response that has ended counts
       with its reward). Unbiased.
@@ -86,8 +87,8 @@ def sparse_advantages(
         reward_weight: lambda.
         gamma: discount of the future costs in [0, 1]; below 1 the gradient is biased.
         dense_weight: eta.
-        group_size: responses per prompt; they stand next to each other along B. None takes the
-            whole batch for one group.
+        group_size: responses per prompt, consecutive along B. None makes the whole batch one
+            group.
         baseline: one of the four above.
 
     Returns:
@@ -108,29 +109,29 @@ def sparse_advantages(
     keep = mask != 0
     costs = torch.where(keep, log_ratio.detach().float(), 0.0)
     scaled_reward = weighted(reward_weight, reward)[:, None]
-    own = scaled_reward - returns_to_go(costs, keep, gamma)
+    advantage = scaled_reward - returns_to_go(costs, keep, gamma)
     if dense_weight != 1:
-        own = own - (1.0 - dense_weight) * costs
-    if baseline == "none" or not own.numel():
+        advantage = advantage - (1.0 - dense_weight) * costs
+    if baseline == "none" or not advantage.numel():
         shift = torch.zeros_like(scaled_reward)
     elif baseline == "per_token_leave_one_out":
-        shift = -_mean_of_others(own, group)
+        shift = -_mean_of_others(advantage, group)
     else:
-        # The return from the first valid token, wherever left padding has moved it. argmax takes
-        # the first of equals; a response without a valid token has no cost.
+        # The return from the first valid token, which is not at 0 with left padding. argmax returns
+        # the first of equal values; a response without a valid token has no cost.
         first = keep.to(torch.int8).argmax(1, keepdim=True)
         total_cost = _inclusive_returns(costs, keep, gamma).gather(1, first)
         trajectory = scaled_reward - total_cost
         mean = _group_mean if baseline == "group_mean" else _mean_of_others
         shift = -mean(trajectory, group)
-    return torch.where(keep, own + shift, 0.0)
+    return torch.where(keep, advantage + shift, 0.0)
 
 
 def _inclusive_returns(costs: Tensor, keep: Tensor, gamma: float) -> Tensor:
     """S_t = sum_{k >= t} gamma^(k-t) c_k by doubling: S covers a window twice as long each step."""
     total = torch.where(keep, costs.detach().float(), 0.0)
     length, step = total.shape[1], 1
-    # Not to where fp32 makes 0 of the discount, and NaN of an infinite cost.
+    # Stops before the discount underflows to 0, which would turn an infinite cost into NaN.
     while step < length and gamma**step >= torch.finfo(total.dtype).tiny:
         shifted = torch.zeros_like(total)
         shifted[:, :-step] = total[:, step:]

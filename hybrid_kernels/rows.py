@@ -1,4 +1,4 @@
-"""What the backends share about rows of logits: the problem, its statistics, its coefficients.
+"""What the backends share: rows of logits, their statistics and the coefficients of a gradient.
 
 Logits are `[O, I, V]` with N = O * I rows, because a slice such as `logits[:, :-1]` has two row
 strides; everything per row is `[N]`; the statistics of all rows are one fp32 tensor
@@ -16,23 +16,24 @@ from hybrid_kernels.divergences import FAMILIES
 # Stands for -inf in a log-ratio: 0 times it is 0, where 0 * -inf would be NaN.
 LOWEST = -(2.0**100)
 
-# Of a log-probability. Below it no double is left, so that the probability is 0, and with it what
-# it is a factor of, however infinite.
+# The exp of a log-probability below this underflows to 0 even in float64; products with that
+# probability then count as 0, even where the other factor is infinite.
 LEAST = -745.13
 
 # Below this many nats the swept value of a KL, a difference of large sums with an absolute error of
 # a few 1e-7, is replaced by a sum of positive terms, which keeps its relative precision.
 SMALL_DIVERGENCE = 1e-2
 
-# Of a top-K support. A tail of the student's of less mass counts as empty: smaller numbers have no
-# reciprocal. And the mass, at least, that the rounding of its log-probabilities hides of a
-# teacher's tail.
+# For top-K supports: a student's tail with less mass than this counts as empty, because smaller
+# numbers have no finite reciprocal.
 SMALLEST_TAIL = 2.0**-125
+
+# The least mass of a teacher's tail that the rounding of its log-probabilities may hide.
 HIDDEN_TAIL = 2.0**-24
 
 
 class Fields(NamedTuple):
-    """The first rows of a statistics tensor: seven for users, and what the gradient needs."""
+    """The first rows of a statistics tensor: seven for users, the rest for the gradient."""
 
     divergence: int = 0
     log_prob: int = 1
@@ -68,7 +69,7 @@ def statistics_size(members: int) -> int:
 
 
 def repeat_of(values: Tensor, count: int) -> int:
-    """For how many consecutive rows each of `[R]` values is: N/R, as of `[B, 1]` against `[B, T]`.
+    """How many consecutive rows share each of `[R]` values: N/R, as when `[B, 1]` meets `[B, T]`.
 
     Raises:
         ValueError: R does not divide N.
@@ -76,18 +77,18 @@ def repeat_of(values: Tensor, count: int) -> int:
     size = values.numel()
     if count and (size == 0 or count % size):
         raise ValueError(
-            f"{size} values for {count} rows: their number must divide that of the rows"
+            f"{size} values for {count} rows: the number of rows must be a multiple of theirs"
         )
     return count // max(size, 1)
 
 
 def per_row(values: Tensor, count: int) -> Tensor:
-    """`[R]` as `[N]`, see `repeat_of`."""
+    """`[R]` values as `[N]`, see `repeat_of`."""
     return values.reshape(-1, 1).expand(-1, repeat_of(values, count)).reshape(-1)
 
 
 def weighted(weight: float | Tensor, value: Tensor) -> Tensor:
-    """weight * value; a weight of 0 leaves nothing of an infinity."""
+    """weight * value, where a weight of 0 gives 0 even for an infinite value."""
     if not isinstance(weight, Tensor):
         return weight * value if weight else torch.zeros_like(value)
     return torch.where(weight == 0, 0.0, weight * value)
@@ -105,36 +106,36 @@ COEFFICIENTS = (
 
 
 def unflatten(arguments: Iterable, *kinds: type) -> list:
-    """An operator's arguments as the NamedTuples whose fields they are, in this order.
+    """Rebuilds NamedTuples from an operator's flat arguments, in the order of `kinds`.
 
     `unflatten((*coefficients, *rows), Coefficients, Rows)` gives both back. Sequences, which
-    operators get as lists, become tuples.
+    operators receive as lists, become tuples.
     """
-    each = (tuple(a) if isinstance(a, list) else a for a in arguments)
-    return [kind(*(next(each) for _ in kind._fields)) for kind in kinds]
+    values = (tuple(a) if isinstance(a, list) else a for a in arguments)
+    return [kind(*(next(values) for _ in kind._fields)) for kind in kinds]
 
 
 class Rows(NamedTuple):
-    """One problem: the tensors of N rows and the constants of the divergence.
+    """The tensors of N rows and the constants of the divergence: the input of a backend.
 
     Attributes:
         student: logits `[O, I, V]`.
         teachers: the members, logits `[O, I, V]` or, where there is a support, log-probabilities
             `[N, K]` in fp32.
         shares: their weights.
-        support: `[N, K]` integers, the ids of top-K teachers; -1 is padding, and of equal ids the
-            first counts. None for full teachers.
+        support: `[N, K]` integers, the ids of top-K teachers; -1 is padding, and where an id is
+            repeated only the first counts. None for full teachers.
         token_log_prob: `[N]` fp32, log q(y) for tokens outside the support, a weighted mean over
             the members; NaN where unknown. Or None.
         token_ids: `[N]` integers, the sampled tokens, or None.
         valid: bool `[N]`, the rows that count, or None for all. The others may hold anything.
-        row_temperature: `[R]` fp32 in place of `temperature`, for N/R consecutive rows each.
-        divergence: its canonical name.
-        parameter: that of the divergence.
-        temperature: of all rows.
-        teacher_floor: under the teacher's log-probabilities, or None.
-        tail: what stands for the vocabulary outside a support: "bucket", "renormalize" or "mask".
-        resolution: the relative rounding of the log-probabilities as they were given.
+        row_temperature: `[R]` fp32, replaces `temperature`; each for N/R consecutive rows.
+        divergence: the canonical name of the divergence.
+        parameter: its parameter.
+        temperature: the temperature of all rows.
+        teacher_floor: lower bound on the teacher's log-probabilities, or None.
+        tail: how the vocabulary outside a support counts: "bucket", "renormalize" or "mask".
+        resolution: the relative rounding error of the log-probabilities as they were given.
         group: name of the process group that shares the vocabulary, empty where there is none.
         backend: "triton" or "torch".
     """
@@ -162,14 +163,14 @@ class Rows(NamedTuple):
 
     @property
     def one_sweep(self) -> bool:
-        """Whether one sweep over the vocabulary finds all statistics."""
+        """Whether one sweep over the vocabulary gives all statistics."""
         if self.support is not None or not self.teachers:
             return True
         return FAMILIES[self.divergence].one_sweep and self.teacher_floor is None
 
     @property
     def logits(self) -> list[Tensor]:
-        """All sides that are known on the whole vocabulary."""
+        """The tensors of logits over the whole vocabulary: the student's and full teachers'."""
         return [self.student, *(self.teachers if self.support is None else ())]
 
     @property
@@ -180,27 +181,29 @@ class Rows(NamedTuple):
         return self.tail == "bucket" and self.divergence == "reverse_kl"
 
     def temperature_of(self, span: slice = slice(None)) -> float | Tensor:
-        """The temperature of some rows: a number, or a column `[r, 1]`."""
+        """The temperature of the rows in `span`: a number, or a column `[r, 1]`."""
         if self.row_temperature is None:
             return self.temperature
         return per_row(self.row_temperature, self.total)[span, None]
 
     def statistics(self) -> Tensor:
-        """An empty statistics tensor."""
+        """An uninitialised statistics tensor."""
         size = (statistics_size(len(self.teachers)), self.total)
         return self.student.new_empty(size, dtype=torch.float32)
 
 
 class Coefficients(NamedTuple):
-    """Factors of dD/dz, dlog p(y)/dz and dH/dz: fp32 `[R]`, for N/R consecutive rows each; None
-    is 0."""
+    """The factors of dD/dz, dlog p(y)/dz and dH/dz in a gradient.
+
+    Each is fp32 `[R]`, a value for N/R consecutive rows, or None for 0.
+    """
 
     divergence: Tensor | None
     log_prob: Tensor | None
     entropy: Tensor | None
 
     def columns(self, rows: Rows) -> "Coefficients":
-        """`[N, 1]`, with the factor 1/T that every logit gradient has."""
+        """The factors as `[N, 1]`, times the 1/T that every logit gradient has."""
         temperature = rows.temperature_of()
         return Coefficients(
             *(None if c is None else per_row(c, rows.total)[:, None] / temperature for c in self)

@@ -1,6 +1,6 @@
 """The values that go into and come out of the public functions.
 
-Everything here is plain data; the only arithmetic is that of `TopK.from_logits`.
+Everything here is plain data; only `TopK.from_logits` computes anything.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-_ROWS = 64  # that `TopK.from_logits` works on at once
+_ROWS = 64  # how many rows `TopK.from_logits` works on at once
 IGNORED_TOKEN = -100  # the token id of a masked row, as in transformers
 
 
@@ -29,8 +29,9 @@ class HybridLoss(NamedTuple):
         entropy: `[...]`, H(p) in nats.
         student_mass: the student's mass on a top-K support; None for a full teacher.
         teacher_mass: the teacher's mass on a top-K support; None for a full teacher.
-        dropped_norm: scalar, what `grad_filter` dropped of the logit gradient: its L2 norm over
-            that of all. None where nothing was to be dropped, or only the backward does.
+        dropped_norm: scalar, the L2 norm of the part of the logit gradient that `grad_filter`
+            dropped, relative to the whole. None without a filter, and where the gradient is
+            computed only in the backward.
     """
 
     loss: Tensor
@@ -44,7 +45,7 @@ class HybridLoss(NamedTuple):
 
 
 class TokenTerms(NamedTuple):
-    """Per-token statistics, fp32, `[...]`; what was not asked for is None.
+    """Per-token statistics, fp32, `[...]`; None where the inputs for them were not given.
 
     `divergence`, `log_prob` and `entropy` are differentiable w.r.t. the student where
     `token_terms` returns them, and detached where a callable `advantages` receives them.
@@ -70,21 +71,22 @@ class TokenTerms(NamedTuple):
 
 @dataclass(frozen=True)
 class TopK:
-    """A teacher known by K of its log-probabilities, as servers return them.
+    """A teacher given by K of its log-probabilities, as servers return them.
 
-    The student's logits, and they alone, are divided by the temperature of a loss: give
-    log-probabilities of the same temperature.
+    A loss divides only the student's logits by its temperature: give log-probabilities computed at
+    the same temperature.
 
     Attributes:
-        ids: `[..., K]` int64 or int32, the support; -1 is padding, and of equal ids the first
-            counts.
+        ids: `[..., K]` int64 or int32, the support; -1 is padding, and where an id is repeated
+            only the first counts.
         log_probs: `[..., K]` floating, log-probabilities of the softmax over the whole vocabulary,
-            with all digits of their dtype. (Rounded to a few decimals they tell a wrong tail: of
-            [-0.0105, -4.6] one of 0.0005, of [-0.01, -4.6] none. bf16 and fp16 are allowed for.)
+            in the full precision of their dtype. Rounding them to a few decimals makes the tail
+            wrong: [-0.0105, -4.6] leaves a tail of 0.0005, [-0.01, -4.6] leaves none. The rounding
+            of bf16 and fp16 is accounted for.
         token_log_prob: `[...]`, log q(y) of the sampled tokens, where known. For tokens outside the
-            support it is what `teacher_log_prob` then holds (else NaN), and it makes the gradient
-            of the reverse KL unbiased (see `tail` in `hybrid_loss`). NaN means unknown, and leaves
-            the row's gradient without that correction.
+            support, `teacher_log_prob` holds it (otherwise NaN), and it makes the gradient of the
+            reverse KL unbiased (see `tail` in `hybrid_loss`). NaN means unknown: the row's gradient
+            then goes without that correction.
     """
 
     ids: Tensor
@@ -103,24 +105,25 @@ class TopK:
     ) -> "TopK":
         """The support and its log-probabilities from full logits.
 
-        A support of the teacher's own K best entries misses the tokens that the student likes and
-        the teacher rejects, which the reverse KL is there for: `ids=student_logits.topk(k).indices`
-        has them, and with `k` as well the support is the union.
+        The teacher's own K best entries miss the tokens that the student likes and the teacher
+        rejects, which are exactly what the reverse KL penalises.
+        `ids=student_logits.topk(k).indices` includes them; with `k` as well, the support is the
+        union of both.
 
         Args:
             teacher_logits: `[..., V]` floating.
             k: how many of the teacher's own best entries to take.
-            ids: `[..., K]` int64, entries to take.
+            ids: `[..., K]` int64, the entries to take.
             token_ids: `[...]` int64, the sampled tokens; fills `token_log_prob`. -100 marks rows
                 without one.
-            temperature: that of the loss.
+            temperature: the loss's temperature.
 
         Raises:
             ValueError: neither `k` nor `ids`, `k` outside [1, V], or another bad argument.
 
         Notes:
             Log-probabilities near 0 keep their relative precision, so that the tail of a peaked
-            teacher is not lost. Works row by row: no `[..., V]` copy in fp32 exists.
+            teacher is not lost. A few rows at a time: no `[..., V]` copy in fp32 is made.
         """
         if not isinstance(teacher_logits, Tensor) or not teacher_logits.is_floating_point():
             raise ValueError("teacher_logits: expected a floating [..., V] tensor")
@@ -140,25 +143,25 @@ class TopK:
             )
         best = None if k is None else teacher_logits.detach().topk(k, dim=-1).indices
         if ids is None or best is None:
-            # (The same tensor: the members of a mixture share it.)
+            # Not a copy, so that the members of a mixture can share one tensor.
             support = best if ids is None else ids.long()
             assert support is not None
         else:
             support = torch.cat([ids.long(), best], -1)
-        wanted = support if token_ids is None else torch.cat([support, token_ids[..., None]], -1)
-        log_probs = _log_probs(teacher_logits.detach(), wanted, temperature)
+        entries = support if token_ids is None else torch.cat([support, token_ids[..., None]], -1)
+        log_probs = _log_probs(teacher_logits.detach(), entries, temperature)
         if token_ids is None:
             return cls(support, log_probs)
         return cls(support, log_probs[..., :-1].contiguous(), log_probs[..., -1].contiguous())
 
     @property
     def resolution(self) -> float:
-        """The relative rounding of the log-probabilities."""
+        """The relative rounding error of the log-probabilities."""
         return torch.finfo(self.log_probs.dtype).eps / 2
 
 
 def _log_probs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits/T) at some ids, fp32; -inf at ids below 0."""
+    """log softmax(logits/T) at the given ids, fp32; -inf at ids below 0."""
     if logits.ndim > 2:
         pairs = zip(logits, ids, strict=True)
         parts = [_log_probs(z, i, temperature) for z, i in pairs]
@@ -169,10 +172,10 @@ def _log_probs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
     x = logits.float() / temperature
     top, first = x.max(-1, keepdim=True)
     x -= top
-    # log1p of what is beside the largest entry: the largest log-probability may be -1e-12.
+    # log1p of the sum without the largest entry, whose log-probability may be as small as -1e-12.
     lse = x.exp().scatter_(-1, first, 0.0).sum(-1, keepdim=True).log1p()
-    found = x.gather(-1, ids.clamp(min=0)) - lse
-    return found.masked_fill(ids < 0, -math.inf)
+    log_probs = x.gather(-1, ids.clamp(min=0)) - lse
+    return log_probs.masked_fill(ids < 0, -math.inf)
 
 
 @dataclass(frozen=True)
@@ -181,12 +184,12 @@ class LinearTeacher:
 
         w = softcap tanh(logit_scale x / softcap),   or logit_scale x without a softcap
 
-    A softcap is `final_logit_softcapping` of a Gemma config, a logit scale that of Cohere's
-    (Granite divides by `logits_scaling`).
+    Gemma's configs call the softcap `final_logit_softcapping`, Cohere's the scale `logit_scale`;
+    for Granite, give the reciprocal of `logits_scaling`.
 
     Attributes:
-        hidden: `[..., D_t]`, as it enters the output layer (after the last norm).
-        weight: `[V, D_t]`, or the output layer itself (as `student_weight` in
+        hidden: `[..., D_t]`, the input of the output layer (after the last norm).
+        weight: `[V, D_t]`, or the output layer itself (like `student_weight` in
             `linear_hybrid_loss`).
         bias: `[V]` or None.
         softcap: above 0, or None.
@@ -205,9 +208,9 @@ class Mixture:
     """Several weighted teachers: the divergence is `sum_i weight_i D(p, q_i)`.
 
     For the reverse KL that is, up to a constant, W = sum_i weight_i times the divergence from the
-    normalised geometric mean of the teachers (arXiv 2512.23097 for one teacher). The
+    normalised geometric mean of the teachers (arXiv 2512.23097 covers one teacher). The
     `teacher_log_prob` of the results is `sum_i (weight_i / W) log q_i(y)`, so that a token's cost
-    is `W (log_prob - teacher_log_prob)`; masses on a support are weighted means alike. Where one
+    is `W (log_prob - teacher_log_prob)`; masses on a support are weighted means, too. Where one
     member's `token_log_prob` is unknown, so is the mean.
 
     Attributes:

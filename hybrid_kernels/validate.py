@@ -1,8 +1,8 @@
-"""Every input check of the package.
+"""All input checks of the package.
 
-Each failure is a ValueError that names the argument, says what it got and how to mend it. Nothing
-here reads a tensor's values on a device, so nothing synchronises; the two checks of values,
-`token_ids_in_range` and `support_values`, run on CPU tensors and in debug mode.
+Each failure is a ValueError that names the argument, states what was passed and how to correct it.
+The checks do not read values on a device, so they never synchronise; only `token_ids_in_range`,
+`token_log_probs` and `support_values` read values, and run on CPU tensors or in debug mode.
 """
 
 import math
@@ -20,11 +20,11 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")
 TAILS = ("bucket", "renormalize", "mask")
 BACKENDS = ("auto", "torch", "triton")
-MAX_SUPPORT = 1024  # of a top-K teacher, on Triton
+MAX_SUPPORT = 1024  # the largest K of a top-K teacher on Triton
 
 
 def debug() -> bool:
-    """Whether `HYBRID_KERNELS_DEBUG=1` asks for the checks that synchronise the device."""
+    """Whether `HYBRID_KERNELS_DEBUG=1` turns on the checks that synchronise the device."""
     return os.environ.get("HYBRID_KERNELS_DEBUG", "0") not in ("", "0")
 
 
@@ -36,10 +36,10 @@ class CallShape(NamedTuple):
     """What the tensors of one call have in common.
 
     Attributes:
-        leading: the dimensions `[...]` before the vocabulary's.
-        device: of all tensors.
+        leading: the dimensions `[...]` before the vocabulary.
+        device: the device of all tensors.
         vocabulary: V.
-        sharded: whether that is a part of a larger vocabulary.
+        sharded: whether V is the size of a shard of a larger vocabulary.
     """
 
     leading: torch.Size
@@ -49,7 +49,7 @@ class CallShape(NamedTuple):
 
 
 def teacher(value: object, shape: CallShape) -> list[tuple[float, Tensor | TopK | LinearTeacher]]:
-    """A teacher that matches the student, as weighted members; none for None."""
+    """Checks a teacher against the student; returns its weighted members, none for None."""
     members = [] if value is None else _members(value)
     supports = []
     for _, member in members:
@@ -63,7 +63,7 @@ def teacher(value: object, shape: CallShape) -> list[tuple[float, Tensor | TopK 
     if supports and len(supports) < len(members):
         raise ValueError(
             "teacher: a Mixture of TopK teachers and of full ones; give all of them in one form "
-            "(TopK.from_logits makes a TopK of logits)"
+            "(TopK.from_logits makes a TopK from logits)"
         )
     if any(not _same_tensor(other.ids, supports[0].ids) for other in supports[1:]):
         raise ValueError(
@@ -81,7 +81,7 @@ def _members(value: object) -> list[tuple[float, Any]]:
         isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs
     ):
         raise ValueError(
-            "teacher: the members of a Mixture are a list of (weight, teacher) pairs; got "
+            "teacher: the members of a Mixture are a list of (weight, teacher) pairs, got "
             f"{type(pairs).__name__}"
         )
     if not pairs:
@@ -116,11 +116,9 @@ def _linear_teacher(value: LinearTeacher, shape: CallShape) -> None:
 
 
 def hidden(name: str, value: object) -> None:
-    """Hidden states `[..., D]`."""
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name}: expected a [..., D] tensor, got {type(value).__name__}")
-    if value.dtype not in LOGIT_DTYPES:
-        raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {value.dtype}")
+    """Checks hidden states `[..., D]`."""
+    value = _tensor(name, value, "a [..., D] tensor")
+    _supported_dtype(name, value)
     if value.ndim < 1 or value.shape[-1] < 1:
         raise ValueError(f"{name}: expected shape [..., D], D >= 1, got {tuple(value.shape)}")
 
@@ -132,7 +130,7 @@ def head_options(prefix: str, softcap: object, logit_scale: object) -> None:
 
 
 def head(name: str, weight: Tensor, bias: Tensor | None, states: Tensor) -> None:
-    """The weight `[V, D]` and bias `[V]` of an output layer that fits hidden states `[..., D]`."""
+    """Checks an output layer's weight `[V, D]` and bias `[V]` against hidden states `[..., D]`."""
     size = states.shape[-1]
     if weight.ndim != 2 or weight.shape[0] < 1 or weight.shape[1] != size:
         raise ValueError(
@@ -171,8 +169,8 @@ def linear_options(
         not isinstance(chunk_rows, int) or isinstance(chunk_rows, bool) or chunk_rows < 1
     ):
         raise ValueError(
-            f"chunk_rows: {chunk_rows!r} is not a whole number above 0; leave it out to have it "
-            "chosen"
+            f"chunk_rows: {chunk_rows!r} is not a whole number above 0; leave it out for an "
+            "automatic choice"
         )
     if logits_dtype not in LOGIT_DTYPES:
         raise ValueError(
@@ -189,15 +187,13 @@ def _top_k(value: TopK, shape: CallShape) -> None:
         tensors["token_log_prob"] = value.token_log_prob
     for name, tensor in tensors.items():
         name = f"teacher: TopK.{name}"
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        tensor = _tensor(name, tensor, "a tensor")
         _same_device(name, tensor, shape.device)
         no_grad_wanted(name, tensor)
-        if name.endswith("ids"):
-            if tensor.dtype not in (torch.int64, torch.int32):
-                raise ValueError(f"{name}: expected int64 or int32, got {tensor.dtype}")
-        elif tensor.dtype not in LOGIT_DTYPES:
-            raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+        if not name.endswith("ids"):
+            _supported_dtype(name, tensor)
+        elif tensor.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{name}: expected int64 or int32, got {tensor.dtype}")
     ids, log_probs = value.ids, value.log_probs
     if ids.ndim < 1 or ids.shape != log_probs.shape or ids.shape[-1] < 1:
         raise ValueError(
@@ -210,13 +206,13 @@ def _top_k(value: TopK, shape: CallShape) -> None:
     vocabulary = shape.vocabulary
     if ids.shape[-1] > vocabulary and not shape.sharded:
         raise ValueError(
-            f"teacher: a TopK support of {ids.shape[-1]} ids, of a vocabulary of {vocabulary}; "
+            f"teacher: a TopK support of {ids.shape[-1]} ids for a vocabulary of {vocabulary}; "
             "check that teacher and student have the same tokenizer, and drop repeated ids"
         )
 
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:
-    """Whether both see the same memory in the same way; their values are not looked at."""
+    """Whether both are views of the same memory with the same layout; does not compare values."""
     if a is b:
         return True
     alike = a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
@@ -224,7 +220,7 @@ def _same_tensor(a: Tensor, b: Tensor) -> bool:
 
 
 def support_size(size: int) -> None:
-    """A support that the Triton kernels can hold."""
+    """Checks that the Triton kernels can hold a support of this size."""
     if size > MAX_SUPPORT:
         raise ValueError(
             f"teacher: a TopK support of {size} ids, more than the {MAX_SUPPORT} that the Triton "
@@ -233,7 +229,7 @@ def support_size(size: int) -> None:
 
 
 def token_log_probs(values: Tensor, valid: Tensor | None) -> None:
-    """Log-probabilities are at most 0, but for rounding, on valid rows. Reads values."""
+    """Checks that log-probabilities on valid rows are at most 0, up to rounding. Reads values."""
     wrong = values > 1e-2
     wrong = wrong if valid is None else wrong & valid
     if bool(wrong.any()):
@@ -246,7 +242,7 @@ def token_log_probs(values: Tensor, valid: Tensor | None) -> None:
 def support_values(
     ids: Tensor, log_probs: Tensor, valid: Tensor | None, vocabulary: int, resolution: float
 ) -> None:
-    """Ids in [-1, V) and log-probabilities of at most 1 in all, on valid rows. Reads values."""
+    """Checks on valid rows that ids are in [-1, V) and masses are at most 1. Reads values."""
     if valid is not None:
         ids, log_probs = ids[valid], log_probs[valid]
     wrong = (ids < -1) | (ids >= vocabulary)
@@ -256,48 +252,47 @@ def support_values(
             f"[0, {vocabulary}); -1 is padding"
         )
     ordered, order = ids.sort(-1)
-    kept = (ordered >= 0) & torch.nn.functional.pad(
-        ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True
-    )
+    distinct = torch.nn.functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
+    counts = (ordered >= 0) & distinct
     log_probs = log_probs.gather(-1, order).double()
-    # Computed in fp32 and rounded once, at least.
+    # Allows for arithmetic in fp32 and several roundings to the dtype of the log-probabilities.
     slack = 1e-4 + 4 * resolution * (1 + log_probs.abs())
-    positive = kept & (log_probs > slack)
+    positive = counts & (log_probs > slack)
     if bool(positive.any()):
         raise ValueError(
             f"teacher: TopK.log_probs has {float(log_probs[positive][0]):g}, but log-probabilities "
             "are at most 0; give the log_softmax over the whole vocabulary, not logits"
         )
-    q = torch.where(kept, log_probs.exp(), 0.0)
+    q = torch.where(counts, log_probs.exp(), 0.0)
     mass, allowed = q.sum(-1), 1 + (q * slack).sum(-1)
     if bool((mass > allowed).any()):
         raise ValueError(
             f"teacher: TopK.log_probs sum to a mass of {float(mass[mass > allowed][0]):g}, more "
-            "than 1; give the log_softmax over the whole vocabulary, not rounded to a few decimals"
+            "than 1; give the log_softmax over the whole vocabulary, without rounding it to a few "
+            "decimals"
         )
 
 
 def no_grad_wanted(name: str, tensor: Tensor) -> None:
     if tensor.requires_grad:
-        own = name.rpartition(" ")[2]
+        expression = name.rpartition(" ")[2]
         raise ValueError(
-            f"{name}: requires a gradient, and gets none here; pass {own}.detach(), or compute it "
-            "under torch.no_grad()"
+            f"{name}: requires a gradient, but gets none here; pass {expression}.detach(), or "
+            "compute it under torch.no_grad()"
         )
 
 
 def can_be_saved(name: str, tensor: object) -> None:
-    """Autograd keeps it until the backward, which it refuses for inference tensors."""
+    """Rejects inference tensors, which autograd can't save for the backward."""
     if isinstance(tensor, Tensor) and not torch.compiler.is_compiling() and tensor.is_inference():
         raise ValueError(
-            f"{name}: made under torch.inference_mode(), and can't be kept for the backward; make "
-            f"it under torch.no_grad(), or pass {name}.clone()"
+            f"{name}: made under torch.inference_mode(), so it can't be saved for the backward; "
+            f"make it under torch.no_grad(), or pass {name}.clone()"
         )
 
 
 def token_ids(ids: object, shape: CallShape) -> None:
-    if not isinstance(ids, Tensor):
-        raise ValueError(f"token_ids: expected an integer tensor, got {type(ids).__name__}")
+    ids = _tensor("token_ids", ids, "an integer tensor")
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"token_ids: expected int64 or int32, got {ids.dtype}; use .long()")
     _same_rows("token_ids", ids.shape, shape)
@@ -305,20 +300,19 @@ def token_ids(ids: object, shape: CallShape) -> None:
 
 
 def token_ids_in_range(ids: Tensor, valid: Tensor | None, vocabulary: int) -> None:
-    """Every id on a valid row lies in [0, V). Reads values."""
+    """Checks that the id of every valid row lies in [0, V). Reads values."""
     wrong = (ids < 0) | (ids >= vocabulary)
     if valid is not None:
         wrong = wrong & valid
     if bool(wrong.any()):
         raise ValueError(
             f"token_ids: {int(ids[wrong][0])} is outside the vocabulary [0, {vocabulary}); "
-            "mask such rows, or give them the id -100"
+            "mask such rows, or set their ids to -100"
         )
 
 
 def row_mask(mask: object, shape: CallShape) -> None:
-    if not isinstance(mask, Tensor):
-        raise ValueError(f"mask: expected a bool or 0/1 integer tensor, got {type(mask).__name__}")
+    mask = _tensor("mask", mask, "a bool or 0/1 integer tensor")
     if mask.is_floating_point() or mask.is_complex():
         raise ValueError(
             f"mask: expected bool or 0/1 integers, got {mask.dtype}; use mask.bool(), and put "
@@ -329,7 +323,7 @@ def row_mask(mask: object, shape: CallShape) -> None:
 
 
 def row_weight(name: str, value: object, shape: CallShape) -> None:
-    """A number, a scalar tensor, or one floating value per row."""
+    """Checks a weight: a number, a scalar tensor, or one floating value per row."""
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise ValueError(f"{name}: expected a floating tensor, got {value.dtype}; use .float()")
@@ -342,15 +336,12 @@ def row_weight(name: str, value: object, shape: CallShape) -> None:
 
 
 def advantages(value: object, shape: CallShape) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(
-            "advantages: expected a tensor with one value per token, or a function "
-            f"TokenTerms -> tensor, got {type(value).__name__}"
-        )
+    kinds = "a tensor with one value per token, or a function TokenTerms -> tensor"
+    value = _tensor("advantages", value, kinds)
     if value.shape != shape.leading:
         raise ValueError(
             f"advantages: shape {tuple(value.shape)}, expected {tuple(shape.leading)}, one value "
-            "per token; one value per sequence goes through .unsqueeze(-1).expand(...)"
+            "per token; for one value per sequence use .unsqueeze(-1).expand(...)"
         )
     row_weight("advantages", value, shape)
 
@@ -360,7 +351,7 @@ def num_tokens(value: object, reduction: str, device: torch.device) -> None:
         return
     if reduction != "mean":
         raise ValueError(
-            f"num_tokens: given with reduction={reduction!r}, but it only divides the mean; "
+            f"num_tokens: given with reduction={reduction!r}, but only a mean is divided by it; "
             'leave it out, or use reduction="mean"'
         )
     if isinstance(value, Tensor):
@@ -372,7 +363,7 @@ def num_tokens(value: object, reduction: str, device: torch.device) -> None:
 
 
 def divergence(value: object) -> Divergence:
-    """The `Divergence` that a name or a `Divergence` stands for."""
+    """The `Divergence`, given as such or by its name."""
     if isinstance(value, str):
         return Divergence(value)
     if not isinstance(value, Divergence):
@@ -398,7 +389,7 @@ def process_group(value: object) -> str:
     ):
         raise ValueError(
             f"process_group: expected a torch.distributed.ProcessGroup, got "
-            f"{type(value).__name__}; of a DeviceMesh give mesh.get_group(name)"
+            f"{type(value).__name__}; for a DeviceMesh give mesh.get_group(name)"
         )
     return value.group_name
 
@@ -406,20 +397,20 @@ def process_group(value: object) -> str:
 def inplace(student_logits: Tensor) -> None:
     if student_logits.is_leaf and student_logits.requires_grad:
         raise ValueError(
-            "inplace: student_logits is a leaf that requires a gradient, and writing over it "
+            "inplace: student_logits is a leaf that requires a gradient, so that overwriting it "
             "would destroy a parameter; use inplace=False"
         )
     sizes_and_strides = zip(student_logits.shape, student_logits.stride(), strict=True)
     if any(size > 1 and stride == 0 for size, stride in sizes_and_strides):
         raise ValueError(
-            "inplace: student_logits is expanded, so that several rows share one memory, which can "
-            "hold one gradient only; use inplace=False"
+            "inplace: student_logits is expanded, so that several rows share memory that can hold "
+            "only one gradient; use inplace=False"
         )
 
 
 def choice(name: str, value: object, options: Sequence[str]) -> None:
     if value not in options:
-        raise ValueError(f"{name}: unknown value {value!r}; one of {', '.join(options)}")
+        raise ValueError(f"{name}: unknown value {value!r}; expected one of {', '.join(options)}")
 
 
 def number(
@@ -430,7 +421,7 @@ def number(
     high: float = math.inf,
     open_low: bool = False,
 ) -> None:
-    """A finite number in the range; symbolic numbers under torch.compile count as numbers."""
+    """Checks for a finite number in a range; torch.compile's symbolic numbers are accepted."""
     kinds = (int, float, torch.SymInt, torch.SymFloat)
     if not isinstance(value, kinds) or isinstance(value, bool):
         raise ValueError(f"{name}: expected a number, got {type(value).__name__}")
@@ -442,9 +433,8 @@ def number(
 
 
 def matrix(name: str, value: object) -> None:
-    """A floating `[B, T]` tensor."""
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name}: expected a [B, T] tensor, got {type(value).__name__}")
+    """Checks for a floating `[B, T]` tensor."""
+    value = _tensor(name, value, "a [B, T] tensor")
     if value.ndim != 2 or not value.is_floating_point():
         raise ValueError(
             f"{name}: expected a floating [B, T] tensor, got {value.dtype} of shape "
@@ -453,9 +443,8 @@ def matrix(name: str, value: object) -> None:
 
 
 def per_sequence(name: str, value: object, batch: int, device: torch.device) -> None:
-    """A real `[B]` tensor."""
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name}: expected a [B] tensor, got {type(value).__name__}")
+    """Checks for a `[B]` tensor."""
+    value = _tensor(name, value, "a [B] tensor")
     if value.shape != (batch,):
         raise ValueError(
             f"{name}: shape {tuple(value.shape)}, expected ({batch},), one value per sequence"
@@ -464,7 +453,7 @@ def per_sequence(name: str, value: object, batch: int, device: torch.device) -> 
 
 
 def group_size(value: int | None, batch: int, baseline: str) -> int:
-    """The size of a group, where None stands for the whole batch."""
+    """Checks and returns the size of a group; None means the whole batch."""
     size = batch if value is None else value
     if not isinstance(size, int) or isinstance(size, bool) or (value is not None and size < 1):
         raise ValueError(f"group_size: expected a positive integer or None, got {value!r}")
@@ -481,9 +470,19 @@ def group_size(value: int | None, batch: int, baseline: str) -> int:
     return max(size, 1)
 
 
+def _tensor(name: str, value: object, expected: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected {expected}, got {type(value).__name__}")
+    return value
+
+
+def _supported_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in LOGIT_DTYPES:
+        raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+
+
 def _logits(name: str, logits: object) -> None:
-    if not isinstance(logits, Tensor):
-        raise ValueError(f"{name}: expected a [..., V] tensor, got {type(logits).__name__}")
+    logits = _tensor(name, logits, "a [..., V] tensor")
     if logits.dtype not in LOGIT_DTYPES:
         raise ValueError(
             f"{name}: expected float32, bfloat16 or float16, got {logits.dtype}; cast it, or use "
@@ -501,8 +500,8 @@ def _logits(name: str, logits: object) -> None:
 def _same_rows(name: str, leading: torch.Size, shape: CallShape) -> None:
     if leading != shape.leading:
         raise ValueError(
-            f"{name}: leading shape {tuple(leading)}, expected {tuple(shape.leading)} as in the "
-            "student's logits without their vocabulary dimension"
+            f"{name}: leading shape {tuple(leading)}, expected {tuple(shape.leading)}, the shape "
+            "of the student's logits without the vocabulary"
         )
 
 

@@ -1,10 +1,10 @@
-"""Output layers: whatever stands for one, as the plain tensors of a sum of products.
+"""Output layers, given as tensors or modules, as the plain tensors of a sum of products.
 
     logits = softcap tanh(logit_scale (sum_i hidden_i weight_i^T + bias) / softcap)
 
-One product for a weight; one more for each active LoRA adapter, with hidden_1 = s (hidden A^T) and
-weight_1 = B, so that the adapter costs a product of rank r and no `[V, D]` copy, and the frozen
-weight below it needs no gradient.
+The weight is one product. Each active LoRA adapter adds another, with hidden_1 = s (hidden A^T) and
+weight_1 = B, so that it costs a product of rank r and no `[V, D]` copy, and the frozen weight below
+it needs no gradient.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from hybrid_kernels.types import LinearTeacher
 
 
 class LinearStudent(NamedTuple):
-    """The student as the caller gave it to a linear function."""
+    """The student as the caller passed it to a linear function."""
 
     hidden: Tensor
     weight: Tensor | nn.Module
@@ -28,7 +28,7 @@ class LinearStudent(NamedTuple):
 
 
 class Head(NamedTuple):
-    """Hidden states and an output layer, student's or teacher's, as plain tensors.
+    """The hidden states and output layer of a student or teacher, as plain tensors.
 
     Attributes:
         hiddens: `[N, D_i]`, contiguous.
@@ -48,31 +48,31 @@ class Head(NamedTuple):
     def of(
         cls, name: str, side: "LinearStudent | LinearTeacher", valid: Tensor | None = None
     ) -> "Head":
-        """The checked tensors of an output layer.
+        """Checks an output layer and returns its tensors.
 
         Args:
-            name: how the arguments' names begin in messages.
-            side: the hidden states, checked before, and the layer.
-            valid: bool `[N]`, the rows that count. The others may hold anything, which a GEMM would
-                spread.
+            name: the prefix of the arguments' names in messages.
+            side: the hidden states, already checked, and the layer.
+            valid: bool `[N]`, the rows that count. The others may hold NaN, which a GEMM would
+                spread into the gradient of an adapter.
         """
         hidden, weight, bias = side.hidden, side.weight, side.bias
         dtype, autocast = hidden.dtype, _is_autocast(hidden.device.type)
         if autocast:
-            # As a linear layer does.
+            # A linear layer does the same.
             dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
         hiddens, weights = [hidden], []
         if isinstance(weight, nn.Module):
             module, adapters = _unwrapped(name, weight)
-            own = getattr(module, "bias", None)
-            if own is not None and bias is not None:
+            layer_bias = getattr(module, "bias", None)
+            if layer_bias is not None and bias is not None:
                 raise ValueError(f"{name}bias: given, but the layer has one; leave it out")
-            bias = own if bias is None else bias
+            bias = layer_bias if bias is None else bias
             weight = module.weight
-            seen = hidden
+            masked = hidden
             if adapters and valid is not None:
-                seen = hidden.masked_fill(~valid.reshape(-1, 1), 0.0)
+                masked = hidden.masked_fill(~valid.reshape(-1, 1), 0.0)
             for down, up, scaling, dropout in adapters:
                 if up.bias is not None or down.bias is not None:
                     raise ValueError(
@@ -80,7 +80,7 @@ class Head(NamedTuple):
                         "supported; merge the adapter"
                     )
                 factor = _whole(down.weight, None)
-                low = nn.functional.linear(dropout(seen.to(factor.dtype)), factor)
+                low = nn.functional.linear(dropout(masked.to(factor.dtype)), factor)
                 hiddens.append((low * scaling).to(dtype))
                 weights.append(_whole(up.weight, dtype))
         if not isinstance(weight, Tensor):
@@ -98,7 +98,7 @@ class Head(NamedTuple):
 
 def _is_autocast(device: str) -> bool:
     """Whether autocast is on; some devices ("meta") have none."""
-    # The compiler of torch 2.10 can't trace the question whether there is one.
+    # torch 2.10's compiler can't trace `is_autocast_available`.
     exists = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     return exists and torch.is_autocast_enabled(device)
 
@@ -106,7 +106,7 @@ def _is_autocast(device: str) -> bool:
 def _unwrapped(name: str, module: nn.Module) -> tuple[Any, list[tuple[Any, Any, float, Any]]]:
     """The layer below PEFT's wrappers, and the LoRA adapters on it: (A, B, scaling, dropout).
 
-    By what they have, not by their classes: PEFT need not be installed.
+    Wrappers are recognised by their attributes, since PEFT need not be installed.
     """
     wrapped: Any = module
     if hasattr(wrapped, "modules_to_save"):
@@ -117,17 +117,17 @@ def _unwrapped(name: str, module: nn.Module) -> tuple[Any, list[tuple[Any, Any, 
         if type(wrapped).forward is not nn.Linear.forward:
             raise ValueError(
                 f"{name}weight: a {type(module).__name__}, of which only a linear layer's forward "
-                "is known here; give the [V, D] weight that it multiplies with"
+                "is known here; give the [V, D] weight that it multiplies by"
             )
         return wrapped, []
     if not hasattr(wrapped, "lora_A"):
         raise ValueError(
             f"{name}weight: a {type(module).__name__}, whose adapter is not LoRA; merge the "
-            "adapter, or give the weight that it makes"
+            "adapter, or give the resulting weight"
         )
     layer, adapters = wrapped.base_layer, []
     if wrapped.disable_adapters != wrapped.merged:
-        # (Merged adapters are in the weight; disabled ones, not merged, are nowhere.)
+        # Merged adapters are part of the weight already; disabled ones, not merged, have no effect.
         return _unwrapped(name, layer)
     if wrapped.merged:
         raise ValueError(
@@ -145,15 +145,15 @@ def _unwrapped(name: str, module: nn.Module) -> tuple[Any, list[tuple[Any, Any, 
             )
         parts = wrapped.lora_A[adapter], wrapped.lora_B[adapter]
         adapters.append((*parts, wrapped.scaling[adapter], wrapped.lora_dropout[adapter]))
-    base, more = _unwrapped(name, layer)
-    return base, more + adapters
+    base, inner_adapters = _unwrapped(name, layer)
+    return base, inner_adapters + adapters
 
 
 def _check_partition(name: str, weight: Tensor) -> None:
-    """DeepSpeed ZeRO-3 leaves parameters empty but while a module that uses them runs."""
+    """Rejects a parameter that DeepSpeed ZeRO-3 has left empty outside its module's forward."""
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         raise ValueError(
-            f"{name}weight: partitioned by DeepSpeed ZeRO-3, and not gathered here; call the loss "
+            f"{name}weight: partitioned by DeepSpeed ZeRO-3 and not gathered; call the loss "
             "inside the forward of a module on which "
             "deepspeed.zero.register_external_parameter(module, weight) was called"
         )
@@ -164,15 +164,18 @@ def _is_dtensor(weight: Tensor) -> bool:
 
 
 def _whole(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The whole weight on this rank, in a dtype (None: as it is)."""
+    """The whole weight on this rank, converted to `dtype` unless that is None."""
     if dtype is not None and weight.dtype != dtype:
-        weight = weight.to(dtype)  # before it is gathered: fewer bytes
+        weight = weight.to(dtype)  # before gathering, which then moves fewer bytes
     return _Gather.apply(weight) if _is_dtensor(weight) else weight
 
 
 class _Gather(torch.autograd.Function):
-    """A DTensor as FSDP2 (`fully_shard`) has it: gathered for the forward; the gradients of the
-    ranks, which see different data, averaged and scattered in the backward, as FSDP2 does."""
+    """Gathers a DTensor of FSDP2 (`fully_shard`) for the forward.
+
+    The backward averages the gradients of the ranks, which see different data, and scatters the
+    mean, as FSDP2 does.
+    """
 
     @staticmethod
     def forward(ctx, weight):
@@ -184,5 +187,5 @@ class _Gather(torch.autograd.Function):
         from torch.distributed.tensor import DTensor, Partial
 
         mesh = ctx.mesh
-        own = DTensor.from_local(gradient / mesh.size(), mesh, [Partial()] * mesh.ndim)
-        return own.redistribute(placements=ctx.placements)
+        share = DTensor.from_local(gradient / mesh.size(), mesh, [Partial()] * mesh.ndim)
+        return share.redistribute(placements=ctx.placements)

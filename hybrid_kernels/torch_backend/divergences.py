@@ -1,4 +1,4 @@
-"""The divergences of the torch backend: values and slopes on buffers of probabilities.
+"""The divergences on the torch backend: values and slopes from buffers of probabilities.
 
 `triton_backend/divergences.py` has the same formulas for Triton.
 """
@@ -12,17 +12,18 @@ from torch import Tensor
 
 from hybrid_kernels.divergences import Family
 
-Sums: TypeAlias = tuple[Tensor, Tensor]  # of terms and slopes, each `[r, 1]`
+Sums: TypeAlias = tuple[Tensor, Tensor]  # the sums of terms and of slopes, each `[r, 1]`
 
 
 class Entries(NamedTuple):
-    """Both distributions, on block buffers.
+    """Student and teacher in the buffers of a block, each `[r, V]` or `[r, K + 1]`.
 
     Attributes:
         p, q: the probabilities.
         log_ratio: l = log p - log q, 0 where both are -inf.
-        log_p: log p. Without guards only Renyi's divergence has it, and others NaN.
-        log_q: log q. Without guards there is none: all is finite then, or becomes NaN.
+        log_p: log p. Without guards it is valid for Renyi's divergence only.
+        log_q: log q with guards against infinities; None without, where all logits are finite or
+            the result becomes NaN.
     """
 
     p: Tensor
@@ -32,7 +33,7 @@ class Entries(NamedTuple):
     log_q: Tensor | None = None
 
     def of_some(self, probability: Tensor, value: Tensor) -> Tensor:
-        """A value that is a factor of a probability; guarded, 0 where that is 0."""
+        """A factor of a probability; with guards, 0 where the probability is 0."""
         return value if self.log_q is None else value.masked_fill(probability == 0, 0.0)
 
     def dot(self, probability: Tensor, value: Tensor) -> Tensor:
@@ -40,18 +41,18 @@ class Entries(NamedTuple):
 
 
 class Form(NamedTuple):
-    """A divergence on block buffers.
+    """The formulas of a divergence.
 
     The slopes of its terms are dt/dlog p = p u + v, up to a multiple of p (which changes no logit
-    gradient). `Family` says which of the two there are, and all else that holds of a divergence.
+    gradient). `Family` says whether u and v exist, and describes the divergence otherwise.
 
     Attributes:
         sums: (entries, parameter) -> the value and the sum of the slopes, each `[r, 1]`; leaves u
-            in the buffer of l and -v in that of q. Of a tilted family S - 1 and log S, as `settle`
-            wants them, with the buffers left alone: `tilt` fills them later.
-        small_value: entries -> `[r, 1]`, the value as a sum of positive terms, right near p = q.
-        lost_sign: the sign with which 1 - sum q, of a q raised to a floor, enters it.
-        lost_share: parameter -> the factor with which it enters the value of `sums`.
+            in the buffer of l and -v in that of q. A tilted family instead returns S - 1 and log S,
+            as `settle` expects, and leaves the buffers to `tilt`.
+        small_value: entries -> `[r, 1]`, the value as a sum of positive terms, exact near p = q.
+        lost_sign: the sign of 1 - sum q in `small_value`, for a q that was raised to a floor.
+        lost_share: parameter -> the factor of 1 - sum q in the value of `sums`.
     """
 
     sums: Callable[[Entries, float], Sums]
@@ -60,7 +61,7 @@ class Form(NamedTuple):
     lost_share: Callable[[float], float] | None = None
 
     def compare(self, entries: Entries, a: float, lost: Tensor | float) -> Sums:
-        """As `sums`, with what 1 - sum q does to the value."""
+        """Like `sums`, with `lost` = 1 - sum q accounted for in the value."""
         value, slope_sum = self.sums(entries, a)
         if self.lost_share is not None:
             value = value + self.lost_share(a) * lost
@@ -70,14 +71,14 @@ class Form(NamedTuple):
 def settle(
     family: Family, value: Tensor, slope_sum: Tensor, finite: Tensor, a: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a row's divergence makes of the sums of its terms and slopes, and its edge cases.
+    """Turns a row's sums into its divergence and sum of slopes, edge cases included.
 
-    Returns the value, the sum of slopes and, for Renyi's, the log S that its slopes need (else 0).
-    S is 1 + sum (p^a q^(1-a) - p) where it is near 1; elsewhere a log-sum-exp, which stands in the
-    place of the slopes' sum.
+    Returns the value, the sum of slopes and, for Renyi's divergence, the log S that its slopes need
+    (0 for others). For Renyi's, `value` is S - 1 = sum (p^a q^(1-a) - p), used where S is near 1,
+    and `slope_sum` is log S as a log-sum-exp, used elsewhere.
 
-    Where both normalisers are `finite`, a NaN is the 0 * inf of a probability that underflows, and
-    means that one side forbids what the other may still say.
+    Where both normalisers are `finite`, a NaN comes from 0 * inf with a probability that
+    underflows: one side forbids an entry that the other allows, and the divergence is infinite.
     """
     log_s = torch.zeros_like(value)
     if family.tilted:
@@ -86,13 +87,13 @@ def settle(
         value, slope_sum = log_s / (a - 1), torch.where(log_s.isinf(), math.inf, 0.0)
     if family.one_sweep:
         value, slope_sum = (torch.where(x.isnan(), math.inf, x) for x in (value, slope_sum))
-    # Comparisons lose sight of a NaN.
+    # A NaN does not survive comparisons, so rows without finite normalisers are set to it.
     value, slope_sum = (torch.where(finite, x, math.nan) for x in (value, slope_sum))
     return value, slope_sum, log_s
 
 
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
-    # torch.dot would be faster on one row, and less exact: it adds a whole row up in one pass.
+    # torch.dot would be faster for one row, but less exact, since it sums the row in one pass.
     return torch.linalg.vecdot(a, b)[:, None]
 
 
@@ -111,10 +112,10 @@ def _jeffreys(entries: Entries, _: float) -> Sums:
 
 
 def _mixture_log_ratios(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """log(m/p), in the buffer of l, and log(m/q) of m = beta q + (1-beta) p.
+    """log(m/p), in the buffer of l, and log(m/q), for m = beta q + (1-beta) p.
 
-    Of the larger of p and q it is s = log(c e^-|l| + 1 - c), where c is the weight of the other.
-    The other one's is |l| + s, which would leave nothing of s to be found again where l is large.
+    For the larger of p and q it is s = log(c e^-|l| + 1 - c), where c is the weight of the smaller;
+    for the smaller it is |l| + s. Each comes from s, because |l| + s rounds s away if l is large.
     """
     c = torch.where(log_ratio > 0, beta, 1 - beta)
     s = log_ratio.abs().neg_().expm1_().mul_(c).log1p_()
@@ -133,7 +134,7 @@ def _jsd(entries: Entries, beta: float) -> Sums:
 def _skew_reverse_kl(entries: Entries, a: float) -> Sums:
     log_p_over_m = _mixture_log_ratios(entries.log_ratio, 1 - a)[0].neg_()
     value = entries.dot(entries.p, log_p_over_m)
-    # log(p/m) - a p/m, which is 0 at p = q once a is added.
+    # u is log(p/m) - a p/m, plus the constant a, which makes it 0 at p = q.
     u = log_p_over_m.add_(log_p_over_m.expm1(), alpha=-a)
     return value, entries.dot(entries.p, u)
 
@@ -141,15 +142,15 @@ def _skew_reverse_kl(entries: Entries, a: float) -> Sums:
 def _skew_forward_kl(entries: Entries, a: float) -> Sums:
     log_q_over_m = _mixture_log_ratios(entries.log_ratio, a)[1].neg_()
     value = entries.dot(entries.q, log_q_over_m)
-    u = torch.expm1(log_q_over_m, out=entries.log_ratio).mul_(a - 1)  # -(1-a) q/m, but for 1-a
+    u = torch.expm1(log_q_over_m, out=entries.log_ratio).mul_(a - 1)  # -(1-a) q/m + (1-a)
     return value, entries.dot(entries.p, u)
 
 
 def _alpha_terms(entries: Entries, a: float) -> Tensor:
-    """The sum of a p + (1-a) q - p^a q^(1-a), over a (1-a): of positive terms.
+    """The sum of a p + (1-a) q - p^a q^(1-a), divided by a (1-a), so that terms are positive.
 
     With x = -|l| a term is c (e^x - 1) - (e^(cx) - 1) times the larger of p and q, where c is a or
-    1-a; near x = 0 less the parts of first order, which cancel.
+    1-a. Near x = 0 both parts are taken without their first order, which cancels.
     """
     p, q, log_ratio = entries[:3]
     below = log_ratio < 0
@@ -167,7 +168,7 @@ def _alpha_terms(entries: Entries, a: float) -> Tensor:
     return terms.sum(-1, keepdim=True) / (a * (1 - a))
 
 
-# Where the series of `_square` has seven digits.
+# For |x| up to this, the series of `_square` is accurate to seven digits.
 _NEAR = 0.05
 
 
@@ -180,8 +181,10 @@ def _square(x: Tensor) -> Tensor:
 
 
 def _tilted(q: Tensor, exponent: Tensor, whole: Callable[[], Tensor]) -> None:
-    """Leaves u = e^exponent - 1 in `exponent` and -v = 0 in q; where u would be a large number, for
-    an entry whose p is next to nothing against `whole`, -1 and -whole."""
+    """Leaves u = e^exponent - 1 in `exponent` and -v = 0 in q.
+
+    Where u would be very large, because p is tiny compared with `whole`, u is -1 and -v is -whole.
+    """
     plain = exponent.abs() < 30
     if exponent.device.type == "cpu" and bool(plain.all()):
         exponent.expm1_()
@@ -192,21 +195,20 @@ def _tilted(q: Tensor, exponent: Tensor, whole: Callable[[], Tensor]) -> None:
 
 
 def _from_larger(entries: Entries, a: float) -> tuple[Tensor, Tensor]:
-    """The larger of p and q, and what log p^a q^(1-a) has more than its logarithm: at most 0 for
-    0 < a < 1."""
+    """The larger of p and q, and log p^a q^(1-a) minus its logarithm, at most 0 for 0 < a < 1."""
     below = entries.log_ratio < 0
     larger = torch.where(below, entries.q, entries.p)
     return larger, torch.where(below, a, a - 1) * entries.log_ratio
 
 
 def _is_hidden(entries: Entries, a: float) -> Tensor:
-    """Where p^a q^(1-a) may be large and the larger of p and q too small to tell."""
+    """Where p^a q^(1-a) may be large although the larger of p and q has (almost) underflowed."""
     larger, added = _from_larger(entries, a)
     return (larger < 1e-30) & (added > 20)
 
 
 def _log_geometric(entries: Entries, a: float) -> Tensor:
-    """log p^a q^(1-a). Without guards infinities make it NaN."""
+    """log p^a q^(1-a); without guards, NaN where a logarithm is infinite."""
     _, _, log_ratio, log_p, log_q = entries
     if log_q is None:
         return (a - 1) * log_ratio + log_p
@@ -242,17 +244,19 @@ def _renyi(entries: Entries, a: float) -> Sums:
     if not (plain.device.type == "cpu" and bool(plain.all())):
         terms = torch.where(plain, terms, _geometric(entries, a) - entries.p)
     value = terms.sum(-1, keepdim=True)
-    # (Without guards an infinity shows in log S alone.)
+    # Without guards an infinity shows only in log S.
     return value if entries.log_q is not None else value + 0.0 * log_s, log_s
 
 
 def tilt(entries: Entries, a: float, log_s: Tensor) -> None:
-    """Leaves u and -v of a tilted family in the buffers: of slopes a/(a-1) (p^a q^(1-a)/S - p),
-    which sum to 0."""
+    """Leaves u and -v of a tilted family in the buffers.
+
+    The slopes are a/(a-1) (p^a q^(1-a)/S - p), which sum to 0.
+    """
     q, log_ratio = entries.q, entries.log_ratio
     raw = entries._replace(log_ratio=log_ratio.clone())
     exponent = log_ratio.mul_(a - 1).sub_(log_s)
-    # (At most 1, whatever the rounding of large logarithms.)
+    # The share of an entry is at most 1, even if large logarithms are rounded.
     _tilted(q, exponent, lambda: (_log_geometric(raw, a) - log_s).clamp_(max=0.0).exp_())
     log_ratio.mul_(a / (a - 1))
     q.mul_(a / (a - 1))
@@ -267,7 +271,7 @@ def _tv(entries: Entries, _: float) -> Sums:
 
 
 def _excess(log_ratio: Tensor) -> Tensor:
-    """exp(-l) - 1 + l for |l| < 0.5, by its series: the difference itself would cancel."""
+    """exp(-l) - 1 + l for |l| < 0.5, from its series, since the difference would cancel."""
     series = torch.full_like(log_ratio, 1.0 / 362880)
     for factorial in (40320, 5040, 720, 120, 24, 6, 2):
         series.mul_(-log_ratio).add_(1.0 / factorial)

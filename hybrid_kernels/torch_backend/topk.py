@@ -1,9 +1,9 @@
 """Top-K teachers on the torch backend: the K + 1 categories of a block of rows.
 
-A divergence is that of two coarse distributions, on the support and on the tail, as
-`triton_backend/topk.py` says, which has the formulas for Triton. Everything here is `[r, K]`;
-what needs a sweep over the vocabulary, the normaliser and the mass outside the support, comes from
-the caller.
+The divergence is between two coarse distributions, whose categories are the entries of the support
+and the tail; `triton_backend/topk.py` explains it, with the formulas for Triton. Everything here is
+`[r, K]`: the normaliser and the mass outside the support, which need a sweep over the vocabulary,
+come from the caller.
 """
 
 from typing import NamedTuple
@@ -24,13 +24,13 @@ from hybrid_kernels.rows import (
 )
 from hybrid_kernels.torch_backend.divergences import FORMS, Entries, settle, tilt
 
-# Rows that are compared at once, on the CPU; and entries elsewhere, where launches are what costs.
+# How much is compared at once: rows on the CPU; entries elsewhere, where launches are expensive.
 _ROWS = 256
 _ENTRIES = 4 << 20
 
 
-class Comparison(NamedTuple):
-    """What the teachers add to a block, columns `[r, 1]` unless said otherwise.
+class SupportTerms(NamedTuple):
+    """The terms of a block of rows that depend on the teachers, `[r, 1]` unless stated otherwise.
 
     Attributes:
         divergence: the weighted sum over the members.
@@ -52,23 +52,23 @@ class Comparison(NamedTuple):
 
 
 class Supports:
-    """The supports of all rows: what sweeps over the vocabulary tell of them, and what follows.
+    """The supports of all rows, with the results of sweeps over the vocabulary.
 
     Attributes:
         counts: `[N, K]` bool, the ids that count.
-        full: `[N, 1]` bool, whether nothing is outside.
-        index: `[N, K]` int64, those ids; 0 where none counts.
+        full: `[N, 1]` bool, whether the support is the whole vocabulary.
+        index: `[N, K]` int64, the ids, with 0 for those that do not count.
         x: `[N, K]`, z - max z on the support.
-        outside: `[N, 1]`, sum exp((z - max z)/T) outside.
-        log_prob: `[N, 1]`, the coefficient of dlog p(y)/dz that stands for all but the entropy in
-            the gradient outside the support: what the divergence pulls there is a multiple of p.
-        constant: `[N, 1]`, the gradient outside the support over p, less the entropy's own term.
-        gradient: `[N, K]`, the gradient on the support, less 1[v = y].
-        exponentials: `[O, I, V]`, where exp((z - max z)/T) is to be kept; None where nowhere.
+        outside: `[N, 1]`, sum exp((z - max z)/T) outside the support.
+        log_prob: `[N, 1]`, the coefficient of dlog p(y)/dz that covers all but the entropy in the
+            gradient outside the support, where the divergence's part is a multiple of p, too.
+        constant: `[N, 1]`, the gradient outside the support over p, without the entropy's own term.
+        gradient: `[N, K]`, the gradient on the support, without the term of 1[v = y].
+        exponentials: `[O, I, V]`, the buffer that keeps exp((z - max z)/T), or None.
     """
 
     def __init__(self, rows: Rows, size: int | Tensor) -> None:
-        """`size` is that of the whole vocabulary, of which `rows` may have a part."""
+        """`size` is the size of the whole vocabulary; `rows` may hold only a shard of it."""
         assert rows.support is not None
         ids = rows.support.long()
         self.rows = rows
@@ -78,50 +78,42 @@ class Supports:
         self.index = torch.where(self.counts, ids, 0)
         self.x = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
         self.outside = torch.zeros((len(ids), 1), dtype=torch.float32, device=ids.device)
-        self.compared: list[Comparison] = []
+        self.terms: list[SupportTerms] = []
         self.exponentials: Tensor | None = None
 
     def compare(self, statistics: Tensor) -> None:
-        """Fills the fields that depend on the teachers."""
+        """Fills the statistics that depend on the teachers."""
         count, size = self.index.shape
         step = _ROWS if self.index.device.type == "cpu" else max(1, _ENTRIES // size)
         for start in range(0, count, step):
             span = slice(start, start + step)
-            own, ids = statistics[:, span], self.rows.token_ids
-            compared = compare(
-                self.rows,
-                span,
-                self.x[span],
-                own[FIELDS.student_lse][:, None],
-                self.outside[span],
-                self.counts[span],
-                self.full[span],
-                None if ids is None else ids[span, None],
-                None if ids is None else own[FIELDS.log_prob][:, None],
-            )
-            self.compared.append(compared)
-            # (On the CPU such ids were an error before.)
+            block = statistics[:, span]
+            terms = compare(self, span, block)
+            self.terms.append(terms)
+            # On the CPU the input checks have already rejected such ids.
             impossible = self.impossible[span].any(-1, keepdim=True)
-            own[FIELDS.divergence] = compared.divergence.masked_fill(impossible, torch.nan)[:, 0]
-            own[FIELDS.student_mass] = compared.student_mass[:, 0]
-            own[FIELDS.teacher_mass] = compared.teacher_mass[:, 0]
-            if compared.teacher_log_prob is not None:
-                own[FIELDS.teacher_log_prob] = compared.teacher_log_prob[:, 0]
-            if compared.correction is not None:
-                own[FIELDS.tail_correction] = compared.correction[:, 0]
+            block[FIELDS.divergence] = terms.divergence.masked_fill(impossible, torch.nan)[:, 0]
+            block[FIELDS.student_mass] = terms.student_mass[:, 0]
+            block[FIELDS.teacher_mass] = terms.teacher_mass[:, 0]
+            if terms.teacher_log_prob is not None:
+                block[FIELDS.teacher_log_prob] = terms.teacher_log_prob[:, 0]
+            if terms.correction is not None:
+                block[FIELDS.tail_correction] = terms.correction[:, 0]
         if self.rows.valid is not None:
             statistics.masked_fill_(~self.rows.valid, 0.0)
 
     def finish(self, statistics: Tensor, coefficients: Coefficients) -> Coefficients:
-        """Fills `log_prob`, `constant` and `gradient`; returns the coefficients with the correction
-        in them."""
+        """Fills `log_prob`, `constant` and `gradient`.
+
+        Returns the coefficients, with the correction of the advantages added.
+        """
         c_div, c_logp, c_ent = coefficients
         lse, entropy = statistics[FIELDS.student_lse][:, None], statistics[FIELDS.entropy][:, None]
         log_prob = torch.zeros_like(lse)
         log_p = torch.where(self.x > LOWEST, self.x / self.rows.temperature_of() - lse, LOWEST)
         if c_div is not None and self.rows.corrects_tail:
-            own = weighted(c_div, statistics[FIELDS.tail_correction][:, None])
-            c_logp = own if c_logp is None else c_logp + own
+            correction = weighted(c_div, statistics[FIELDS.tail_correction][:, None])
+            c_logp = correction if c_logp is None else c_logp + correction
         inner = torch.zeros_like(self.x)
         if c_logp is not None:
             log_prob = log_prob + c_logp
@@ -130,8 +122,8 @@ class Supports:
             inner = inner - c_ent * (log_p + entropy)
         self.gradient = log_p.exp() * inner
         if c_div is not None:
-            pull = torch.cat([part.pull for part in self.compared])
-            tail_pull = torch.cat([part.tail_pull for part in self.compared])
+            pull = torch.cat([terms.pull for terms in self.terms])
+            tail_pull = torch.cat([terms.tail_pull for terms in self.terms])
             self.gradient += weighted(c_div, pull)
             log_prob = log_prob - weighted(c_div, tail_pull)
         self.log_prob, self.constant = log_prob, -log_prob
@@ -140,103 +132,87 @@ class Supports:
         return Coefficients(c_div, c_logp, c_ent)
 
     def write(self, out: Tensor, span: slice) -> None:
-        """Writes the gradient on the support of some rows `[r, V]` over what is there."""
+        """Overwrites the entries of the rows `out` `[r, V]` that lie on their supports."""
         overwrite(out, self.index[span], self.counts[span], self.gradient[span])
 
 
-def overwrite(out: Tensor, index: Tensor, kept: Tensor, values: Tensor) -> None:
-    """Writes the `[..., K]` values that are kept over entries of the last dimension of `out`, and
-    nothing else. The index of what is dropped is 0."""
-    # What is dropped writes the same as one that is kept; where nothing is, all as it was.
-    first = kept.to(torch.int8).argmax(-1, keepdim=True)
-    some = kept.gather(-1, first)
-    index = torch.where(kept, index, index.gather(-1, first))
-    instead = torch.where(some, values.gather(-1, first), out[..., :1])
-    out.scatter_(-1, index, torch.where(kept, values, instead))
+def overwrite(out: Tensor, index: Tensor, selected: Tensor, values: Tensor) -> None:
+    """Writes the selected ones of the `[..., K]` values into `out`, at their index in its last
+    dimension. The index of the others must be 0."""
+    # The others repeat the first selected write or, where there is none, write entry 0 back.
+    first = selected.to(torch.int8).argmax(-1, keepdim=True)
+    has_selected = selected.gather(-1, first)
+    index = torch.where(selected, index, index.gather(-1, first))
+    fallback = torch.where(has_selected, values.gather(-1, first), out[..., :1])
+    out.scatter_(-1, index, torch.where(selected, values, fallback))
 
 
 def first_of_each(ids: Tensor) -> Tensor:
-    """Bool `[r, K]`: ids that are no padding and did not occur before."""
+    """Bool `[r, K]`: ids that are not padding and did not occur before."""
     ordered, order = ids.sort(dim=-1, stable=True)
     repeated = torch.nn.functional.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
     return torch.empty_like(repeated).scatter_(-1, order, ~repeated) & (ids >= 0)
 
 
 def tail_of_teacher(log_q: Tensor, q: Tensor, resolution: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The tail's mass 1 - sum q, as it comes out and as it is taken, and sum q; each `[r, 1]`.
+    """The tail's mass 1 - sum q, raw and adjusted, and sum q; each `[r, 1]`.
 
-    1 - q_max comes from expm1, so that a tail of 1e-12 is not lost. One that is smaller than the
-    rounding of the log-probabilities is taken as what that hides.
+    1 - q_max comes from expm1, so that a tail of 1e-12 is not lost. A tail smaller than the
+    rounding error of the log-probabilities is replaced by the mass that this error may hide.
     """
     top, first = log_q.max(-1, keepdim=True)
     others = q.scatter(-1, first, 0.0).sum(-1, keepdim=True)
     spread = torch.where(q > 0, q * log_q.abs(), 0.0).sum(-1, keepdim=True)
     tail = -torch.expm1(top) - others
-    taken = torch.where(tail <= spread * resolution, max(resolution, HIDDEN_TAIL), tail)
-    return tail, taken, others + top.exp()
+    adjusted = torch.where(tail <= spread * resolution, max(resolution, HIDDEN_TAIL), tail)
+    return tail, adjusted, others + top.exp()
 
 
-def compare(
-    rows: Rows,
-    span: slice,
-    x: Tensor,
-    lse: Tensor,
-    tail_sum: Tensor,
-    kept: Tensor,
-    full: Tensor,
-    token: Tensor | None,
-    token_log_p: Tensor | None,
-) -> Comparison:
-    """Compares a block.
+def compare(supports: Supports, span: slice, statistics: Tensor) -> SupportTerms:
+    """Compares a block of rows, which are the `span` of all rows.
 
-    Args:
-        rows: the problem.
-        span: the block's rows.
-        x: `[r, K]`, z - max z on the support.
-        lse: log sum exp((z - max z)/T).
-        tail_sum: sum exp((z - max z)/T) outside the support.
-        kept: `[r, K]`, which of the support count.
-        full: `[r, 1]`, whether nothing is outside.
-        token: `[r, 1]` sampled ids, or None.
-        token_log_p: log p of them.
+    `statistics` are those of the block; the student's normaliser and log p(y) are filled already.
     """
+    rows, counts = supports.rows, supports.counts[span]
     assert rows.support is not None
     inv_t, total = 1.0 / rows.temperature_of(span), sum(rows.shares)
-    # In which the lowest logit over the smallest temperature is a number. Not all devices have it.
-    dtype = torch.float64 if x.device.type == "cpu" else torch.float32
-    x, lse, tail_sum = x.to(dtype), lse.to(dtype), tail_sum.to(dtype)
-    log_p = torch.where(kept, x * inv_t - lse, -torch.inf)
-    own = torch.cat([log_p, tail_sum.log() - lse], -1)
-    student_mass = log_p.exp().sum(-1, keepdim=True) + 0.0 * lse  # NaN where the row is
-    part = torch.cat([kept, ~full], -1)
+    # The lowest logit over the smallest temperature is finite in fp64, which not all devices have.
+    dtype = torch.float64 if counts.device.type == "cpu" else torch.float32
+    x, lse = supports.x[span].to(dtype), statistics[FIELDS.student_lse][:, None].to(dtype)
+    log_p = torch.where(counts, x * inv_t - lse, -torch.inf)
+    log_p_all = torch.cat([log_p, supports.outside[span].to(dtype).log() - lse], -1)
+    # The mass is NaN where the normaliser is.
+    student_mass = log_p.exp().sum(-1, keepdim=True) + 0.0 * lse
+    included = torch.cat([counts, ~supports.full[span]], -1)
     if rows.tail == "renormalize":
-        own = torch.where(part, own - log_p.logsumexp(-1, keepdim=True), -torch.inf)
-        part[:, -1] = False
-    own = torch.where(part, own, -torch.inf)
-    found = None
-    if token is not None:
-        found = (rows.support[span] == token) & kept
+        log_p_all = log_p_all - log_p.logsumexp(-1, keepdim=True)
+        included[:, -1] = False
+    log_p_all = torch.where(included, log_p_all, -torch.inf)
+    is_token = token_log_p = None
+    if rows.token_ids is not None:
+        is_token = (rows.support[span] == rows.token_ids[span, None]) & counts
+        token_log_p = statistics[FIELDS.log_prob][:, None]
     value = pull = tail_pull = teacher_mass = log_q_token = rho = 0.0
     for share, log_probs in zip(rows.shares, rows.teachers, strict=True):
-        log_q = torch.where(kept, log_probs[span].to(dtype), -torch.inf)
-        member = _compare_member(rows, log_q, own, part, lse)
-        if found is not None:
+        log_q = torch.where(counts, log_probs[span].to(dtype), -torch.inf)
+        member = _compare_member(rows, log_q, log_p_all, included, lse)
+        if is_token is not None:
             floor = -torch.inf if rows.teacher_floor is None else rows.teacher_floor
-            of_token = torch.where(found, log_q.clamp(min=floor), 0.0).sum(-1, keepdim=True)
-            log_q_token = log_q_token + share * of_token
+            on_support = torch.where(is_token, log_q.clamp(min=floor), 0.0).sum(-1, keepdim=True)
+            log_q_token = log_q_token + share * on_support
         value = value + share * member.divergence
         pull = pull + share * member.pull
         tail_pull = tail_pull + share * member.tail_pull
         teacher_mass = teacher_mass + share / total * member.mass
         rho = rho + share * member.rho
-    log_q_token, correction = _token(rows, span, found, log_q_token, token_log_p, rho)
+    log_q_token, correction = _token(rows, span, is_token, log_q_token, token_log_p, rho)
     if rows.tail != "bucket":
         tail_pull = torch.zeros_like(lse)
     assert isinstance(value, Tensor)
     assert isinstance(pull, Tensor)
     assert isinstance(tail_pull, Tensor)
     assert isinstance(teacher_mass, Tensor)
-    return Comparison(
+    return SupportTerms(
         value.float(),
         None if log_q_token is None else log_q_token.float(),
         None if correction is None else correction.float(),
@@ -248,8 +224,11 @@ def compare(
 
 
 class _Member(NamedTuple):
-    """What one teacher adds, before its share: as in `Comparison`; the mass on the support; and rho
-    of the tail, NaN where the student forbids it."""
+    """The terms of one teacher, without its share: see `SupportTerms`.
+
+    `mass` is its mass on the support; `rho` is log p - log q of the tail, NaN where the student
+    forbids it.
+    """
 
     divergence: Tensor
     pull: Tensor
@@ -258,25 +237,29 @@ class _Member(NamedTuple):
     rho: Tensor
 
 
-def _compare_member(rows: Rows, log_q: Tensor, own: Tensor, part: Tensor, lse: Tensor) -> _Member:
-    """Compares log q `[r, K]` with log p `[r, K + 1]`, the last one the tail's; `part` are the
-    categories that take part."""
+def _compare_member(
+    rows: Rows, log_q: Tensor, log_p: Tensor, included: Tensor, lse: Tensor
+) -> _Member:
+    """Compares log q `[r, K]` with log p `[r, K + 1]`, which has the tail last.
+
+    `included` marks the categories that count.
+    """
     family, floor = FAMILIES[rows.divergence], rows.teacher_floor
     raw_tail, tail_q, mass = tail_of_teacher(log_q, log_q.exp(), rows.resolution)
     raw_q = torch.cat([log_q.exp(), raw_tail], -1)
-    their = torch.cat([log_q, tail_q.log()], -1)
-    # What both sides forbid is left out, and not raised to the floor.
-    some = part & ((own > -torch.inf) | (their > -torch.inf))
+    log_q = torch.cat([log_q, tail_q.log()], -1)
+    # Categories that both sides forbid do not count, and are not raised to the floor.
+    possible = included & ((log_p > -torch.inf) | (log_q > -torch.inf))
     if floor is not None:
-        their = torch.where(some, their.clamp(min=floor), -torch.inf)
+        log_q = torch.where(possible, log_q.clamp(min=floor), -torch.inf)
     if rows.tail == "renormalize":
-        their = their - their[:, :-1].logsumexp(-1, keepdim=True)
-        raw_q = torch.where(part, their.exp(), 0.0)
-    p, q = own.exp(), torch.where(some, their.exp(), 0.0)
-    log_ratio = torch.where(some, own - their, 0.0)
+        log_q = log_q - log_q[:, :-1].logsumexp(-1, keepdim=True)
+        raw_q = torch.where(included, log_q.exp(), 0.0)
+    p, q = log_p.exp(), torch.where(possible, log_q.exp(), 0.0)
+    log_ratio = torch.where(possible, log_p - log_q, 0.0)
     rho = torch.where(p[:, -1:] > 0, log_ratio[:, -1:], torch.nan)
-    entries = Entries(p, q, log_ratio, own, torch.where(some, their, -torch.inf))
-    # (NaN where a side that is renormalised has no mass on the support.)
+    entries = Entries(p, q, log_ratio, log_p, torch.where(possible, log_q, -torch.inf))
+    # A side that is renormalised without mass on the support is NaN.
     finite = (mass + lse + (p + q).sum(-1, keepdim=True)).isfinite()
     lost = (raw_q - q).sum(-1, keepdim=True)
     value, slope_sum = _sums(rows, entries, lost, finite)
@@ -284,13 +267,13 @@ def _compare_member(rows: Rows, log_q: Tensor, own: Tensor, part: Tensor, lse: T
     if family.has_v:
         slopes = slopes - q
     slopes = slopes - p * slope_sum
-    # Of an empty tail no entry is left to have a slope.
+    # An empty tail has no entry that could have a slope.
     per_p = torch.where(p[:, -1:] >= SMALLEST_TAIL, slopes[:, -1:] / p[:, -1:], 0.0)
     return _Member(value, slopes[:, :-1], per_p, mass, rho)
 
 
 def _sums(rows: Rows, entries: Entries, lost: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and sum of slopes; leaves u and -v as `Form.sums` does."""
+    """The value and the sum of slopes; leaves u and -v in the buffers, like `Form.sums`."""
     form, family, a = FORMS[rows.divergence], FAMILIES[rows.divergence], rows.parameter
     small = None
     if form.small_value is not None:
@@ -307,23 +290,25 @@ def _sums(rows: Rows, entries: Entries, lost: Tensor, finite: Tensor) -> tuple[T
 def _token(
     rows: Rows,
     span: slice,
-    found: Tensor | None,
+    is_token: Tensor | None,
     log_q: Tensor | float,
     log_p: Tensor | None,
     rho: Tensor | float,
 ) -> tuple[Tensor | None, Tensor | None]:
     """log q(y), and the correction of the advantage."""
-    if found is None or log_p is None:
+    if is_token is None or log_p is None:
         return None, None
     total = sum(rows.shares)
-    outside = ~found.any(-1, keepdim=True)
-    known = rows.token_log_prob
-    elsewhere = torch.full_like(log_p, torch.nan) if known is None else known[span, None]
+    outside = ~is_token.any(-1, keepdim=True)
+    if rows.token_log_prob is None:
+        elsewhere = torch.full_like(log_p, torch.nan)
+    else:
+        elsewhere = rows.token_log_prob[span, None]
     if rows.teacher_floor is not None:
         elsewhere = elsewhere.clamp(min=rows.teacher_floor)
     correction = None
     if rows.corrects_tail:
-        # (Not in a tail that the student forbids.)
+        # A tail that the student forbids has a rho of NaN, and no correction.
         corrected = outside & ~(elsewhere + rho).isnan()
         correction = torch.where(corrected, total * (log_p - elsewhere) - rho, 0.0)
     return torch.where(outside, elsewhere, log_q / total), correction
