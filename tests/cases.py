@@ -18,7 +18,7 @@ VOCABULARIES = (1, 7, 127, 128, 1000, 50257, 151936)
 STYLES = ("typical", "close", "offset", "one_hot", "ties", "forbidden_by_student")
 LAYOUTS = ("contiguous", "sliced", "expanded", "one_row")
 LINEAR_TEACHERS = ("linear", "logits", "two-strides", "top-k", "mixture", "mixed")
-# What forbids a token in `forbidding`: the lowest number of a dtype. And how far from 0 others are.
+# `forbidding` replaces LOWEST by the lowest number of a dtype; other logits are within ±SPREAD.
 LOWEST, SPREAD = "lowest", 9.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,7 +50,7 @@ every_divergence = pytest.mark.parametrize(
 
 
 class Outcome(NamedTuple):
-    """What a function returned, and the gradient of what `student` stores."""
+    """The result of a function, and the gradient of the tensor `student`."""
 
     result: Any
     gradient: Tensor
@@ -58,10 +58,10 @@ class Outcome(NamedTuple):
 
 @dataclass(kw_only=True)
 class Tokens:
-    """What cases have for each token, and how a function runs on them.
+    """The inputs that each token has, and the ways to run a function on them.
 
-    `upstream` is a random gradient per row, used where the loss is per row; `scalar_upstream` the
-    one of a scalar loss. Advantages and upstream are NaN on masked rows.
+    `upstream` is the random upstream gradient of a loss per row, `scalar_upstream` that of a scalar
+    loss. Advantages and `upstream` are NaN on masked rows.
     """
 
     token_ids: Tensor
@@ -72,11 +72,11 @@ class Tokens:
 
     @property
     def valid(self) -> Tensor:
-        named = self.token_ids != -100
-        return named if self.mask is None else named & self.mask.bool()
+        has_id = self.token_ids != -100
+        return has_id if self.mask is None else has_id & self.mask.bool()
 
     def _hybrid_loss(self, function: Callable, *sides: Any, **options) -> Any:
-        """What `function` returns, after a backward."""
+        """Returns the result of `function` after its backward."""
         advantages = options.pop("advantages", self.advantages)
         result = function(*sides, self.token_ids, advantages, mask=self.mask, **options)
         per_row = options.get("reduction") == "none"
@@ -96,8 +96,8 @@ class Tokens:
 
 @dataclass(kw_only=True)
 class Case(Tokens):
-    """One problem. `view` makes logits `[..., V]` of what `student` and `teacher` store; a teacher
-    that is `given` takes the place of the latter."""
+    """The inputs of a loss. `view` makes logits `[..., V]` of the tensors `student` and `teacher`;
+    `given`, if there is one, is the teacher instead."""
 
     student: Tensor
     teacher: Tensor | None
@@ -162,11 +162,11 @@ def make(
     Styles: "typical" (standard deviations of 3 nats, and of 1 between the models), "close" (1e-4
     between them), "offset" (1e4 on the student, -1e4 on the teacher), "one_hot" (one entry with all
     but 1e-3 of the mass; with much less left, float64 itself would lose the digits to compare
-    with), "ties" (few distinct values), "forbidden_by_student" (-inf, on the teacher's side too at
-    some of these entries).
+    with), "ties" (few distinct values), "forbidden_by_student" (-inf, at some of these entries on
+    the teacher's side, too).
 
     Layouts: "contiguous"; "sliced", `[:, :-1, :V]` of a larger tensor that is NaN elsewhere, which
-    has two row strides; "expanded", one row seen many times; "one_row", a single `[V]`.
+    has two row strides; "expanded", one row repeated without a copy; "one_row", a single `[V]`.
 
     `masked`: some rows are masked by `mask`, others by the id -100; they hold NaN and infinities.
     """
@@ -199,10 +199,10 @@ def make(
     advantages, upstream = normal(*rows), normal(*rows)
     mask = None
     if masked:
-        token_ids, mask, hidden = _masked(token_ids)
-        teacher[hidden] = torch.inf
+        token_ids, mask, masked_rows = _masked(token_ids)
+        teacher[masked_rows] = torch.inf
         for tensor in (student, advantages, upstream):
-            tensor[hidden] = torch.nan
+            tensor[masked_rows] = torch.nan
     student, teacher = student.to(dtype), teacher.to(teacher_dtype or dtype)
 
     def view(stored: Tensor) -> Tensor:
@@ -230,9 +230,9 @@ def forbidding(
     seed: int,
     share: float = 0.2,
 ) -> Case:
-    """A row for each pair of what stands on the student's and the teacher's side for tokens that
-    are forbidden, a number or `LOWEST`; None where none is. Each side forbids some of its own, and
-    neither the first."""
+    """One row for each pair of values with which the student and the teacher forbid tokens: a
+    number, `LOWEST`, or None to forbid none. Each side forbids tokens of its own, never the first.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = (len(masks), vocabulary)
     sides = torch.randn(2, *shape, generator=generator).mul(3).clamp(-SPREAD, SPREAD).to(dtype)
@@ -262,7 +262,7 @@ def with_teachers(case: Case, members: int, support: str | None, temperature: fl
     """The case with several weighted teachers, or with one known on a support.
 
     Supports: None for full teachers; "teacher", "student" (the best 5 entries of one side) and
-    "union" (of both, with repetitions and padding). Garbage stands on masked rows.
+    "union" (of both, with repetitions and padding). Ids of masked rows are invalid.
     """
     generator = torch.Generator().manual_seed(members)
     logits, device = case.teacher_logits, case.student.device
@@ -282,8 +282,8 @@ def with_teachers(case: Case, members: int, support: str | None, temperature: fl
         if support == "union":
             ids[..., 1] = -1
         tokens = torch.where(case.valid, case.token_ids, 0)
-        known = {"token_ids": tokens, "temperature": temperature}
-        teachers = [TopK.from_logits(w, ids=ids, **known) for w in teachers]
+        options = {"token_ids": tokens, "temperature": temperature}
+        teachers = [TopK.from_logits(t, ids=ids, **options) for t in teachers]
         ids = teachers[0].ids.masked_fill(~case.valid[..., None], 10**9)
         teachers = [TopK(ids, t.log_probs, t.token_log_prob) for t in teachers]
     weights = [0.8 + 0.5 * i for i in range(members)]
@@ -300,14 +300,14 @@ def rows_of(
     tail: str = "bucket",
     process_group: object | None = None,
 ) -> Rows:
-    """The case as the operators take it."""
+    """The arguments of the operators for a case."""
     comparison = Comparison(case.any_teacher, divergence, temperature, tail, None)
     context = Context(case.token_ids, case.mask, process_group, backend)
     return LogitCall(case.logits, comparison, context).rows
 
 
 def in_runs(values: Tensor, count: int) -> Tensor:
-    """`[N]`: element i of `[R]` for N/R consecutive rows."""
+    """`[N]`: each of `[R]` values, repeated for N/R consecutive rows."""
     return values[torch.arange(count, device=values.device) * len(values) // count]
 
 
@@ -319,10 +319,10 @@ def _padded(logits: Tensor) -> Tensor:
 
 
 def _masked(token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids and a mask that leave some rows out, each in its way; and which these are."""
-    place = torch.arange(token_ids.numel()).view(token_ids.shape)
-    mask = place % 4 != 1
-    token_ids = token_ids.masked_fill(place % 5 == 2, -100).masked_fill(~mask, 10**9)
+    """Token ids and a mask, each of which masks some rows; and which rows are masked."""
+    index = torch.arange(token_ids.numel()).view(token_ids.shape)
+    mask = index % 4 != 1
+    token_ids = token_ids.masked_fill(index % 5 == 2, -100).masked_fill(~mask, 10**9)
     return token_ids, mask, ~mask | (token_ids == -100)
 
 
@@ -331,7 +331,7 @@ def _masked(token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass
 class Head:
-    """What makes logits of hidden states, in any dtype."""
+    """An output layer: logits from hidden states, in any dtype."""
 
     weight: Tensor
     bias: Tensor | None
@@ -351,26 +351,26 @@ class Head:
 
 @dataclass(kw_only=True)
 class LinearCase(Tokens):
-    """A student and a teacher by hidden states `[..., D]`; garbage on masked rows. `teacher` is one
-    of `LINEAR_TEACHERS`."""
+    """A student and a teacher given by hidden states `[..., D]`, NaN on masked rows. `teacher` is
+    one of `LINEAR_TEACHERS`."""
 
     hidden: Tensor
     head: Head
     teacher_hidden: Tensor
     teacher_head: Head
     teacher: str
-    fixed: object = None  # in the place of `given`, of whatever dtype
+    fixed: object = None  # if not None, the teacher for every dtype
 
     def given(self, dtype: torch.dtype | None):
-        """The teacher: logits in a dtype for the reference, or (None) as our functions take it."""
+        """The teacher: logits in `dtype` for the reference, or for None what our functions take."""
         if self.fixed is not None:
             return self.fixed
-        own = self.teacher_head
-        logits = own.logits(self.teacher_hidden, dtype or torch.float32)
-        flipped = own.logits(self.teacher_hidden.flip(-1), dtype or torch.float32)
+        head = self.teacher_head
+        logits = head.logits(self.teacher_hidden, dtype or torch.float32)
+        flipped = head.logits(self.teacher_hidden.flip(-1), dtype or torch.float32)
         if dtype is None and self.teacher in ("linear", "mixture", "mixed"):
             full = LinearTeacher(
-                self.teacher_hidden, own.weight, own.bias, own.softcap, own.logit_scale
+                self.teacher_hidden, head.weight, head.bias, head.softcap, head.logit_scale
             )
         else:
             full = logits
@@ -384,8 +384,8 @@ class LinearCase(Tokens):
             return torch.cat([logits, logits[:, :1]], 1)[:, :-1]
         if self.teacher == "top-k":
             tokens = self.token_ids.clamp(0, logits.shape[-1] - 1)
-            # (Of the same ids in every dtype.)
-            ids = own.logits(self.teacher_hidden, torch.float64).topk(min(5, logits.shape[-1]))
+            # The ids must be the same in every dtype.
+            ids = head.logits(self.teacher_hidden, torch.float64).topk(min(5, logits.shape[-1]))
             return TopK.from_logits(logits.float(), ids=ids.indices, token_ids=tokens)
         return full
 
@@ -397,7 +397,7 @@ class LinearCase(Tokens):
         """The fields, and the gradients of hidden states, weight and bias."""
         hidden, weight, *bias = leaves = self.leaves(dtype)
         head = replace(self.head, weight=weight, bias=bias[0] if bias else None)
-        # (A GEMM spreads the garbage of masked rows over the weight's gradient.)
+        # A GEMM would spread the NaN of masked rows over the weight's gradient.
         logits = head.logits(torch.where(self.valid[..., None], hidden, 0.0), dtype)
         run, function = getattr(self, f"_{method}"), getattr(reference, method)
         result = run(function, logits, self.given(dtype), **options)
@@ -433,22 +433,22 @@ def make_linear(
 
     def head(width: int, scale: float, cap: float | None) -> Head:
         weight = (normal(vocabulary, width) * 2 / width**0.5).to(dtype).to(device)
-        own = normal(vocabulary).to(dtype).to(device) if bias else None
-        return Head(weight, own, cap, scale)
+        offsets = normal(vocabulary).to(dtype).to(device) if bias else None
+        return Head(weight, offsets, cap, scale)
 
-    hidden, theirs = normal(*rows, size).to(dtype), normal(*rows, size + 3).to(dtype)
+    hidden, teacher_hidden = normal(*rows, size).to(dtype), normal(*rows, size + 3).to(dtype)
     token_ids = torch.randint(0, vocabulary, rows, generator=generator)
     advantages, upstream = normal(*rows), normal(*rows)
     mask = None
     if masked:
-        token_ids, mask, out = _masked(token_ids)
-        for tensor in (hidden, theirs, advantages, upstream):
-            tensor[out] = torch.nan
-    # (The other side's own options, so that a mix-up of the two would show.)
+        token_ids, mask, masked_rows = _masked(token_ids)
+        for tensor in (hidden, teacher_hidden, advantages, upstream):
+            tensor[masked_rows] = torch.nan
+    # The teacher has a scale and a softcap of its own, so that a mix-up of the two would show.
     return LinearCase(
         hidden=hidden.to(device),
         head=head(size, logit_scale, softcap),
-        teacher_hidden=theirs.to(device),
+        teacher_hidden=teacher_hidden.to(device),
         teacher_head=head(size + 3, 1.3 * logit_scale, None if softcap is None else 1.5 * softcap),
         teacher=teacher,
         token_ids=token_ids.to(device),

@@ -1,11 +1,11 @@
-"""Where a test runs: `backend` and `device`, and memory whose stale content would show.
+"""Which tests run, with which arguments, and on which backend and device.
 
-A test that asks for `backend` runs on the torch backend, and where there is a GPU also there, on
-both backends (mark `gpu`). `--backend triton` runs nothing but those tests, on the Triton kernels
-in the CPU interpreter. `--backend meta` walks through what a GPU would launch, on tensors without
-values (`bench/standin.py`); `bench/gpu/stages.py` starts it.
+A test with the fixture `backend` runs with the torch backend on the CPU and, where there is a GPU,
+with both backends on that (mark `gpu`). `--backend triton` runs only these tests, with the Triton
+kernels in the interpreter on the CPU. `--backend meta` launches what a GPU would, on tensors
+without values (`bench/standin.py`); `bench/gpu/stages.py` uses it.
 
-Of a parametrized test as many combinations run as show every argument once; `--all` runs them all.
+A parametrized test runs in just enough combinations to have every argument once; `--all` runs all.
 """
 
 import collections
@@ -23,10 +23,10 @@ import hypothesis
 import pytest
 import torch
 
-# Kernels that are compiled here are found again, by the other processes of a run and the next run.
+# Other processes and later runs reuse the kernels that are compiled here.
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / ".triton"))
 
-# The tensors are small, and threads that wait for each other spin where cores are shared.
+# The tensors are small, and threads would waste shared cores by spinning.
 torch.set_num_threads(1)
 
 
@@ -51,7 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--orders",
         type=int,
-        help="in how many orders programs that share a row run side by side (test_meeting.py)",
+        help="how many orders of programs that share a row are tried (test_meeting.py)",
     )
 
 
@@ -72,9 +72,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _interpret(config: pytest.Config) -> None:
-    """Makes this process one that interprets, which Triton decides when it is imported."""
+    """Turns on the interpreter in this process, which works only before Triton is imported."""
     if importlib.util.find_spec("triton") is None:
-        pytest.exit("--backend triton: Triton is not installed, so nothing to test", returncode=0)
+        pytest.exit("--backend triton: nothing to test, as Triton is not installed", returncode=0)
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise pytest.UsageError(
             "--backend triton: Triton was imported first; set TRITON_INTERPRET=1"
@@ -83,13 +83,13 @@ def _interpret(config: pytest.Config) -> None:
     from interpreter import speed_up
 
     speed_up()
-    # NumPy warns where a kernel means it.
+    # Kernels overflow and make NaN on purpose.
     for cause in ("overflow", "invalid value", "divide by zero"):
         config.addinivalue_line("filterwarnings", f"ignore:{cause} encountered:RuntimeWarning")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    # No test of these takes a backend, and to import what they test takes seconds.
+    # No test in train/ has a backend, and importing what they test takes seconds.
     return True if _interpreted(config) and collection_path.name == "train" else None
 
 
@@ -102,17 +102,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         targets = [pytest.param(Target("triton", "meta"), id="triton-meta", marks=pytest.mark.gpu)]
     else:
         targets = [pytest.param(Target("torch", "cpu"), id="torch")]
-        # Not one skip for every test where there is no GPU: those of test_gpu.py say it.
-        ranks = "ranks" in metafunc.fixturenames  # which are processes on the CPU
+        # Without a GPU, only the tests in test_gpu.py are reported as skipped.
+        ranks = "ranks" in metafunc.fixturenames  # whose processes are on the CPU
         for name in ("torch", "triton") if torch.cuda.is_available() and not ranks else ():
             mark = pytest.mark.gpu
             targets.append(pytest.param(Target(name, "cuda"), id=f"{name}-cuda", marks=mark))
     metafunc.parametrize("target", targets, indirect=True, scope="session")
 
 
-@pytest.hookimpl(trylast=True)  # what -k and -m leave is thinned, not the other way round
+@pytest.hookimpl(trylast=True)  # combinations are chosen from the tests that -k and -m leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    named = any("[" in argument for argument in config.args)  # combinations that were asked for
+    named = any("[" in argument for argument in config.args)  # combinations requested by id
     everything = named or config.getoption("--all")
     if _interpreted(config):
         others = [item for item in items if "target" not in getattr(item, "fixturenames", ())]
@@ -120,10 +120,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not everything:
             others += [item for item in items if item.get_closest_marker("twin")]
     else:
-        # On a GPU the form of a kernel follows from the problem (test_gpu.py), and programs run
-        # side by side without our doing.
-        only = {"form", "interleaved", "plainly"}
-        others = [item for item in items if only & set(getattr(item, "fixturenames", ()))]
+        # On a GPU the inputs decide the form of a kernel (test_gpu.py), and programs run side by
+        # side anyway.
+        interpreter = {"form", "interleaved", "unpatched"}
+        others = [item for item in items if interpreter & set(getattr(item, "fixturenames", ()))]
     if not everything:
         others += [item for item in items if item.get_closest_marker("full")]
     _deselect(config, items, set(others))
@@ -137,8 +137,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if same_rows or not everything:
             target = item.callspec.params.get("target") if hasattr(item, "callspec") else None
             tests[item.nodeid.partition("[")[0], target].append(item)
-    thinned = [set(own) - set(each_argument_once(own)) for own in tests.values()]
-    _deselect(config, items, set().union(*thinned))
+    redundant = [set(group) - set(each_argument_once(group)) for group in tests.values()]
+    _deselect(config, items, set().union(*redundant))
 
 
 def _deselect(config: pytest.Config, items: list[pytest.Item], others: set[pytest.Item]) -> None:
@@ -147,34 +147,34 @@ def _deselect(config: pytest.Config, items: list[pytest.Item], others: set[pytes
 
 
 def each_argument_once(combinations: list[pytest.Item]) -> list[pytest.Item]:
-    """Some of a test's combinations, in which every argument of every `parametrize` appears: again
-    and again one that shows the most new arguments, and of those the most that never met."""
+    """A few of a test's combinations in which every argument of every `parametrize` appears. Each
+    choice adds the most new arguments and, among equals, the most new pairs of arguments."""
     if len(combinations) == 1:
         return combinations
     arguments = {item: _arguments(item) for item in combinations}
-    pairs = {item: set(itertools.combinations(own, 2)) for item, own in arguments.items()}
-    missing, met = set().union(*arguments.values()), set()
+    pairs = {item: set(itertools.combinations(values, 2)) for item, values in arguments.items()}
+    missing, seen_pairs = set().union(*arguments.values()), set()
     chosen = []
     while missing:
-        news = [
-            (len(missing.intersection(arguments[item])), len(pairs[item] - met))
+        gains = [
+            (len(missing.intersection(arguments[item])), len(pairs[item] - seen_pairs))
             for item in combinations
         ]
-        best = combinations[news.index(max(news))]
+        best = combinations[gains.index(max(gains))]
         chosen.append(best)
         missing.difference_update(arguments[best])
-        met |= pairs[best]
+        seen_pairs |= pairs[best]
     return chosen
 
 
 def _arguments(item: pytest.Item) -> list[tuple]:
-    """What each `parametrize` gave a test; arguments that one gave together are one."""
-    alone = dict(item.callspec.params)
-    found = []
+    """The arguments of a test, of which several from one `parametrize` count as one."""
+    single = dict(item.callspec.params)
+    grouped = []
     for mark in item.iter_markers("parametrize"):
         names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
-        found.append(tuple((name.strip(), id(alone.pop(name.strip()))) for name in names))
-    return found + [(name, id(value)) for name, value in alone.items()]
+        grouped.append(tuple((name.strip(), id(single.pop(name.strip()))) for name in names))
+    return grouped + [(name, id(value)) for name, value in single.items()]
 
 
 def _interpreted(config: pytest.Config) -> bool:
@@ -198,7 +198,7 @@ def device(target: Target) -> str:
 
 @pytest.fixture(scope="session")
 def ranks(world_size, backend, tmp_path_factory):
-    """The processes that a test runs in, `world_size` of them (see `ranks.py`)."""
+    """A pool of `world_size` processes, in which tests run (see `ranks.py`)."""
     from ranks import Pool
 
     pool = Pool(world_size, backend, tmp_path_factory.mktemp("ranks"))
@@ -226,8 +226,8 @@ def orders(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def side_by_side(request: pytest.FixtureRequest, target: Target) -> Iterator[None]:
-    """Programs that share a row can meet: on a GPU they do, in the interpreter they take turns, in
-    an order that is the test's own."""
+    """Lets programs that share a row run side by side. On a GPU they do; in the interpreter they
+    take turns, in an order that depends on the test's name."""
     with contextlib.ExitStack() as stack:
         if target == Target("triton", "cpu"):
             seed = zlib.crc32(request.node.nodeid.encode())
@@ -246,7 +246,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture
 def small_tiles(target: Target, side_by_side: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cuts a short row as a vocabulary is cut: into several tiles and slices."""
+    """Cuts short rows into several tiles and slices, as is done with whole vocabularies."""
     if target.backend == "triton":
         from hybrid_kernels.triton_backend import plan
 

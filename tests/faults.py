@@ -1,4 +1,4 @@
-"""Kernels with a fault, made from the source of right ones: to see a test find it."""
+"""Makes faulty kernels from the source of correct ones, to show that a test finds the fault."""
 
 import importlib.util
 from pathlib import Path
@@ -6,17 +6,17 @@ from types import ModuleType
 
 
 def replaced(source: str, old: str, new: str) -> str:
-    assert source.count(old) == 1, f"{source.count(old)} times: {old}"
+    assert source.count(old) == 1, f"found {source.count(old)} times: {old}"
     return source.replace(old, new)
 
 
 def moved(source: str, line: str, above: str) -> str:
-    """A line, further up: above the one that begins so."""
+    """Moves a line up, to just before the one that begins with `above`."""
     lines = source.splitlines()
-    (place,) = (i for i, text in enumerate(lines) if text.strip().startswith(above))
-    old = next(i for i in range(place, len(lines)) if lines[i].strip() == line)
-    indent = lines[place][: -len(lines[place].lstrip())]
-    return "\n".join([*lines[:place], indent + line, *lines[place:old], *lines[old + 1 :]])
+    (target,) = (i for i, text in enumerate(lines) if text.strip().startswith(above))
+    origin = next(i for i in range(target, len(lines)) if lines[i].strip() == line)
+    indent = lines[target][: -len(lines[target].lstrip())]
+    return "\n".join([*lines[:target], indent + line, *lines[target:origin], *lines[origin + 1 :]])
 
 
 def source_of(module: ModuleType) -> str:
@@ -24,7 +24,7 @@ def source_of(module: ModuleType) -> str:
 
 
 def module_of(source: str, folder: Path) -> ModuleType:
-    """Triton reads the source of a kernel from a file."""
+    """Imports the source from a file, which Triton needs to read kernels."""
     path = folder / f"faulty_{len(list(folder.iterdir()))}.py"
     path.write_text(source)
     spec = importlib.util.spec_from_file_location(path.stem, path)

@@ -1,16 +1,16 @@
-"""Triton's interpreter, faster, and with the programs of a kernel side by side.
+"""Makes Triton's interpreter faster, and runs the programs of a kernel side by side.
 
 `speed_up` makes it three to four times as fast. The interpreter runs one program after another, so
 that programs which wait for each other would never end. Under `interleaved` each is a greenlet that
-gives way before and after every atomic operation and, where asked for, every load and store; a seed
-decides who goes on, so that an order can be repeated.
+gives way before and after every atomic operation and, if requested, every load and store; a seed
+decides which one continues, so that an order can be repeated.
 
     with interleaved(seed=1):
         kernel[grid](...)
 
-Every access takes effect at once and for all, and a program's tile is accessed as a whole. So this
-finds deadlocks, what is read before it is written, rows that overtake each other and counters that
-run wrong; it says nothing of fences, of barriers or of warps.
+Every access takes effect at once for all programs, and a tile is accessed as a whole. So this finds
+deadlocks, reads that come before their writes, rows that overtake each other, and wrong counters.
+It can't find missing fences or barriers, nor races between warps.
 """
 
 import contextlib
@@ -32,24 +32,24 @@ ACCESSES = ("create_masked_load", "create_masked_store")
 
 
 def speed_up() -> None:
-    """Makes the interpreter three to four times as fast, for good, with the results that it had.
+    """Makes the interpreter three to four times as fast, permanently, with the same results.
 
-    It patches Triton's language at every call of a helper, and undoes that after every launch. It
-    looks dtypes up in a table that it makes each time, computes every integer a second time, in 64
-    bits, to see an overflow, and makes the type and shape of every tensor, and those that a
-    broadcast leaves as they are, anew.
+    Unchanged, it patches Triton's language at every call of a helper, and undoes that after every
+    launch. It makes a new table of dtypes for each look-up, repeats all integer arithmetic in 64
+    bits to detect overflows, and makes new types and shapes for every tensor, even where a
+    broadcast changes neither.
     """
     patch, look_up = interpreter._patch_lang, interpreter._get_np_dtype
     seen, patched, dtypes = set(), set(), {}
 
-    def patch_once(function: Callable) -> _Kept:
+    def patch_once(function: Callable) -> _NoUndo:
         if id(function.__globals__) not in seen:
             seen.add(id(function.__globals__))
             languages = {id(v) for v in function.__globals__.values() if v is tl or v is tl.core}
             if not languages <= patched:
                 patched.update(languages)
                 patch(function)
-        return _KEPT
+        return _NO_UNDO
 
     def look_up_once(dtype: tl.dtype) -> np.dtype:
         name = str(dtype.scalar)
@@ -73,9 +73,9 @@ def speed_up() -> None:
     TritonSemantic.broadcast_impl_value = broadcast_others
 
 
-def _make_once(kind: Any, key: Callable, own: tuple[str, ...] = ()) -> None:
-    """Objects whose arguments have the same key share their attributes, but for their `own`, which
-    are named as the first arguments are."""
+def _make_once(kind: Any, key: Callable, unshared: tuple[str, ...] = ()) -> None:
+    """Lets objects whose arguments have the same key share all attributes but `unshared`, which
+    have the names of the first arguments."""
     make, made = kind.__init__, {}
 
     def look_up(self, *arguments) -> None:
@@ -83,7 +83,7 @@ def _make_once(kind: Any, key: Callable, own: tuple[str, ...] = ()) -> None:
         if name not in made:
             make(self, *arguments)
             made[name] = dict(vars(self))
-        vars(self).update(made[name], **dict(zip(own, arguments, strict=False)))
+        vars(self).update(made[name], **dict(zip(unshared, arguments, strict=False)))
 
     kind.__init__ = look_up
 
@@ -92,14 +92,14 @@ def _number(size: int | tl.constexpr) -> int:
     return size.value if isinstance(size, tl.constexpr) else size
 
 
-class _Kept:
-    """In place of what would undo a patch."""
+class _NoUndo:
+    """Replaces the object that would undo a patch."""
 
     def restore(self) -> None:
         pass
 
 
-_KEPT = _Kept()
+_NO_UNDO = _NoUndo()
 
 
 class Deadlock(AssertionError):
@@ -108,13 +108,13 @@ class Deadlock(AssertionError):
 
 @contextlib.contextmanager
 def interleaved(seed: int = 0, limit: int = 100_000, loads: bool = True) -> Iterator[None]:
-    """Kernels that are launched within run their programs side by side.
+    """Runs the programs of kernels that are launched in this context side by side.
 
     Args:
-        seed: of the order.
-        limit: turns, of all programs of a launch together.
-        loads: whether loads and stores give way, too; else atomic operations alone, which is
-            faster and enough where all that others write is read after a wait.
+        seed: determines the order.
+        limit: the most turns that all programs of a launch may take together.
+        loads: whether programs give way at loads and stores, too. Atomic operations alone are
+            faster, and enough where programs read what others write only after a wait.
 
     Raises:
         Deadlock: programs still ran when the limit was reached.
@@ -134,8 +134,8 @@ def interleaved(seed: int = 0, limit: int = 100_000, loads: bool = True) -> Iter
         return wrapped
 
     def launch_side_by_side(self, *args, **options):
-        # The executor calls the kernel once for each program: what is called is noted down, and run
-        # at the last call.
+        # The executor calls the kernel once for each program. The calls are collected, and all run
+        # at the last one.
         kernel, programs = self.fn, []
 
         def collect(**values):
@@ -161,7 +161,7 @@ def interleaved(seed: int = 0, limit: int = 100_000, loads: bool = True) -> Iter
     finally:
         executor.__call__ = launch
         for name in originals:
-            delattr(builder, name)  # which hid the method
+            delattr(builder, name)  # uncovers the method
 
 
 def _give_way(scheduler: greenlet.greenlet) -> None:
@@ -170,18 +170,18 @@ def _give_way(scheduler: greenlet.greenlet) -> None:
 
 
 def _run(builder: Any, programs: list, draw: random.Random, limit: int) -> None:
-    """Until all have ended, one turn after another."""
+    """Gives programs turns in random order until all have ended."""
     alive = list(programs)
     try:
         for _ in range(limit):
             if not alive:
                 return
-            place = draw.randrange(len(alive))
-            index, program = alive[place]
+            choice = draw.randrange(len(alive))
+            index, program = alive[choice]
             builder.set_grid_idx(*index)
             program.switch()
             if program.dead:
-                alive.pop(place)
+                alive.pop(choice)
         if alive:
             waiting = ", ".join(str(index) for index, _ in alive[:8])
             raise Deadlock(f"{len(alive)} programs still ran after {limit} turns: {waiting}")

@@ -1,7 +1,7 @@
 """Tests that run in several processes at once, which form a group: real collectives (gloo).
 
-`on_ranks` makes a test of a function that every rank is to call; pytest's side of it is the fixture
-`ranks`, a `Pool`, and a rank's own is a `Ranks`.
+`on_ranks` makes a test of a function that every rank calls. Its argument `ranks` is the fixture of
+that name, a `Pool`, in pytest's process, and a `Ranks` on each rank.
 
     @every_size
     @on_ranks
@@ -36,13 +36,13 @@ from cases import Case, Outcome
 from hybrid_kernels import Mixture
 from tolerance import ANOTHER_ORDER, assert_gradient, assert_values
 
-# How much of a vocabulary each rank has: never the same, and at no 16-byte boundary.
+# The share of a vocabulary on each rank: all different, and cut at no 16-byte boundary.
 SHARES = {1: (1.0,), 2: (0.31, 0.69), 4: (0.39, 0.08, 0.46, 0.07)}
 
-# What the processes have imported when they begin. (Dynamo is what a custom op imports.)
+# Modules that are imported once, before the processes are forked. Custom ops import Dynamo.
 IMPORTED = ["torch._dynamo", "hybrid_kernels", "pytest"]
-GRACE = 5  # seconds to tell what became of the others, once a rank has failed
-HANG = datetime.timedelta(minutes=10)  # of a collective; no test waits for it to pass or to fail
+GRACE = 5  # seconds that the other ranks have to end once one has failed
+HANG = datetime.timedelta(minutes=10)  # timeout of a collective, on which no test relies
 
 # Two processes are enough for the interpreter.
 every_size = pytest.mark.parametrize(
@@ -52,7 +52,7 @@ two_ranks = pytest.mark.parametrize("world_size", [2], scope="session")
 
 
 def on_ranks(test: Callable[..., None]) -> Callable[..., None]:
-    """A test of what every rank calls, with its `Ranks` and the test's arguments."""
+    """Makes a test of a function that every rank calls, with its `Ranks` as the first argument."""
 
     @functools.wraps(test)
     def run(ranks: "Pool", **arguments: Any) -> None:
@@ -67,7 +67,7 @@ def on_ranks(test: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass
 class Ranks:
-    """What a rank knows of the group it is in."""
+    """A rank's view of its group."""
 
     backend: str
     group: torch.distributed.ProcessGroup
@@ -82,8 +82,8 @@ class Ranks:
         *shares, _ = SHARES[self.group.size()]
         ends = [0]
         for left, share in zip(range(len(shares), 0, -1), shares, strict=True):
-            wanted = max(ends[-1] + 1, round(ends[-1] + share * vocabulary))
-            ends.append(min(wanted, vocabulary - left))
+            end = max(ends[-1] + 1, round(ends[-1] + share * vocabulary))
+            ends.append(min(end, vocabulary - left))
         ends.append(vocabulary)
         return ends[rank], ends[rank + 1]
 
@@ -102,40 +102,40 @@ class Ranks:
         return replace(case, view=view, given=part(case.given))
 
     def assert_equals_whole(self, case: Case, method: str = "hybrid_loss", **options) -> Outcome:
-        """Asserts that this rank's results are those of the whole; returns its outcome."""
+        """Asserts that this rank's results equal those of the whole; returns its outcome."""
         whole = self.on_one(lambda: getattr(case, method)(backend=self.backend, **options))
-        own = getattr(self.shard(case), method)(
+        got = getattr(self.shard(case), method)(
             backend=self.backend, process_group=self.group, **options
         )
-        self.assert_result(own.result, whole.result)
+        self.assert_result(got.result, whole.result)
         first, last = bounds = self.bounds(case.vocabulary)
-        gradient = case.view(own.gradient)
+        gradient = case.view(got.gradient)
         assert_gradient(gradient[..., first:last], case.view(whole.gradient), bounds, self.backend)
         others = torch.ones_like(gradient, dtype=torch.bool)
         others[..., first:last] = False
-        assert not gradient[others].any(), "a gradient of what is another rank's"
-        return own
+        assert not gradient[others].any(), "gradient outside of this rank's shard"
+        return got
 
     def on_one(self, function: Callable[[], Any]) -> Any:
-        """What a function returns on one rank, which tells the others: none computes it again."""
-        told = [function() if self.rank == 0 else None]
-        torch.distributed.broadcast_object_list(told, group=self.group, group_src=0)
-        return told[0]
+        """Runs a function on one rank only, and returns its result on all."""
+        result = [function() if self.rank == 0 else None]
+        torch.distributed.broadcast_object_list(result, group=self.group, group_src=0)
+        return result[0]
 
-    def assert_result(self, own: Any, whole: Any, tolerance: float = ANOTHER_ORDER) -> None:
-        """Every field is that of the whole, and to the last bit what the other ranks have."""
+    def assert_result(self, result: Any, whole: Any, tolerance: float = ANOTHER_ORDER) -> None:
+        """Asserts that fields equal those of the whole and, to the last bit, of the other ranks."""
         for name, expected in whole._asdict().items():
-            got = getattr(own, name)
+            got = getattr(result, name)
             assert (got is None) == (expected is None), name
             if got is not None:
-                # (The loss multiplies log p(y) by numbers that are themselves only so exact.)
+                # The loss multiplies log p(y) by factors that have this error themselves.
                 factor = 1 + _largest(whole.log_prob) if name == "loss" else 1
                 assert_values(got, expected, name, factor * tolerance)
-        told = torch.stack([t.mean() if t.ndim else t for t in own if t is not None])
-        everywhere = [torch.empty_like(told) for _ in range(self.group.size())]
-        torch.distributed.all_gather(everywhere, told, self.group)
+        means = torch.stack([t.mean() if t.ndim else t for t in result if t is not None])
+        everywhere = [torch.empty_like(means) for _ in range(self.group.size())]
+        torch.distributed.all_gather(everywhere, means, self.group)
         for other in everywhere:
-            assert_values(other, told, "what another rank tells", 0)
+            assert_values(other, means, "the result of another rank", 0)
 
 
 def _largest(values: torch.Tensor) -> float:
@@ -155,8 +155,8 @@ class Answer(NamedTuple):
 class Pool:
     """The processes of a group, which serve one call after another.
 
-    Where a rank fails the others may wait for it in a collective: all processes are killed then,
-    and the next call starts others.
+    When a rank fails, others may be waiting for it in a collective. So all processes are killed,
+    and the next call starts new ones.
     """
 
     def __init__(self, size: int, backend: str, folder: Path) -> None:
@@ -165,7 +165,7 @@ class Pool:
         self.pipes: list[Connection] = []
 
     def run(self, function: Callable, *args: Any, **options: Any) -> list[Any]:
-        """What a module's function returns on each rank, which it gets a `Ranks` of.
+        """Calls a module's function on each rank, with its `Ranks`, and returns the results.
 
         Raises:
             AssertionError: with the traceback of every rank that failed.
@@ -182,10 +182,10 @@ class Pool:
         return [answer.result for answer in answers]
 
     def _ask(self, task: bytes) -> list[Answer]:
-        """The answers of all ranks. Without a limit, until one has failed."""
+        """The answers of all ranks. There is no time limit until one has failed."""
         answers: dict[Connection, Answer] = {}
         for pipe in self.pipes:
-            with contextlib.suppress(ConnectionError):  # of a process that died: see below
+            with contextlib.suppress(ConnectionError):  # the process died; handled below
                 pipe.send_bytes(task)
         failed = False
         while missing := [pipe for pipe in self.pipes if pipe not in answers]:
@@ -202,21 +202,21 @@ class Pool:
                 failed |= bool(answers[pipe].failure)
         if failed:
             silent = Answer(None, f"had not ended {GRACE} seconds after the others")
-            found = [answers.get(pipe, silent) for pipe in self.pipes]
+            complete = [answers.get(pipe, silent) for pipe in self.pipes]
             self.close()
-            return found
+            return complete
         return [answers[pipe] for pipe in self.pipes]
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTED)
-        meeting = f"{tempfile.mkdtemp(dir=self.folder)}/meeting"
+        rendezvous = f"{tempfile.mkdtemp(dir=self.folder)}/meeting"
         for rank in range(self.size):
-            pipe, theirs = context.Pipe()
-            arguments = (theirs, rank, self.size, self.backend, meeting)
+            pipe, child_end = context.Pipe()
+            arguments = (child_end, rank, self.size, self.backend, rendezvous)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
-            theirs.close()  # so that ours ends when the process does
+            child_end.close()  # so that our end closes when the process dies
             self.processes.append(process)
             self.pipes.append(pipe)
 
@@ -228,10 +228,10 @@ class Pool:
         self.processes, self.pipes = [], []
 
 
-def _serve(pipe: Connection, rank: int, size: int, backend: str, meeting: str) -> None:
-    """What a rank's process does, until it is killed or the one that started it ends."""
+def _serve(pipe: Connection, rank: int, size: int, backend: str, rendezvous: str) -> None:
+    """Serves calls in a rank's process, until it is killed or its parent ends."""
     threading.Thread(target=_end_with_the_tests, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the tests' own affair
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the parent handles
     if os.environ.get("TRITON_INTERPRET") == "1":
         from interpreter import speed_up
 
@@ -240,7 +240,7 @@ def _serve(pipe: Connection, rank: int, size: int, backend: str, meeting: str) -
     torch.use_deterministic_algorithms(True, warn_only=True)  # which fills new memory with NaN
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=HANG
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=HANG
     )
     group = torch.distributed.group.WORLD
     assert group is not None
@@ -253,14 +253,14 @@ def _serve(pipe: Connection, rank: int, size: int, backend: str, meeting: str) -
             function, args, options = pickle.loads(task)
             result = inspect.unwrap(function)(Ranks(backend, group), *args, **options)
             answer = pickle.dumps(Answer(result))
-        except BaseException as error:  # those of pytest are no `Exception`
+        except BaseException as error:  # pytest's are not derived from `Exception`
             error.__traceback__ = error.__traceback__.tb_next or error.__traceback__
             answer = pickle.dumps(Answer(None, "".join(traceback.format_exception(error))))
         pipe.send_bytes(answer)
 
 
 def _end_with_the_tests() -> None:
-    """Even where the process waits in a collective."""
+    """Ends this process with its parent, even while it waits in a collective."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

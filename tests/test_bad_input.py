@@ -1,4 +1,4 @@
-"""Every bad input is a ValueError that names the argument, what it got, and the mend."""
+"""Every bad input is a ValueError that names the argument, the bad value, and a fix."""
 
 import re
 
@@ -29,7 +29,7 @@ META = torch.device("meta")
 TOP_K = TopK.from_logits(TEACHER, 3)
 HIDDEN, WEIGHT = torch.randn(2, 3, 4), torch.randn(V, 4)
 
-# Of hybrid_loss and token_terms: changed arguments, and what the message must contain, in order.
+# For hybrid_loss and token_terms: changed arguments, and parts of the message, in order.
 SHARED = {
     "student list": ({"student_logits": [1.0]}, "student_logits: expected", "got list"),
     "student float64": (
@@ -245,7 +245,7 @@ SHARED = {
     "backend name": ({"backend": "cuda"}, "backend: unknown value 'cuda'", "auto, torch, triton"),
 }
 
-# Of hybrid_loss alone.
+# The same for hybrid_loss only.
 LOSS = {
     "no teacher": (
         {"teacher": None},
@@ -327,7 +327,7 @@ LOSS = {
 
 
 def assert_refuses(parts, function, *arguments, **options):
-    """With an error in whose message the parts stand, in this order."""
+    """Asserts a ValueError whose message contains the parts, in this order."""
     message = "(?s)" + ".*".join(re.escape(part) for part in parts)
     with pytest.raises(ValueError, match=message):
         function(*arguments, **options)
@@ -350,7 +350,7 @@ def test_the_loss(bad):
     assert_refuses(parts, hybrid_loss, **(good | change))
 
 
-# Of the linear functions.
+# The same for the linear functions.
 LINEAR = {
     "hidden list": ({"student_hidden": [1.0]}, "student_hidden: expected", "got list"),
     "hidden float64": (
@@ -419,8 +419,8 @@ def test_hidden_states(bad, function):
     assert_refuses(parts, function, **(good | change))
 
 
-def test_a_partitioned_weight_says_where_it_is_whole():
-    """As DeepSpeed ZeRO-3 leaves it outside the modules that use it."""
+def test_a_partitioned_weight_is_refused():
+    """DeepSpeed ZeRO-3 gathers a weight only inside the modules that use it."""
     weight = torch.nn.Parameter(torch.empty(0))
     weight.ds_id, weight.ds_shape = 1, WEIGHT.shape
     parts = ("student_weight: partitioned by DeepSpeed", "register_external_parameter")
@@ -436,7 +436,7 @@ def test_triton_is_refused_on_the_cpu(monkeypatch):
     assert_refuses(parts, hybrid_loss, LOGITS, TEACHER, backend="triton")
 
 
-def test_ids_that_nobody_reads_may_be_anything():
+def test_ids_of_masked_rows_may_be_anything():
     mask = MASK.clone()
     mask[0, 1] = False
     ids = IDS.clone()
@@ -481,8 +481,8 @@ def test_supports(arguments, parts):
 
 def test_a_support_that_the_kernels_cannot_hold():
     logits = torch.randn(1, 1100)
-    known = TopK.from_logits(logits, 1025)
-    assert hybrid_loss(logits, known, backend="torch").loss.isfinite()
+    teacher = TopK.from_logits(logits, 1025)
+    assert hybrid_loss(logits, teacher, backend="torch").loss.isfinite()
     validate.support_size(1024)
     with pytest.raises(ValueError, match="support of 1025 ids, more than the 1024"):
         validate.support_size(1025)
@@ -539,8 +539,8 @@ def test_advantages(bad):
     assert_refuses(parts, sparse_advantages, **(good | change))
 
 
-def test_nothing_is_refused_that_should_pass():
-    """Bounds are inclusive, integers are numbers, and a leaf may go in place without a gradient."""
+def test_good_inputs_are_accepted():
+    """Bounds are inclusive, integers are numbers, and `inplace` allows frozen leaves."""
     logits = LOGITS.clone()
     hybrid_loss(logits, TEACHER, teacher_floor=0, temperature=2, num_tokens=1, inplace=True)
     assert torch.equal(logits, LOGITS)

@@ -1,4 +1,4 @@
-"""The table of divergences is true: of the reference, of the torch backend, of the kernels."""
+"""The table of divergences agrees with the reference and with the torch backend."""
 
 import math
 
@@ -14,7 +14,7 @@ from hybrid_kernels.torch_backend.divergences import FORMS, Entries, settle, til
 
 CASE = cases.make(30, (4,))
 STUDENT, TEACHER = CASE.student.double(), CASE.teacher.double()
-STUDENT[:, 0] -= 60  # where the ratio of p and q, raised to a power, is no ordinary number
+STUDENT[:, 0] -= 60  # which makes powers of the ratio of p and q extreme
 TEACHER[:, 1] -= 60
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
@@ -25,7 +25,7 @@ def value_of(divergence, student=STUDENT, teacher=TEACHER):
 
 
 def form_of(divergence):
-    """The value and the logit gradient that a form gives, of what the table says there is."""
+    """Value and logit gradient by a form of the torch backend, as the table describes it."""
     name, a = divergence.canonical()
     form, family = FORMS[name], FAMILIES[name]
     log_p, log_q = STUDENT.log_softmax(-1), TEACHER.log_softmax(-1)
@@ -40,7 +40,7 @@ def form_of(divergence):
 
 
 @every_divergence
-def test_slopes_are_those_that_the_table_says(divergence):
+def test_slopes_follow_the_table(divergence):
     student = STUDENT.clone().requires_grad_()
     expected = value_of(divergence, student)
     expected.sum().backward()
@@ -50,7 +50,7 @@ def test_slopes_are_those_that_the_table_says(divergence):
 
 
 @every_divergence
-def test_one_sweep_adds_up_what_the_table_says(divergence):
+def test_sums_of_one_sweep_follow_the_table(divergence):
     family, d = FAMILIES[divergence.name], STUDENT - TEACHER
     shift = STUDENT.logsumexp(-1) - TEACHER.logsumexp(-1)
     student_d, teacher_d = ((z.softmax(-1) * d).sum(-1) - shift for z in (STUDENT, TEACHER))
@@ -82,7 +82,7 @@ def test_a_linear_divergence_takes_an_unnormalised_p_and_no_q(name):
 
 
 @each_family
-def test_limits_are_those_of_the_table(name):
+def test_limits_follow_the_table(name):
     parameter = FAMILIES[name].parameter
     for limit, other in parameter.limits.items() if parameter else ():
         assert Divergence(name, **{parameter.name: limit}).canonical() == (other, 0.0)

@@ -1,4 +1,4 @@
-"""What infinities, NaN, masks and empty inputs give: the same on every backend."""
+"""Infinities, NaN, masks and empty inputs have the same results on every backend."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_tiles")
 
 
 def diverges(divergence):
-    """Whether a token that the teacher alone forbids makes it infinite."""
+    """Whether a token that only the teacher forbids makes the divergence infinite."""
     return FAMILIES[divergence.name].student_d or divergence.params.get("alpha", 0) > 1
 
 
@@ -36,24 +36,24 @@ def run(student, teacher, backend, **options):
 @every_divergence
 @pytest.mark.parametrize("teacher_value", [0.5, -INF], ids=["allowed", "forbidden"])
 def test_an_entry_that_the_student_forbids(teacher_value, divergence, backend, device):
-    """The limit as its logit falls to -inf: no gradient but -q, of the divergences that ask for
-    log p where q > 0. Without the entry nothing changes, if the teacher forbids it, too."""
+    """Results are the limit as its logit falls to -inf: its gradient is 0, or -q for divergences
+    with log p where q > 0. If the teacher forbids it, too, leaving it out changes nothing."""
     case = cases.make(7, (3,), device=device)
     case.student[:, 2] = -INF
     case.teacher[:, 2] = teacher_value
     case.token_ids[:] = 1
     options = {"divergence": divergence, "entropy_weight": 0.3, "reduction": "none"}
     outcome = assert_matches_reference(case, backend, **options)
-    endless = FAMILIES[divergence.name].teacher_d and teacher_value > -INF
-    assert outcome.gradient[:, 2].any() == endless
+    infinite = FAMILIES[divergence.name].teacher_d and teacher_value > -INF
+    assert outcome.gradient[:, 2].any() == infinite
     assert outcome.gradient.isfinite().all()
-    assert (outcome.result.loss == INF).all() if endless else outcome.result.loss.isfinite().all()
+    assert (outcome.result.loss == INF).all() if infinite else outcome.result.loss.isfinite().all()
     almost = cases.make(7, (3,), device=device)
     almost.student[:, 2], almost.teacher[:, 2] = -1e4, max(teacher_value, -1e4)
     almost.token_ids[:] = 1
     nearby = almost.hybrid_loss(backend=backend, **options)
     torch.testing.assert_close(outcome.gradient, nearby.gradient)
-    if not endless:
+    if not infinite:
         torch.testing.assert_close(outcome.result.loss, nearby.result.loss)
     if teacher_value == -INF:
         rest = [0, 1, 3, 4, 5, 6]
@@ -75,9 +75,7 @@ def test_a_sampled_token_that_the_student_forbids(backend, device):
 
 
 @pytest.mark.parametrize("given", ["tensor", "callable"])
-def test_a_weight_of_zero_leaves_nothing_of_a_token_that_the_student_forbids(
-    given, backend, device
-):
+def test_an_advantage_of_zero_cancels_an_infinite_log_prob(given, backend, device):
     case = cases.make(7, (3,), device=device)
     case.student[:, 2] = -INF
     case.token_ids[:] = 2
@@ -92,8 +90,8 @@ def test_a_weight_of_zero_leaves_nothing_of_a_token_that_the_student_forbids(
 
 
 @every_divergence
-def test_an_upstream_gradient_of_zero_leaves_nothing(divergence, backend, device):
-    """A row that `torch.where` took out of the loss has no gradient, whatever it would have."""
+def test_an_upstream_gradient_of_zero_gives_a_gradient_of_zero(divergence, backend, device):
+    """A row that `torch.where` leaves out of the loss has no gradient, not even a NaN."""
     student, teacher = torch.randn(2, 3, 127, device=device)
     teacher[1, 5] = -INF
     for dtype in (torch.float32, torch.float16):
@@ -101,8 +99,8 @@ def test_an_upstream_gradient_of_zero_leaves_nothing(divergence, backend, device
         result = hybrid_loss(
             leaf, teacher, divergence=divergence, reduction="none", backend=backend
         )
-        kept = torch.tensor([True, False, True], device=device)
-        torch.where(kept, result.loss, 0.0).sum().backward()
+        in_loss = torch.tensor([True, False, True], device=device)
+        torch.where(in_loss, result.loss, 0.0).sum().backward()
         assert not leaf.grad[1].any()
         assert leaf.grad[[0, 2]].isfinite().all()
         assert leaf.grad[[0, 2]].any()
@@ -114,7 +112,7 @@ def test_an_upstream_gradient_of_zero_leaves_nothing(divergence, backend, device
 def test_a_token_that_only_the_teacher_forbids_costs_infinity(
     gap, vocabulary, divergence, backend, device
 ):
-    """However little the student gives it, it is never silently free."""
+    """However small its probability under the student is, it is never free."""
     case = cases.make(vocabulary, (3,), device=device)
     case.student[1, 2] = case.student[1].max() - gap
     case.teacher[1, 2] = -INF
@@ -128,7 +126,7 @@ def test_a_token_that_only_the_teacher_forbids_costs_infinity(
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jeffreys"])
-def test_a_weight_of_zero_leaves_nothing_of_an_infinite_divergence(divergence, backend, device):
+def test_a_weight_of_zero_cancels_an_infinite_divergence(divergence, backend, device):
     student, teacher = torch.randn(2, 6, 150, device=device)
     teacher[:, 5] = -INF
     ids = torch.arange(6, device=device) + 10
@@ -157,7 +155,7 @@ def test_a_weight_of_zero_leaves_nothing_of_an_infinite_divergence(divergence, b
 
 
 @every_divergence
-def test_a_teacher_floor_makes_it_finite(divergence, backend, device):
+def test_a_teacher_floor_makes_the_divergence_finite(divergence, backend, device):
     case = cases.make(127, (3,), device=device)
     case.teacher[1, 2] = -INF
     options = {"divergence": divergence, "teacher_floor": -20.0, "reduction": "none"}
@@ -186,8 +184,8 @@ def test_a_teacher_floor_bounds_the_sampled_log_prob_too(backend, device):
 
 
 @pytest.mark.parametrize("divergence", BOUNDED, ids=divergence_id)
-def test_a_token_that_only_the_teacher_forbids_has_a_limit_elsewhere(divergence, backend, device):
-    """The others stay finite: they do not ask for log q where q = 0."""
+def test_bounded_divergences_of_a_token_that_only_the_teacher_forbids(divergence, backend, device):
+    """They stay finite, since they have no log q where q = 0."""
     case = cases.make(127, (3,), device=device)
     case.teacher[:, 2] = -INF
     options = {"divergence": divergence, "reduction": "none", "advantages": None}
@@ -320,7 +318,7 @@ def test_a_vocabulary_of_one(divergence, backend, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("offset", [3e9, -3e9, 1e11, -1e15])
 def test_rows_so_far_from_zero_that_they_are_flat(offset, dtype, backend, device):
-    """What is left of differences is a rounding of the offset: a few ties, or nothing else."""
+    """Rounding at such an offset leaves a few distinct logits, or only one."""
     case = cases.make(67, (3,), dtype=dtype, device=device)
     case.student, case.teacher = case.student + offset, case.teacher + offset
     assert_matches_reference(case, backend, entropy_weight=0.3)
@@ -331,8 +329,8 @@ def test_rows_so_far_from_zero_that_they_are_flat(offset, dtype, backend, device
     [("student", "reverse_kl"), ("teacher", "reverse_kl"), ("both", "reverse_kl"), ("both", "jsd")],
 )
 def test_a_large_weight_and_a_low_logit(sides, divergence, backend, device):
-    """0 times an overflow is no gradient."""
-    for position in (5, 66):  # in the body of a row, and among its edges
+    """An overflow times a probability of 0 must not become a gradient."""
+    for position in (5, 66):  # in the body of a row, and in its edges
         case = cases.make(67, (3,), dtype=torch.bfloat16, device=device)
         case.student[:, position] = -300.0 if sides == "teacher" else -3e38
         if sides != "student":

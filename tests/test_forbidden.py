@@ -1,6 +1,6 @@
-"""Logits that forbid a token: -inf, and what stands for it, -1e4 to a dtype's lowest number.
+"""Logits that forbid a token: -inf, or in its place -1e4 to the lowest number of a dtype.
 
-Every value and gradient is that of float64, on either side or both, at any temperature.
+On either side or both and at any temperature, values and gradients equal those of float64.
 """
 
 from itertools import product
@@ -27,7 +27,7 @@ DIVERGENCES = [
 ]
 MASKS = (-torch.inf, cases.LOWEST, -1e9, -1e4)
 TEMPERATURES = (0.05, 0.3, 1.0, 1.7)
-# What is larger may overflow fp32.
+# Larger values may overflow fp32.
 LAST = (1 - 1e-5) * torch.finfo(torch.float32).max
 
 
@@ -39,16 +39,16 @@ def check(case, backend, method, divergence, temperature, **others):
     run = getattr(case, method)
     truth = run(getattr(reference, method), torch.float64, **options)
     got = run(backend=backend, **options)
-    # What fp32 makes of log-probabilities so far apart.
+    # The error of log-probabilities this far apart in fp32.
     rounding = 2e-6 * (1 + 2 * cases.SPREAD / temperature)
     for name in ("divergence", "log_prob", "teacher_log_prob", "entropy"):
         value, expected = getattr(got.result, name), getattr(truth.result, name)
         if expected is not None:
             expected = expected.float()
-            # A rounding may lead beyond the last number of fp32.
-            last = expected.isfinite() & (expected.abs() > LAST)
+            # Rounding may carry these beyond the largest number of fp32.
+            at_limit = expected.isfinite() & (expected.abs() > LAST)
             torch.testing.assert_close(
-                torch.where(last, value.nan_to_num(nan=torch.nan), value).double(),
+                torch.where(at_limit, value.nan_to_num(nan=torch.nan), value).double(),
                 expected.double(),
                 rtol=1e-5,
                 atol=rounding,
@@ -56,8 +56,8 @@ def check(case, backend, method, divergence, temperature, **others):
                 msg=lambda message, name=name: f"{name}: {message}",
             )
     left_out = ~truth.gradient.isfinite().all(-1)
-    assert not got.gradient[left_out].isfinite().all(-1).any(), "gradient: finite"
-    # A value that is too large for fp32 may have none (nor may one that it is a part of).
+    assert not got.gradient[left_out].isfinite().all(-1).any(), "gradient is finite, truth is not"
+    # Values beyond the range of fp32 need no gradient, nor do sums that contain them.
     values = [truth.result.divergence]
     if divergence == Divergence("jeffreys"):
         sides = case.student.double(), case.any_teacher
@@ -65,7 +65,7 @@ def check(case, backend, method, divergence, temperature, **others):
     for value in values:
         left_out |= value.isfinite() & (value.abs() > LAST)
     if divergence == Divergence("renyi", alpha=1.7):
-        # log S is a number beside which fp32 loses the exponents of its terms.
+        # Next to such a log S, fp32 loses the exponents of its terms.
         left_out |= truth.result.divergence > 1e3
     dtype = got.gradient.dtype
     expected = truth.gradient[~left_out]
@@ -75,13 +75,13 @@ def check(case, backend, method, divergence, temperature, **others):
     roundings = written_and_scaled(backend, got.gradient)
     bound = roundings * (ROUNDING[dtype] * expected.abs() + SUBNORMAL[dtype])
     bound += 1e-5 * expected.abs().amax(-1, keepdim=True) + rounding / temperature
-    # It is a difference with the value, which is kept in fp32 between two launches, and of an alpha
-    # above 1 is a sum of exponentials of large numbers.
+    # The value is subtracted in the gradient. It is kept in fp32 between two launches, and for an
+    # alpha above 1 is a sum of exponentials of large numbers.
     relative = 1e-5 if divergence.name == "alpha" else 3e-7
     bound += relative * values[-1][~left_out, None].abs().nan_to_num(posinf=0) / temperature
     error[bound > torch.finfo(dtype).max / 4] = 0
-    mine, off = got.gradient[~left_out], (~(error <= bound)).nonzero().tolist()
-    worst = [(i, j, float(mine[i, j]), float(expected[i, j])) for i, j in off[:4]]
+    gradient, off = got.gradient[~left_out], (~(error <= bound)).nonzero().tolist()
+    worst = [(i, j, float(gradient[i, j]), float(expected[i, j])) for i, j in off[:4]]
     assert not off, f"gradient: {len(off)} entries are off (row, entry, got, truth): {worst}"
 
 
@@ -139,8 +139,8 @@ def test_any_masks(
 def test_any_masks_under_a_support(
     backend, masks, divergence, temperature, dtype, vocabulary, share, size, tail, method, seed
 ):
-    """The first token, which is allowed, is outside, and an allowed one in the support: of what is
-    as good as forbidden altogether fp32 finds no logarithm."""
+    """The support has an allowed token, and the first, also allowed, is outside of it: fp32 can't
+    hold the logarithm of a mass whose tokens are all as good as forbidden."""
     case = cases.forbidding(masks, dtype, vocabulary, seed, share)
     case.student[:, 1] = case.teacher[:, 1] = 0.0
     generator = torch.Generator().manual_seed(seed)

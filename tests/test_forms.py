@@ -1,4 +1,4 @@
-"""The forms of the row kernels: whichever runs, the numbers are right."""
+"""The forms of the row kernels, which all have the right results."""
 
 import pytest
 import torch
@@ -15,14 +15,14 @@ from hybrid_kernels.rows import Rows
 from hybrid_kernels.triton_backend import launch as launchers
 from hybrid_kernels.triton_backend import plan
 
-# Of `triton_backend/plan.py`, without "INTERPRETED_" before it.
+# Settings of `triton_backend/plan.py`, without the prefix "INTERPRETED_".
 FORMS = {
     "one program": {},
     "tiles": {"BLOCK_V": 32, "WARPS": 2},
-    # (What is left over of rows of 201 or 203 is among their edges.)
+    # The rest of rows of 201 or 203 entries is in their edges.
     "two programs": {"SLICE": 96, "BLOCK_V": 64, "PROGRAMS": 3, "LAG": False},
     "three programs": {"SLICE": 72, "BLOCK_V": 16, "PROGRAMS": 4},
-    # (Of which a meeting has lanes for more than there are.)
+    # A meeting has lanes for more programs than there are.
     "many programs": {"SLICE": 24, "BLOCK_V": 16},
 }
 swept = pytest.mark.parametrize("form", ["sweeping"], indirect=True)
@@ -32,12 +32,12 @@ OTHERS = [d for d in DIVERGENCES if d not in RESIDENT]
 
 @pytest.fixture(params=["one program", "tiles", "two programs", "three programs", "sweeping"])
 def form(request, side_by_side, monkeypatch):
-    """Forces a form, and proves that it ran: where a row is cut, that its programs had to meet."""
+    """Forces a form; asserts that it ran and, where it cuts rows, that programs had to meet."""
     launched, resident = [], plan.resident
 
     def cut(*args, **options):
         shape = resident(*args, **options)
-        assert shape.splits > 1, f"a single program, of {shape.slice_v} entries"
+        assert shape.splits > 1, f"a single program with {shape.slice_v} entries"
         return shape
 
     if request.param == "sweeping":
@@ -94,27 +94,27 @@ def test_every_form_takes_every_style(form, style, divergence, backend):
     assert_matches_reference(case, backend, divergence=divergence, entropy_weight=0.3)
 
 
-# Rows of 203 and 7 entries begin at different places where one side is laid out otherwise: those
-# can't be cut alike, and are swept.
+# With different layouts of the two sides, rows of 203 and 7 entries begin at different alignments.
+# Those can't be cut alike, and are swept.
 UNLIKE = [(v, layout) for v in (7, 203) for layout in ("sliced", "expanded")] + [(144, "sliced")]
 EVERY = [(v, layout) for v in (7, 144, 203) for layout in cases.LAYOUTS]
 
 
 def in_layout(vocabulary, layout):
-    # (An expanded row's gradients are added up, in bf16 with too many roundings.)
+    # The gradients of an expanded row are added up, which in bf16 has too many roundings.
     dtype = torch.float32 if layout == "expanded" else torch.bfloat16
     return cases.make(vocabulary, (2, 2), layout=layout, dtype=dtype)
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "layout"), [one for one in EVERY if one not in UNLIKE and one[0] > 7]
+    ("vocabulary", "layout"), [pair for pair in EVERY if pair not in UNLIKE and pair[0] > 7]
 )
 def test_every_form_takes_every_layout(form, vocabulary, layout, backend):
     assert_matches_reference(in_layout(vocabulary, layout), backend, entropy_weight=0.3)
 
 
 @pytest.mark.parametrize("form", ["one program", "tiles"], indirect=True)
-@pytest.mark.parametrize(("vocabulary", "layout"), [one for one in EVERY if one not in UNLIKE])
+@pytest.mark.parametrize(("vocabulary", "layout"), [pair for pair in EVERY if pair not in UNLIKE])
 def test_a_single_program_takes_every_layout(form, vocabulary, layout, backend):
     assert_matches_reference(in_layout(vocabulary, layout), backend, entropy_weight=0.3)
 
@@ -140,9 +140,9 @@ def test_every_form_takes_every_option(form, options, divergence, backend):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("divergence", ["jeffreys", "jsd"])
 def test_every_form_takes_mixed_formats(form, divergence, dtype, backend):
-    """Lanes outside the row hold the same on both sides, whatever the formats can hold."""
+    """Lanes outside of the row have the same value on both sides, despite the formats' ranges."""
     case = cases.make(203, (1, 3), dtype=dtype, teacher_dtype=torch.float16)
-    # (The gradient of a scalar loss in fp16 is made in the backward, which takes no form.)
+    # In fp16 the gradient of a scalar loss is computed in the backward, which has no forms.
     assert_matches_reference(case, backend, divergence=divergence, reduction="none")
 
 
@@ -172,7 +172,7 @@ def test_every_form_without_a_teacher(form, backend):
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
 def test_one_infinity_stays_in_its_row(form, divergence, backend):
-    """One slice of one row takes the guarded way; a weight of 0 leaves nothing of it."""
+    """Only the slice with an infinity takes the guarded path; a weight of 0 cancels it."""
     student, teacher = torch.randn(2, 4, 208, generator=torch.Generator().manual_seed(0))
     student[1, 150], student[2, 20] = -torch.inf, torch.nan
     teacher[1, 17] = -torch.inf
@@ -211,7 +211,7 @@ def test_slices_cover_a_row_and_the_grid_fits(vocabulary, itemsize, rows, monkey
         assert launch.slice_v <= launch.room(itemsize)
         threads = launch.num_warps * 32
         on_each = -(-launch.programs // 132)
-        # All programs are resident at once: registers, threads and slots of a multiprocessor.
+        # A multiprocessor has registers, threads and slots for all of its programs at once.
         assert on_each * threads * launch.registers <= 65536
         assert on_each * threads <= 2048
         assert on_each <= 32
@@ -243,7 +243,7 @@ def test_a_gradient_wider_than_the_logits_is_swept(monkeypatch):
     ("shape", "split"),
     [((8, 128256), False), ((8, 50257), True), ((8, 4, 32001), True), ((8, 1), True)],
 )
-def test_rows_are_split_only_where_they_must(shape, split):
+def test_rows_are_split_only_where_necessary(shape, split):
     logits = torch.empty(shape, dtype=torch.bfloat16).view(1, -1, shape[-1])
     assert launchers.has_edges([logits, logits.clone()]) == split
     padded = torch.empty(8, 50264, dtype=torch.bfloat16)[None, :, :50257]

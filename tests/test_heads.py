@@ -1,4 +1,4 @@
-"""What may stand for an output layer: PEFT's wrappers, DTensors, mixed precision."""
+"""Output layers: those that PEFT has wrapped, DTensors, mixed precision."""
 
 from importlib.util import find_spec
 
@@ -22,7 +22,7 @@ def inputs(rows=6):
 
 
 def lora_head(bias=False, **options):
-    """A model with an output layer that PEFT has wrapped; opinions in both LoRA factors."""
+    """A model and its output layer, which PEFT has wrapped, with random LoRA factors."""
     peft = pytest.importorskip("peft", reason="needs PEFT")
     torch.manual_seed(1)
 
@@ -35,10 +35,10 @@ def lora_head(bias=False, **options):
         def forward(self, hidden):
             return self.lm_head(hidden)
 
-    kinds = options.pop("modules_to_save", None)
-    targets = None if kinds else ["lm_head"]
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": targets, "modules_to_save": kinds}
-    if kinds:
+    saved = options.pop("modules_to_save", None)
+    targets = None if saved else ["lm_head"]
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": targets, "modules_to_save": saved}
+    if saved:
         settings["target_modules"] = ["other"]
     model = peft.get_peft_model(Model(), peft.LoraConfig(**settings, **options))
     for name, parameter in model.named_parameters():
@@ -48,9 +48,9 @@ def lora_head(bias=False, **options):
 
 
 def outcomes(model, head, **options):
-    """Loss and gradients of everything trainable, from the model's own logits and fused."""
+    """Losses and gradients of all trainable parameters, first from logits and then fused."""
     hidden, teacher, ids, advantages = inputs()
-    found = []
+    results = []
     for fused in (False, True):
         leaf = hidden.clone().requires_grad_()
         model.zero_grad(set_to_none=True)
@@ -60,45 +60,45 @@ def outcomes(model, head, **options):
             loss = hybrid_loss(head(leaf), teacher, ids, advantages).loss
         loss.backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        found.append((loss.detach(), {"hidden": leaf.grad, **gradients}))
-    return found
+        results.append((loss.detach(), {"hidden": leaf.grad, **gradients}))
+    return results
 
 
-def assert_same(found):
-    (loss, gradients), (own_loss, own) = found
-    torch.testing.assert_close(own_loss, loss, rtol=1e-6, atol=1e-7)
-    assert gradients.keys() == own.keys()
+def assert_same(results):
+    (expected_loss, expected), (loss, gradients) = results
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=1e-7)
+    assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(own[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
-    return own
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    return gradients
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 2])
 @pytest.mark.parametrize("bias", [False, True])
 def test_lora(bias, chunk_rows):
     model, head = lora_head(bias)
-    own = assert_same(outcomes(model, head, chunk_rows=chunk_rows))
-    names = [name for name in own if "lora_" in name]
+    gradients = assert_same(outcomes(model, head, chunk_rows=chunk_rows))
+    names = [name for name in gradients if "lora_" in name]
     assert len(names) == 2
-    assert not any("base_layer" in name for name in own)
+    assert not any("base_layer" in name for name in gradients)
 
 
 @pytest.mark.parametrize("drop_masked", [False, True])
-def test_garbage_in_masked_rows_does_not_reach_an_adapter(drop_masked):
+def test_nan_in_masked_rows_does_not_reach_an_adapter(drop_masked):
     model, head = lora_head()
     hidden, teacher, ids, advantages = inputs()
     mask = torch.tensor([[True, False, True], [True, True, False]])
-    found = []
-    for garbage in (0.0, torch.nan):
-        leaf = hidden.masked_fill(~mask[..., None], garbage).requires_grad_()
+    results = []
+    for fill in (0.0, torch.nan):
+        leaf = hidden.masked_fill(~mask[..., None], fill).requires_grad_()
         model.zero_grad(set_to_none=True)
         linear_hybrid_loss(
             leaf, head, teacher, ids, advantages, mask=mask, drop_masked=drop_masked
         ).loss.backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        found.append({"hidden": leaf.grad, **gradients})
-    for name, gradient in found[0].items():
-        assert torch.equal(found[1][name], gradient), name
+        results.append({"hidden": leaf.grad, **gradients})
+    for name, gradient in results[0].items():
+        assert torch.equal(results[1][name], gradient), name
 
 
 def test_two_adapters_at_once():
@@ -109,15 +109,15 @@ def test_two_adapters_at_once():
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter, std=0.3)
-    own = assert_same(outcomes(model, head))
-    assert len([name for name in own if "lora_" in name]) == 4
+    gradients = assert_same(outcomes(model, head))
+    assert len([name for name in gradients if "lora_" in name]) == 4
 
 
 def test_disabled_and_merged_adapters():
     model, head = lora_head()
     with model.disable_adapter():
-        own = assert_same(outcomes(model, head))
-        assert not any("lora_" in name for name in own)
+        gradients = assert_same(outcomes(model, head))
+        assert not any("lora_" in name for name in gradients)
     model.merge_adapter()
     assert_same(outcomes(model, head))
     model.unmerge_adapter()
@@ -126,12 +126,12 @@ def test_disabled_and_merged_adapters():
 
 def test_a_head_to_save():
     model, head = lora_head(modules_to_save=["lm_head"])
-    own = assert_same(outcomes(model, head))
-    assert len(own) == 2
-    assert any("modules_to_save" in name for name in own)
+    gradients = assert_same(outcomes(model, head))
+    assert len(gradients) == 2
+    assert any("modules_to_save" in name for name in gradients)
 
 
-def test_what_is_not_lora_is_refused():
+def test_other_adapters_and_layers_are_refused():
     model, head = lora_head(use_dora=True)
     hidden, teacher, _, _ = inputs()
     with pytest.raises(ValueError, match=r"student_weight: the adapter 'default' is a variant"):
@@ -158,15 +158,15 @@ def test_autocast_casts_as_a_linear_layer_does():
     with torch.autocast("cpu", torch.bfloat16):
         got = linear_hybrid_loss(leaf, weight, teacher, ids, advantages)
     got.loss.backward()
-    rounded, theirs = weight.detach().bfloat16().float(), teacher.hidden.bfloat16().float()
+    rounded = weight.detach().bfloat16().float()
+    teacher_logits = teacher.hidden.bfloat16().float() @ teacher.weight.bfloat16().float().T
     logits = leaf.detach().bfloat16().float() @ rounded.T
-    expected = hybrid_loss(logits, theirs @ teacher.weight.bfloat16().float().T, ids, advantages)
+    expected = hybrid_loss(logits, teacher_logits, ids, advantages)
     torch.testing.assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-5)
     assert weight.grad.dtype == leaf.grad.dtype == torch.float32
     plain = rounded.requires_grad_()
     states = leaf.detach().bfloat16().float()
-    given = theirs @ teacher.weight.bfloat16().float().T
-    hybrid_loss(states @ plain.T, given, ids, advantages).loss.backward()
+    hybrid_loss(states @ plain.T, teacher_logits, ids, advantages).loss.backward()
     assert (weight.grad - plain.grad).norm() < 5e-3 * plain.grad.norm()
 
 
@@ -176,7 +176,7 @@ STEPS = 4
 
 
 def demo_model(tied):
-    """The architecture that the demo trains, by its own function."""
+    """A small model of the architecture that the demo trains."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -193,7 +193,7 @@ def demo_model(tied):
 
 
 def train_steps(model, batches):
-    """SGD on the hybrid loss of hidden states: the losses, and the kinds of weight it was given."""
+    """Trains by SGD on `linear_hybrid_loss`; returns losses and the types of the weights."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     losses, kinds, states = [], [], []
     model.model.register_forward_hook(lambda *args: states.append(args[2][0]))
@@ -201,7 +201,7 @@ def train_steps(model, batches):
         model(input_ids=ids, logits_to_keep=1)
         head, teacher = model.lm_head.weight, LinearTeacher(hidden, weight)
         kinds.append(type(head).__name__)
-        # (Ranks average their gradients, so that the tokens of one rank are what to divide by.)
+        # Ranks average their gradients, so each divides by the number of its own tokens.
         loss = linear_hybrid_loss(states.pop(), head, teacher, ids, advantages).loss
         loss.backward()
         optimizer.step()
@@ -229,34 +229,34 @@ def batches():
 @two_ranks
 @on_ranks
 def test_fsdp2_trains_as_one_process_does(ranks, tied, units, kind):
-    """Two ranks with half of each batch and sharded weights, against one process with all of it."""
+    """Compares two ranks, which have half of each batch and of the weights, with one process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     alone = demo_model(tied)
-    expected, _ = train_steps(alone, batches())
+    expected_losses, _ = train_steps(alone, batches())
     model = demo_model(tied)
     mesh = init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
-    # What is a unit of its own is sharded again when the loss needs it; what is not belongs to the
-    # root, whose parameters stay whole until the backward.
+    # A layer that is a separate unit is sharded again by the time the loss needs its weight. Others
+    # belong to the root, whose parameters stay whole until the backward.
     for name in units:
         fully_shard(model.get_submodule(name), mesh=mesh)
     fully_shard(model, mesh=mesh)
-    own = slice(2 * ranks.rank, 2 * ranks.rank + 2)
-    parts = ((ids[own], hidden[own], w, a[own]) for ids, hidden, w, a in batches())
+    half = slice(2 * ranks.rank, 2 * ranks.rank + 2)
+    parts = ((ids[half], hidden[half], w, a[half]) for ids, hidden, w, a in batches())
     losses, kinds = train_steps(model, parts)
     assert kinds == [kind] * STEPS
     torch.distributed.all_reduce(losses)
-    torch.testing.assert_close(losses / 2, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses / 2, expected_losses, rtol=1e-5, atol=1e-6)
     before = demo_model(tied).state_dict()
     for name, parameter in model.named_parameters():
         assert parameter.placements[0].is_shard()
-        got, wanted = parameter.full_tensor().detach(), alone.get_parameter(name).detach()
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6, msg=name)
-        # (Biases of keys have no gradient: attention does not see them.)
-        assert not torch.equal(wanted, before[name]) or name.endswith("k_proj.bias"), name
+        got, expected = parameter.full_tensor().detach(), alone.get_parameter(name).detach()
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, msg=name)
+        # Biases of keys cancel in attention, so they have no gradient.
+        assert not torch.equal(expected, before[name]) or name.endswith("k_proj.bias"), name
 
 
 @pytest.mark.native

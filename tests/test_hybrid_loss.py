@@ -133,7 +133,7 @@ def test_each_term_alone(terms, backend, device):
     assert_matches_reference(case, backend, **options)
 
 
-def test_no_term_at_all(backend, device):
+def test_without_any_term(backend, device):
     case = cases.make(128, masked=True, device=device)
     outcome = case.hybrid_loss(backend=backend, dense_weight=0, advantages=None)
     assert outcome.result.loss == 0
@@ -277,7 +277,7 @@ def test_inplace(dtype, layout, divergence, backend, device):
     assert_matches_reference(case, backend, advantages=lambda t: t.entropy, **options)
 
 
-def test_inplace_writes_over_the_logits_and_tells_their_other_users(backend, device):
+def test_inplace_overwrites_the_logits_and_invalidates_other_uses(backend, device):
     case = cases.make(128, device=device)
     leaf = case.student.requires_grad_()
     logits = leaf.clone()
@@ -292,7 +292,7 @@ def test_inplace_writes_over_the_logits_and_tells_their_other_users(backend, dev
         other.backward()
 
 
-def test_inplace_leaves_the_logits_alone_where_no_gradient_is_wanted(backend, device):
+def test_inplace_keeps_the_logits_where_no_gradient_is_needed(backend, device):
     case = cases.make(128, device=device)
     logits = case.student.clone()
     hybrid_loss(logits, case.teacher, backend=backend, inplace=True)
@@ -317,7 +317,7 @@ def test_inputs_are_not_written(backend, device):
 
 @pytest.mark.parametrize("function", [hybrid_loss, token_terms])
 def test_autocast_changes_nothing(function, backend, device):
-    """What it rounds elsewhere are factors of GEMMs; here they would be probabilities."""
+    """It rounds the factors of GEMMs, but here it would round probabilities."""
     case = cases.make(1000, device=device)
     results = []
     for enabled in (False, True):
@@ -326,7 +326,7 @@ def test_autocast_changes_nothing(function, backend, device):
     assert torch.equal(*results)
 
 
-def test_no_tokens_counted_on_the_device():
+def test_a_count_of_zero_tokens_on_the_device():
     student = torch.randn(2, 5, requires_grad=True)
     mask = torch.zeros(2, dtype=torch.bool)
     result = hybrid_loss(student, torch.randn(2, 5), mask=mask, num_tokens=mask.sum())

@@ -12,7 +12,7 @@ import hybrid_kernels
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybrid_kernels"
 
-# What each module may import from the package: those of the lines above it, if named here.
+# What each module may import from the package, if it is an entry above.
 BELOW = {"triton_backend.reduce", "triton_backend.divergences", "triton_backend.sums"}
 SHARED = {"triton_backend.entries", "triton_backend.memory", "triton_backend.gradient"}
 ALLOWED = {
@@ -164,9 +164,9 @@ ALLOWED = {
 
 
 def sources(folder):
-    found = sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
-    assert found, f"{folder} holds no sources"
-    return found
+    paths = sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+    assert paths, f"{folder} holds no sources"
+    return paths
 
 
 def name_of(path):
@@ -179,15 +179,15 @@ NAMES = {name_of(path) for path in sources(PACKAGE)}
 
 
 def imports(tree):
-    """Dotted names of what a tree imports; of `from a import b`, a.b where that is a module."""
+    """Dotted names of what a tree imports; for `from a import b`, a.b if that is a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
-            own = node.module.partition("hybrid_kernels")[2].strip(".")
+            inner = node.module.partition("hybrid_kernels")[2].strip(".")
             for alias in node.names:
-                deeper = f"{own}.{alias.name}".strip(".")
+                deeper = f"{inner}.{alias.name}".strip(".")
                 in_package = node.module.split(".")[0] == "hybrid_kernels"
                 is_module = in_package and deeper in NAMES
                 yield f"hybrid_kernels.{deeper}" if is_module else node.module
@@ -204,29 +204,29 @@ def test_imports_run_downward(path):
     name = name_of(path)
     assert name in ALLOWED, f"{path.name} is new: say in ALLOWED what it may import"
     tree = ast.parse(path.read_text())
-    own = {i for i in imports(tree) if i.split(".")[0] == "hybrid_kernels"}
-    found = {i.removeprefix("hybrid_kernels").strip(".") for i in own}
-    assert found <= ALLOWED[name], f"{name} imports {found - ALLOWED[name]}"
+    inside = {i for i in imports(tree) if i.split(".")[0] == "hybrid_kernels"}
+    imported = {i.removeprefix("hybrid_kernels").strip(".") for i in inside}
+    assert imported <= ALLOWED[name], f"{name} imports {imported - ALLOWED[name]}"
     # `tune` is itself imported only where there is something to tune.
     if not name.startswith("triton_backend") and name != "tune":
         eager = {i.removeprefix("hybrid_kernels.") for i in imports(at_import(tree))}
         assert not any(i.split(".")[0] in ("triton", "triton_backend") for i in eager)
 
 
-def test_the_table_has_no_cycle_and_no_stranger():
+def test_the_table_has_every_module_and_no_cycle():
     names = list(ALLOWED)
     for position, (name, below) in enumerate(ALLOWED.items()):
         assert below <= set(names[:position]), name
     assert set(names) == NAMES
 
 
-def test_the_reference_knows_nothing_of_the_package_but_its_types():
+def test_the_reference_needs_no_package_but_torch():
     tree = ast.parse((PACKAGE / "reference.py").read_text())
     roots = {i.split(".")[0] for i in imports(tree)} - {"hybrid_kernels"}
     assert roots <= {"torch", "math", "collections", "typing", "__future__"}
 
 
-def test_users_take_public_names_only():
+def test_train_imports_public_names_only():
     for path in sources(ROOT / "train"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
@@ -241,7 +241,7 @@ def test_users_take_public_names_only():
                 assert names <= public, f"{path.name} imports {names - public}"
 
 
-# The modules of train/. Each may import those before it.
+# The modules of train/, each of which may import the ones before it.
 TRAIN_ORDER = (
     *("__init__", "schedules", "config", "data", "rewards", "checkpoint", "rollout", "heads"),
     *("models", "batch", "objective", "metrics", "evaluate", "report", "loop", "addition"),

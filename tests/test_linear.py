@@ -1,4 +1,4 @@
-"""From hidden states: the same numbers as the logits' own GEMM and `hybrid_loss`, in float64."""
+"""The linear functions against float64: a GEMM and the loss of the logits that it makes."""
 
 import shutil
 from dataclasses import replace
@@ -48,7 +48,7 @@ def test_a_bias_that_forbids_tokens(mask, divergence, backend, device):
     case.head.bias[100:110] = case.teacher_head.bias[100:120] = mask
     case.token_ids.clamp_(max=99)
     if FAMILIES[divergence.name].student_d or 1.7 in divergence.params.values():
-        case.teacher_head.bias[110:120] = 0  # which would make it infinite
+        case.teacher_head.bias[110:120] = 0  # else the divergence is infinite
     assert_linear_matches(case, backend, chunk_rows=3, divergence=divergence, entropy_weight=0.2)
 
 
@@ -113,7 +113,7 @@ def test_all_rows_masked(reduction, drop_masked, backend, device):
 
 
 def test_equals_the_gemm_and_hybrid_loss(backend, device):
-    """In fp32 they are the same numbers, but for the order of a GEMM's sums."""
+    """In fp32 they differ only by the order in which GEMMs sum."""
     case = make_linear(teacher="logits", device=device)
     hidden, weight = case.leaves(None)
     logits = hidden @ weight.T
@@ -122,12 +122,12 @@ def test_equals_the_gemm_and_hybrid_loss(backend, device):
     got, gradients = case.ours(chunk_rows=4, backend=backend)
     torch.testing.assert_close(got.loss, whole.loss.detach(), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(got.divergence, whole.divergence, rtol=1e-5, atol=1e-6)
-    for own, leaf in zip(gradients, (hidden, weight), strict=True):
-        torch.testing.assert_close(own, leaf.grad * -1.7, rtol=1e-5, atol=1e-6)
+    for gradient, leaf in zip(gradients, (hidden, weight), strict=True):
+        torch.testing.assert_close(gradient, leaf.grad * -1.7, rtol=1e-5, atol=1e-6)
 
 
-def test_a_linear_teacher_of_logits(backend, device):
-    """`hybrid_loss` and `token_terms` take one too."""
+def test_a_linear_teacher_of_a_student_by_logits(backend, device):
+    """`hybrid_loss` and `token_terms` accept a `LinearTeacher`, too."""
     case = make_linear(device=device, bias=True, softcap=3.0)
     given, plain = case.given(None), case.given(torch.float32)
     logits = case.head.logits(case.hidden, torch.float32)
@@ -139,7 +139,7 @@ def test_a_linear_teacher_of_logits(backend, device):
 
 @pytest.mark.parametrize("backward", ["loss", "terms"])
 def test_no_gemm_for_a_frozen_weight(backward, backend, device, monkeypatch):
-    """What is frozen gets no gradient, and no GEMM either: counted in multiplications."""
+    """It costs fewer multiplications, since it has no gradient."""
     case = make_linear(bias=True, device=device)
     case = replace(case, teacher_hidden=case.hidden.flip(0), teacher_head=case.head)
     products = []
@@ -179,7 +179,7 @@ def test_no_gemm_for_a_frozen_weight(backward, backend, device, monkeypatch):
     assert round(sum(products), 6) == 2
 
 
-def test_advantages_of_the_statistics_compute_logits_once_where_one_chunk_holds_them(
+def test_callable_advantages_compute_the_logits_of_a_single_chunk_once(
     backend, device, monkeypatch
 ):
     case = make_linear(masked=True, softcap=3.0, device=device)
@@ -198,8 +198,8 @@ def test_advantages_of_the_statistics_compute_logits_once_where_one_chunk_holds_
         outcomes.append(case.ours(backend=backend, chunk_rows=chunk_rows, **advantages)[1])
         costs.append(sum(products))
     count = int(case.valid.sum()) * case.head.weight.shape[0]
-    size, theirs = case.head.weight.shape[1], case.teacher_head.weight.shape[1]
-    assert costs == [count * (3 * size + theirs), count * (4 * size + 2 * theirs)]
+    size, teacher_size = case.hidden.shape[-1], case.teacher_hidden.shape[-1]
+    assert costs == [count * (3 * size + teacher_size), count * (4 * size + 2 * teacher_size)]
     for one, several in zip(*outcomes, strict=True):
         torch.testing.assert_close(one, several, rtol=1e-5, atol=1e-6)
 
@@ -232,7 +232,7 @@ def test_a_loss_per_row_with_a_frozen_weight(backend, device):
     assert_close(hidden.grad, truths[0], eagers[0], "gradient", scale=float(truths[0].abs().max()))
 
 
-def test_tied_embeddings_accumulate_into_the_one_parameter(backend, device):
+def test_tied_embeddings_accumulate_into_one_parameter(backend, device):
     case = make_linear(device=device)
     weight = nn.Parameter(case.head.weight.clone())
     tokens = torch.randint(0, len(weight), case.hidden.shape[:-1], device=device)
@@ -301,7 +301,7 @@ def test_deterministic(backend, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_16_bit_logits(dtype, backend, device):
-    """`logits_dtype` is what the logits are rounded to, before everything else."""
+    """Logits are rounded to `logits_dtype` before anything is computed from them."""
     case = make_linear(dtype=torch.float32, device=device)
     hidden, weight = case.leaves(None)
     rounded = [
@@ -320,15 +320,15 @@ def test_16_bit_logits(dtype, backend, device):
 
 @pytest.mark.native
 class TestFilter:
-    """Gradient filtering: which columns of dz enter the backward GEMMs."""
+    """Gradient filtering, which chooses the columns of dz that enter the backward GEMMs."""
 
-    def problem(self, device):
+    def make_case(self, device):
         return make_linear(400, 24, (12,), logit_scale=3.0, bias=True, device=device)
 
     @pytest.mark.parametrize("eps", [1e-6, 1e-4, 1e-2])
     @pytest.mark.parametrize("reduction", ["mean", "sum"])
-    def test_drops_what_it_says(self, eps, reduction, backend, device):
-        case = self.problem(device)
+    def test_drops_small_columns(self, eps, reduction, backend, device):
+        case = self.make_case(device)
         exact, (_, _, db) = case.ours(chunk_rows=12, reduction=reduction, backend=backend)
         got, (fh, fw, fb) = case.ours(
             chunk_rows=12, reduction=reduction, grad_filter=eps, backend=backend
@@ -359,8 +359,8 @@ class TestFilter:
         assert not fw[dropped].any()
 
     @pytest.mark.parametrize("chunk_rows", [5, 12])
-    def test_everything_and_nothing(self, chunk_rows, backend, device):
-        case = self.problem(device)
+    def test_drops_everything_or_nothing(self, chunk_rows, backend, device):
+        case = self.make_case(device)
         _, exact = case.ours(chunk_rows=chunk_rows, backend=backend)
         got, gradients = case.ours(chunk_rows=chunk_rows, grad_filter=1e9, backend=backend)
         assert float(got.dropped_norm) == 1.0
@@ -368,11 +368,11 @@ class TestFilter:
         assert not gradients[1].any()
         got, gradients = case.ours(chunk_rows=chunk_rows, grad_filter=1e-30, backend=backend)
         assert float(got.dropped_norm) < 1e-20
-        for own, plain in zip(gradients, exact, strict=True):
-            torch.testing.assert_close(own, plain)
+        for gradient, expected in zip(gradients, exact, strict=True):
+            torch.testing.assert_close(gradient, expected)
 
-    def test_of_token_terms(self, backend, device):
-        case = self.problem(device)
+    def test_token_terms(self, backend, device):
+        case = self.make_case(device)
         _, exact = case.ours("token_terms", chunk_rows=5, backend=backend)
         errors = []
         for eps in (1e-4, 1e-3, 1e-2):
@@ -384,16 +384,16 @@ class TestFilter:
 
 @pytest.mark.native
 class TestChunks:
-    """How large a chunk is, and where its buffers lie."""
+    """The size of a chunk, and the memory that its buffers are in."""
 
     def test_size(self):
         cpu, gpu = torch.device("cpu"), torch.device("cuda")
-        # 64 MiB of two fp32 logits of V = 151,936 a row are 55 rows; 256 rows in equal chunks.
+        # 64 MiB hold two fp32 logits per entry for 55 rows of 151,936; 256 rows are cut evenly.
         assert chunk_size(256, 8 * 151_936, 151_936, cpu) == 52
         assert chunk_size(10, 8 * 151_936, 151_936, cpu) == 10
         assert chunk_size(0, 8, 1, cpu) == 1
         assert chunk_size(3, 2**40, 2**37, cpu) == 1
-        # A sixteenth of all logits is more than that for 2,048 rows: 128 of them.
+        # For 2,048 rows, a sixteenth of all logits is more than that: 128 rows.
         assert chunk_size(2048, 8 * 151_936, 151_936, cpu) == 128
         assert chunk_size(8192, 10 * 151_936, 151_936, gpu) <= 1408
         for rows in (1, 5, 1000, 8192, 70_000):
@@ -404,7 +404,7 @@ class TestChunks:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("size", [24, 64, 400])
     def test_buffers_inside_the_weights_gradient(self, size, dtype, softcap, backend, device):
-        """With a single chunk; whether they fit depends on D."""
+        """A single chunk puts them there if they fit, which depends on D."""
         case = make_linear(203, size, (9,), dtype=DTYPES[dtype], softcap=softcap, device=device)
         assert_linear_matches(case, backend, chunk_rows=9)
         assert_linear_matches(case, backend, chunk_rows=9, grad_filter=1e-30)
@@ -421,49 +421,49 @@ class TestChunks:
         assert [buffer.data_ptr() in inside for buffer in chunks.buffers] == [True, True]
 
 
-def test_a_normaliser_that_waits_for_the_gemms(backend, device, monkeypatch):
-    """As in fp16, where 1/N of a probability would be 0."""
+def test_a_normaliser_applied_after_the_gemms(backend, device, monkeypatch):
+    """This is done in fp16, where 1/N of a probability would be 0."""
     case = make_linear(masked=True, bias=True, device=device)
     options = {"backend": backend, "chunk_rows": 4, "num_tokens": 1000, "grad_filter": 1e-3}
     expected, gradients = case.ours(**options)
     monkeypatch.setattr(linear_ops, "scales_late", lambda *tensors: True)
     got, late = case.ours(**options)
     torch.testing.assert_close(got.dropped_norm, expected.dropped_norm)
-    for own, plain in zip(late, gradients, strict=True):
-        torch.testing.assert_close(own, plain, rtol=1e-5, atol=1e-9)
+    for gradient, plain in zip(late, gradients, strict=True):
+        torch.testing.assert_close(gradient, plain, rtol=1e-5, atol=1e-9)
 
 
 def test_a_loss_scale_saves_the_mean_of_fp16(backend, device):
-    """Gradients of 1e-9, which fp16 can't hold, times what the mean is divided by."""
+    """fp16 can't hold the gradients of 1e-9, but it can hold N times as much."""
     case = make_linear(dtype=torch.float16, device=device)
 
     def scaled(factor, **options):
         hidden, weight = case.leaves(None)
         sides = (hidden, weight, case.given(None), case.token_ids)
-        found = linear_hybrid_loss(*sides, backend=backend, **options)
-        (factor * found.loss).backward()
+        result = linear_hybrid_loss(*sides, backend=backend, **options)
+        (factor * result.loss).backward()
         return hidden.grad, weight.grad
 
     count = 2.0**22
     total = scaled(1.0, reduction="sum")
-    for own, expected in zip(scaled(count, num_tokens=count), total, strict=True):
-        assert torch.equal(own, expected)
-        assert own.count_nonzero() > 0.9 * own.numel()
+    for got, expected in zip(scaled(count, num_tokens=count), total, strict=True):
+        assert torch.equal(got, expected)
+        assert got.count_nonzero() > 0.9 * got.numel()
 
 
 @pytest.mark.parametrize("function", [hybrid_loss, linear_hybrid_loss])
-def test_advantages_may_work_in_place(function, backend, device):
+def test_callable_advantages_may_write_in_place(function, backend, device):
     case = make_linear(teacher="logits", device=device)
 
     def outcome(advantages):
         hidden, weight = case.leaves(None)
         sides = (hidden, weight) if function is linear_hybrid_loss else (hidden @ weight.T,)
-        found = function(
+        result = function(
             *sides, case.given(None), case.token_ids, advantages, entropy_weight=0.5,
             backend=backend,
         )  # fmt: skip
-        found.loss.backward()
-        return found.loss.detach(), found.log_prob, hidden.grad
+        result.loss.backward()
+        return result.loss.detach(), result.log_prob, hidden.grad
 
     def in_place(terms):
         terms.log_prob.clamp_(min=-0.1)
@@ -474,15 +474,15 @@ def test_advantages_may_work_in_place(function, backend, device):
 
 
 def linear_rows_of(case, backend, chunk_rows, drop_masked=True):
-    """A case as the operators take it, with a teacher by hidden states and one by logits."""
-    own, theirs = case.head, case.teacher_head
-    states, other = case.hidden.flatten(0, -2), case.teacher_hidden.flatten(0, -2)
-    logits = theirs.logits(other, torch.float32)[None]
-    layers = ([own.weight], own.bias, [theirs.weight, None], [theirs.bias, None])
+    """The arguments of the operators, with one teacher by hidden states and one by logits."""
+    head, teacher_head = case.head, case.teacher_head
+    states, teacher_states = case.hidden.flatten(0, -2), case.teacher_hidden.flatten(0, -2)
+    logits = teacher_head.logits(teacher_states, torch.float32)[None]
+    layers = ([head.weight], head.bias, [teacher_head.weight, None], [teacher_head.bias, None])
     heads = Heads([], *layers, [1.0, 1.3, 1.0], [0.0, 2.0, 0.0])
     rows = Rows(
         states[None],
-        [other, logits],
+        [teacher_states, logits],
         [1.0, 0.5],
         token_ids=case.token_ids.flatten(),
         valid=case.valid.flatten(),
@@ -493,14 +493,14 @@ def linear_rows_of(case, backend, chunk_rows, drop_masked=True):
 
 
 def gradients_of(problem, *coefficients, **fields):
-    """Statistics, nothing, and gradients of all tensors; `fields` replace those of the rows."""
+    """The results of `linear_gradient` for all tensors; `fields` replace some of the rows'."""
     problem = problem._replace(rows=problem.rows._replace(**fields))
-    wanted = [tensor is not None for tensor in problem.differentiable()]
+    needed = [tensor is not None for tensor in problem.differentiable()]
     unit = torch.ones(())
-    return linear_ops.linear_gradient(None, unit, wanted, *coefficients, *problem.flat())
+    return linear_ops.linear_gradient(None, unit, needed, *coefficients, *problem.flat())
 
 
-# Of ten rows `[2, 5]`: one value, one for each leading index, one for every two rows, one for each.
+# For ten rows `[2, 5]`: one value, one per leading index, one for every two rows, one per row.
 every_sharing = pytest.mark.parametrize("elements", [1, 2, 5, 10])
 every_cut = pytest.mark.parametrize(
     ("chunk_rows", "drop_masked"), [(None, True), (3, True), (3, False)]
@@ -514,8 +514,8 @@ def test_a_temperature_for_each_row(chunk_rows, drop_masked, elements, backend, 
     problem = linear_rows_of(case, backend, chunk_rows, drop_masked)
     coefficients = (torch.ones(1, device=device), case.upstream.nan_to_num().flatten(), None)
     values = 0.5 + 0.25 * torch.arange(elements, device=device)
-    given = values.where(problem.rows.valid, torch.nan) if elements == 10 else values
-    got = gradients_of(problem, *coefficients, row_temperature=given)
+    temperatures = values.where(problem.rows.valid, torch.nan) if elements == 10 else values
+    got = gradients_of(problem, *coefficients, row_temperature=temperatures)
     for value in values:
         alike = in_runs(values, 10) == value
         temperature = float(value)
@@ -539,20 +539,20 @@ def test_a_coefficient_for_several_rows(chunk_rows, drop_masked, elements, backe
 
 @pytest.mark.native
 class TestOperators:
-    """As PyTorch sees them."""
+    """Whether PyTorch's checks accept them, and whether they compile."""
 
     @pytest.mark.parametrize("chunk_rows", [None, 3])
     def test_opcheck(self, chunk_rows, backend, device):
         case = make_linear(bias=True, masked=True, device=device)
-        if chunk_rows:  # a weight that is stored the other way round
+        if chunk_rows:  # a weight whose transpose is contiguous
             weight = case.head.weight.T.contiguous().T
             case = replace(case, head=replace(case.head, weight=weight))
         arguments = linear_rows_of(case, backend, chunk_rows).flat()
         torch.library.opcheck(linear_ops.linear_statistics, arguments)
         one, each = torch.ones(1, device=device), torch.ones(10, device=device)
         for statistics in (None, linear_ops.linear_statistics(*arguments)):
-            for wanted in ([True] * 3, [True, False, False], [False, True, False]):
-                leading = (statistics, torch.ones(()), wanted, each, one, None)
+            for needed in ([True] * 3, [True, False, False], [False, True, False]):
+                leading = (statistics, torch.ones(()), needed, each, one, None)
                 torch.library.opcheck(linear_ops.linear_gradient, (*leading, *arguments))
 
     @pytest.mark.parametrize("kind", ["mean", "none", "function", "terms", "filter"])
@@ -565,11 +565,11 @@ class TestOperators:
             if kind == "terms":
                 terms = linear_token_terms(hidden, weight, teacher, case.token_ids, **options)
                 return (terms.divergence + terms.log_prob.square()).sum()
-            advantages = own = case.upstream.nan_to_num()
+            advantages = factor = case.upstream.nan_to_num()
             if kind == "function":
 
                 def advantages(terms):
-                    return terms.entropy * own
+                    return terms.entropy * factor
 
             options |= {"none": {"reduction": "none"}, "filter": {"grad_filter": 1e-6}}.get(
                 kind, {}

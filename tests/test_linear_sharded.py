@@ -1,5 +1,5 @@
-"""From hidden states with the vocabulary over several ranks: each result is that of the whole; a
-rank's gradient of the weight is its rows of the whole's, that of the hidden states all of it."""
+"""The linear functions with the vocabulary over several ranks. Results and the gradient of hidden
+states equal those of the whole; each rank has the gradient of its rows of the weight."""
 
 import functools
 from dataclasses import replace
@@ -30,17 +30,17 @@ def assert_equals_whole(
     head, teacher = case.head, case.given(None)
     first, last = ranks.bounds(len(head.weight))
     bias = None if head.bias is None else head.bias[first:last]
-    own_head = replace(head, weight=head.weight[first:last], bias=bias)
-    part = replace(case, head=own_head, fixed=part_of(teacher, first, last))
+    part_head = replace(head, weight=head.weight[first:last], bias=bias)
+    part = replace(case, head=part_head, fixed=part_of(teacher, first, last))
     options["backend"] = ranks.backend
-    alone = replace(case, fixed=teacher)
-    whole, (hidden, *weights) = ranks.on_one(lambda: alone.ours(method, **options))
-    own, gradients = part.ours(method, process_group=ranks.group, **options)
-    ranks.assert_result(own, whole, 3 * ANOTHER_ORDER)
+    full = replace(case, fixed=teacher)
+    whole, (hidden, *weights) = ranks.on_one(lambda: full.ours(method, **options))
+    result, gradients = part.ours(method, process_group=ranks.group, **options)
+    ranks.assert_result(result, whole, 3 * ANOTHER_ORDER)
     allowed = ANOTHER_ORDER * max(float(w.norm()) for w in (hidden, *weights))
-    wanted = [hidden, *(weight[first:last] for weight in weights)]
-    names = ("hidden", "weight", "bias")[: len(wanted)]
-    for name, got, expected in zip(names, gradients, wanted, strict=True):
+    parts = [hidden, *(weight[first:last] for weight in weights)]
+    names = ("hidden", "weight", "bias")[: len(parts)]
+    for name, got, expected in zip(names, gradients, parts, strict=True):
         assert got.dtype == expected.dtype, name
         rounded = 2.0**-7 * expected.norm() if got.dtype == torch.bfloat16 else 0.0
         error = (got - expected).norm()
@@ -78,7 +78,7 @@ def advantages(terms):
         twin({"masked": True}, {"drop_masked": False}),
         twin({"rows": (0,)}, {}),
         twin({"dtype": torch.bfloat16}, {}),
-        # The filter looks at columns, which the ranks share out, and its norm at all of them.
+        # The filter works on columns, of which each rank has some; its norm is over all of them.
         twin({"vocabulary": 400, "rows": (12,), "logit_scale": 3.0}, {"grad_filter": 1e-3}),
     ],
     ids=["sum", "chunks", "terms", "none", "function", "kept", "no rows", "bf16", "filter"],

@@ -1,7 +1,7 @@
-"""Programs that share a row, side by side in many orders: the kernel that ships, with programs that
-take several slices each; and the kernel that measures the meeting.
+"""Programs that share a row run side by side in many orders, both in the kernel that ships, where
+each has several slices, and in the kernel that measures the meeting.
 
-`--orders=N` runs N orders of each problem in place of one, or with `--all` two.
+`--orders=N` tries N orders for each input; the default is one order, or two with `--all`.
 """
 
 import itertools
@@ -35,29 +35,29 @@ from hybrid_kernels.triton_backend import plan, resident, slices
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 ROWS = 12
-# V, and settings of `triton_backend/plan.py`: three slices a row. Rows of 101 have edges. (Of four,
-# five or seven programs each comes to have every part of a row, and some rows have their slices in
-# two turns of the programs.)
+# V, and settings of `triton_backend/plan.py`, for three slices a row. Rows of 101 have edges. With
+# four, five or seven programs, each program gets every part of a row at some time, and some rows
+# have their slices in two turns of the programs.
 LAYOUTS = {
     "no lag": (96, {"PROGRAMS": 3, "LAG": False}),
     "lag": (96, {"PROGRAMS": 4, "LAG": True}),
     "edges, no lag": (101, {"PROGRAMS": 5, "LAG": False}),
     "edges, lag": (101, {"PROGRAMS": 7, "LAG": True}),
-    # (What is left over by full slices is among the edges.)
+    # Entries after the full slices are in the edges.
     "two warps": (131, {"PROGRAMS": 6, "LAG": True, "WARPS": 2, "SLICE": 32}),
 }
-REVERSE_KL, JSD = Divergence("reverse_kl"), Divergence("jsd")  # which meet once and twice
+REVERSE_KL, JSD = Divergence("reverse_kl"), Divergence("jsd")  # with one meeting and with two
 RESIDENT = [d for d in DIVERGENCES if FAMILIES[d.name].resident]
 OTHERS = [d for d in RESIDENT if d.name not in ("reverse_kl", "jsd")]
 
-# What rows are: "m" masked, "s" of a small divergence, "z" and "w" with -inf among the student's or
-# the teacher's logits, "n" with a NaN, "." none of it.
+# Kinds of rows: "m" is masked, "s" has a small divergence, "z" and "w" have -inf in the student or
+# in the teacher, "n" has a NaN, and "." none of these.
 KINDS = "msszs.mwmnsm"
 
 
 @pytest.fixture(params=["edges, lag"])
 def layout(request, monkeypatch):
-    """Cuts rows so; V."""
+    """Makes `plan` cut rows in this layout; returns V."""
     vocabulary, settings = LAYOUTS[request.param]
     for name, value in {"SLICE": 40, "BLOCK_V": 64, **settings}.items():
         monkeypatch.setattr(plan, f"INTERPRETED_{name}", value)
@@ -65,7 +65,7 @@ def layout(request, monkeypatch):
 
 
 def of_kinds(kinds: str, vocabulary: int, seed: int, dtype=torch.float32) -> Case:
-    """Rows that take different ways through the kernel."""
+    """Rows that take different paths through the kernel."""
     case = cases.make(vocabulary, (ROWS,), seed=seed, dtype=dtype)
     student, teacher = case.student, case.teacher
     case.mask = mask = torch.ones(ROWS, dtype=torch.bool)
@@ -74,7 +74,7 @@ def of_kinds(kinds: str, vocabulary: int, seed: int, dtype=torch.float32) -> Cas
             mask[row] = False
             student[row, ::3] = torch.nan
         elif kind == "s":
-            # Alike but for a part: less than 1e-3 nats, where sums of large terms leave few digits.
+            # They differ in half of the row, by under 1e-3 nats: large terms leave few digits.
             teacher[row] = student[row]
             teacher[row, : vocabulary // 2] *= 1 + 2.0**-7
         elif kind == "z":
@@ -87,7 +87,7 @@ def of_kinds(kinds: str, vocabulary: int, seed: int, dtype=torch.float32) -> Cas
 
 
 def of_all_kinds(vocabulary: int, seed: int, dtype=torch.float32) -> Case:
-    """As above of `KINDS`, in that order or, by other seeds than 0, in any."""
+    """Rows of all `KINDS`, in that order for seed 0, and else in a random order."""
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(seed)).tolist()
     kinds = "".join(KINDS[i] for i in order) if seed else KINDS
     return of_kinds(kinds, vocabulary, seed, dtype)
@@ -100,32 +100,32 @@ def check(
     temperature: float | None = 1.0,
     floor: float | None = None,
 ) -> None:
-    """Whatever the kernel leaves is what the torch backend does, to the last row and field.
+    """Compares every row and field that the kernel writes with the torch backend.
 
-    A temperature of None: each row has its own.
+    With a temperature of None, each row has its own.
     """
     rows = cases.rows_of(case, "torch", divergence=divergence, temperature=temperature or 1.0)
     rows = rows._replace(teacher_floor=floor)
     if temperature is None:
         rows = rows._replace(row_temperature=0.5 + 0.25 * (torch.arange(ROWS) % 5))
     got, gradient = outcome(launchers, rows, inplace)
-    wanted, truth = outcome(torch_launch, rows, inplace)
-    known = None if rows.teachers else STUDENT_FIELDS
-    torch.testing.assert_close(got[:known], wanted[:known], rtol=1e-4, atol=1e-5, equal_nan=True)
+    expected, truth = outcome(torch_launch, rows, inplace)
+    end = None if rows.teachers else STUDENT_FIELDS
+    torch.testing.assert_close(got[:end], expected[:end], rtol=1e-4, atol=1e-5, equal_nan=True)
     if rows.teachers and rows.one_sweep:
-        # Summed anew they have 2e-7 of relative error, else 1e-5 to 5e-4.
-        mine, theirs = (statistics[FIELDS.divergence] for statistics in (got, wanted))
-        small = theirs < SMALL_DIVERGENCE / 10
-        torch.testing.assert_close(mine[small], theirs[small], rtol=1e-5, atol=0)
+        # Their second sum has a relative error of 2e-7, the first one of 1e-5 to 5e-4.
+        value, reference = (statistics[FIELDS.divergence] for statistics in (got, expected))
+        small = reference < SMALL_DIVERGENCE / 10
+        torch.testing.assert_close(value[small], reference[small], rtol=1e-5, atol=0)
     assert torch.equal(gradient.isfinite(), truth.isfinite())
-    sound = truth.isfinite().all(-1)
-    truth = truth[sound].double()
-    # (The terms of an entry are up to 1, and each side has 4e-7 of error against float64.)
-    assert_close(gradient[sound], truth, truth, "gradient", scale=0.2, roundings=4)
+    finite = truth.isfinite().all(-1)
+    truth = truth[finite].double()
+    # The terms of an entry are up to 1, and either backend is off by 4e-7 from float64.
+    assert_close(gradient[finite], truth, truth, "gradient", scale=0.2, roundings=4)
 
 
 def outcome(backend: ModuleType, rows: Rows, inplace: bool) -> tuple[Tensor, Tensor]:
-    """Statistics and gradient."""
+    """The statistics and the gradient of one backend."""
     weights = torch.randn(3, ROWS, generator=torch.Generator().manual_seed(ROWS))
     weights[:, ~rows.valid] = torch.nan
     coefficients = Coefficients(weights[0] if rows.teachers else None, *weights[1:])
@@ -193,7 +193,7 @@ def test_no_teacher_in_any_order(layout, orders, interleaved):
 @pytest.mark.parametrize("kinds", ["mmmmmmmmmmmm", "msmmms.mmm.n", "mmmzmmmmmms."])
 @pytest.mark.parametrize("divergence", [REVERSE_KL, JSD], ids=divergence_id)
 def test_few_rows_in_any_order(divergence, kinds, layout, orders, interleaved):
-    """All masked, or all but a few."""
+    """All rows are masked, or all but a few."""
     for seed in range(orders):
         case = of_kinds(kinds, layout, seed)
         with interleaved(seed, loads=seed % 2 == 0):
@@ -201,17 +201,17 @@ def test_few_rows_in_any_order(divergence, kinds, layout, orders, interleaved):
 
 
 def test_a_program_alone_does_not_wait_for_ever(layout, interleaved, monkeypatch):
-    """Not side by side (for which `interleaved` has to be entered): siblings never come."""
+    """As `interleaved` is not entered, programs run one by one, and the others never arrive."""
     monkeypatch.setattr(meetings, "MAX_POLLS", 50)
     with pytest.raises(InterpreterError, match="did not arrive"):
         check(of_all_kinds(layout, 0))
 
 
-# -- whether these orders can tell right from wrong ------------------------------------------------
+# -- whether these orders find faults --------------------------------------------------------------
 
 
 class Fault(NamedTuple):
-    """What is done to the source of a module, one change after another, and where that shows."""
+    """Changes to the source of a module, in order, and the inputs for which they show."""
 
     module: ModuleType
     changes: tuple[tuple, ...]
@@ -315,8 +315,8 @@ FAULTS = {
         (replaced, "is_ordinary(sums,", f"is_ordinary(named({SUMS_OF_SLICE}, P),")
     ),
     "a row that some decline later": in_kernel(
-        (replaced, "met = meet(args", "own = numbers\n                met = meet(args"),
-        (replaced, "value - value == 0.0", "own[0] - own[0] == 0.0"),
+        (replaced, "met = meet(args", "first = numbers\n                met = meet(args"),
+        (replaced, "value - value == 0.0", "first[0] - first[0] == 0.0"),
         divergence=JSD,
         dtype=torch.bfloat16,
     ),
@@ -353,7 +353,7 @@ def goes_wrong(fault: Fault, seed: int, vocabulary: int, interleaved) -> bool:
 
     case = of_all_kinds(vocabulary, seed, fault.dtype)
     try:
-        # (Where nothing is wrong, an order has up to 1,500 turns.)
+        # Without a fault, an order has up to 1,500 turns.
         with interleaved(seed, limit=3_000, loads=False):
             check(case, fault.divergence, fault.inplace, fault.temperature)
     except (AssertionError, Deadlock):
@@ -366,7 +366,7 @@ def goes_wrong(fault: Fault, seed: int, vocabulary: int, interleaved) -> bool:
 
 
 def install(faulty: ModuleType, original: ModuleType, monkeypatch) -> None:
-    """Puts the kernels of a module in the place of another's, wherever the package calls them."""
+    """Replaces the kernels of one module by those of another, wherever the package calls them."""
     modules = [m for name, m in sys.modules.items() if name.startswith(triton_backend.__name__)]
     for name, kernel in vars(original).items():
         if isinstance(kernel, type(resident.resident_kernel)):
@@ -391,8 +391,8 @@ def test_a_fault_is_found(fault, layout, interleaved, tmp_path, monkeypatch):
 
 @with_layouts({str(fault[2:]): fault for fault in FAULTS.values()})
 def test_no_fault_is_found_where_none_is(fault, layout, orders, interleaved):
-    found = [goes_wrong(fault, seed, layout, interleaved) for seed in range(orders)]
-    assert found == [False] * orders
+    wrong = [goes_wrong(fault, seed, layout, interleaved) for seed in range(orders)]
+    assert wrong == [False] * orders
 
 
 # -- the meeting alone -----------------------------------------------------------------------------
@@ -406,11 +406,11 @@ def test_all_meet(seed, programs, interleaved):
     assert wrong.tolist() == [0] * programs
 
 
-def test_what_is_read_too_early_is_counted(interleaved, tmp_path, monkeypatch):
+def test_reads_that_come_too_early_are_counted(interleaved, tmp_path, monkeypatch):
     source = replaced(faults.source_of(meetings), LATE, "late += 0 * tl.max(")
     monkeypatch.setattr(measured, "meet", faults.module_of(source, tmp_path).meet)
-    found = 0
+    early = 0
     for seed in range(8):
         with interleaved(seed):
-            found += int(measured.run(splits=3, programs=4, rounds=6, device="cpu").sum())
-    assert found
+            early += int(measured.run(splits=3, programs=4, rounds=6, device="cpu").sum())
+    assert early

@@ -1,4 +1,4 @@
-"""What is allocated: no copy of the logits, one gradient at most, nothing of its size beside it."""
+"""Memory: no copy of the logits, at most one gradient, and nothing else of that size."""
 
 import gc
 
@@ -25,7 +25,7 @@ ROWS, VOCABULARY = 50, 25_000
 
 @pytest.fixture(autouse=True, scope="module")
 def fast_collections():
-    """Of garbage, before each measurement: they pass over what modules hold."""
+    """Keeps the objects of modules out of the collection that precedes each measurement."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -36,7 +36,7 @@ BLOCK_ELEMENTS = 40 * 1024
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Of the torch backend, since problems here are smaller than those of use."""
+    """Makes blocks of the torch backend small, since inputs here are smaller than real ones."""
     monkeypatch.setattr(sweep, "block_elements", lambda: BLOCK_ELEMENTS)
 
 
@@ -61,10 +61,10 @@ def test_statistics_need_no_copy_and_no_gradient(layout, divergence, backend, de
     case = cases.make(VOCABULARY, (2, ROWS // 2), layout=layout, device=device)
     options = {"backend": backend, "divergence": divergence}
     with torch.no_grad():
-        wanted = case.student.requires_grad_()
+        stored = case.student.requires_grad_()
         for compute in (
-            lambda: loss(case, case.view(wanted), **options),
-            lambda: token_terms(case.view(wanted), case.teacher_logits, **options),
+            lambda: loss(case, case.view(stored), **options),
+            lambda: token_terms(case.view(stored), case.teacher_logits, **options),
         ):
             assert peak_bytes(compute, device) < 0.5 * size(case)
 
@@ -72,7 +72,7 @@ def test_statistics_need_no_copy_and_no_gradient(layout, divergence, backend, de
 @pytest.mark.parametrize("layout", ["contiguous", "sliced"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("advantages", ["tensor", "function"])
-def test_one_gradient_and_nothing_beside_it(advantages, masked, layout, backend, device):
+def test_one_gradient_and_nothing_else(advantages, masked, layout, backend, device):
     case = cases.make(VOCABULARY, (2, ROWS // 2), layout=layout, masked=masked, device=device)
     logits = case.logits.detach().requires_grad_()
     if advantages == "function":
@@ -113,14 +113,14 @@ def test_half_precision_is_widened_in_blocks(backend, device):
 
 def linear_problem(rows, vocabulary, width, device):
     options = {"device": device, "generator": torch.Generator(device).manual_seed(0)}
-    hidden, theirs = torch.randn(2, rows, width, **options).unbind()
-    weight, other = torch.randn(2, vocabulary, width, **options).unbind()
+    hidden, teacher_hidden = torch.randn(2, rows, width, **options).unbind()
+    weight, teacher_weight = torch.randn(2, vocabulary, width, **options).unbind()
     leaves = (hidden.clone().requires_grad_(), weight.clone().requires_grad_())
-    return (*leaves, LinearTeacher(theirs.clone(), other.clone()))
+    return (*leaves, LinearTeacher(teacher_hidden.clone(), teacher_weight.clone()))
 
 
 def test_chunks_stay_in_the_budget(backend, device, monkeypatch):
-    """Beside the gradients: two logits for each entry of a chunk, and little else."""
+    """Besides the gradients there are two logits for each entry of a chunk, and little else."""
     hidden, weight, teacher = linear_problem(400, 20_000, 32, device)
     for kind in BUDGET:
         monkeypatch.setitem(BUDGET, kind, 8 << 20)  # of 64 MB of logits
@@ -136,7 +136,7 @@ def test_chunks_stay_in_the_budget(backend, device, monkeypatch):
 
 
 def test_a_single_chunk_lies_inside_the_gradient_of_the_weight(backend, device):
-    """All that is left is the part N / D of dz, twice what it is here, and the row kernels' own."""
+    """Outside of it are only a copy of N / D of dz and the buffers of the row kernels."""
     hidden, weight, teacher = linear_problem(64, 20_000, 512, device)
 
     def forward():

@@ -34,7 +34,7 @@ def several_threads():
 
 
 def problem(case, divergence, backend, support=False):
-    """The arguments that the operators share, of logits `[O, I, V]`."""
+    """The arguments that the operators share, for logits `[O, I, V]`."""
     name, parameter = divergence.canonical()
     rows = Rows(
         case.logits,
@@ -50,13 +50,13 @@ def problem(case, divergence, backend, support=False):
     )
     if not support:
         return rows
-    known = TopK.from_logits(case.teacher_logits, 5, token_ids=case.token_ids.clamp(0, 6))
-    log_probs = known.log_probs.flatten(0, -2)
+    teacher = TopK.from_logits(case.teacher_logits, 5, token_ids=case.token_ids.clamp(0, 6))
+    log_probs = teacher.log_probs.flatten(0, -2)
     return rows._replace(
         teachers=[log_probs, log_probs - 1],
         shares=[1.0, 0.5],
-        support=known.ids.flatten(0, -2),
-        token_log_prob=known.token_log_prob.flatten(),
+        support=teacher.ids.flatten(0, -2),
+        token_log_prob=teacher.token_log_prob.flatten(),
     )
 
 
@@ -93,8 +93,8 @@ def test_opcheck(layout, divergence, support, backend, device):
 
 # -- values for several rows ----------------------------------------------------------------------
 
-# How many values 12 rows `[4, 3]` share: one in all, one for each leading index, one for every two
-# rows (some of which have different leading indices), one for each.
+# How many values there are for 12 rows `[4, 3]`: one, one per leading index, one for every two rows
+# (some of which have different leading indices), one per row.
 every_sharing = pytest.mark.parametrize("elements", [1, 4, 6, 12])
 
 
@@ -105,7 +105,7 @@ def shared_case(kind, device):
 
 
 def all_operators(rows, coefficients):
-    """What the operators write: statistics twice and the gradient twice."""
+    """The statistics and the gradient, each from two operators."""
     fused, later = (torch.full_like(rows.student, torch.nan) for _ in range(2))
     statistics = ops.hybrid_rows(fused, *coefficients, *rows)
     ops.row_gradient(later, statistics, *coefficients, *rows)
@@ -132,28 +132,28 @@ def test_a_temperature_for_several_rows(divergence, kind, elements, backend, dev
 
 
 def assert_rows_have_their_temperatures(kind, elements, divergence, backend, device):
-    """Each row is what it is where its temperature is that of all."""
+    """Asserts that each row is the same as where all rows have its temperature."""
     case = shared_case(kind, device)
     rows = cases.rows_of(
         case,
         backend,
         divergence=divergence,
         tail="bucket" if kind == "full" else kind,
-        temperature=100.0,  # which does not count
+        temperature=100.0,  # not used
     )
     coefficients = random_coefficients(12, 1, 4, device=device)
     values = (0.5 + 0.25 * torch.arange(5, device=device)).repeat(3)[:elements]
     given = values.clone()
     if elements == 12:
         given[~rows.valid] = torch.nan
-        given[1] = 0.0  # masked as well
+        given[1] = 0.0  # this row is masked, too
     got = all_operators(rows._replace(row_temperature=given), coefficients)
     for value in values.unique():
         alike = cases.in_runs(values, 12) == value
         alone = rows._replace(temperature=float(value))
-        for own, expected in zip(got, all_operators(alone, coefficients), strict=True):
+        for output, expected in zip(got, all_operators(alone, coefficients), strict=True):
             torch.testing.assert_close(
-                own[:, alike], expected[:, alike], rtol=1e-5, atol=1e-6, equal_nan=True
+                output[:, alike], expected[:, alike], rtol=1e-5, atol=1e-6, equal_nan=True
             )
 
 
@@ -164,15 +164,15 @@ def test_a_coefficient_for_several_rows(kind, elements, backend, device):
     coefficients = random_coefficients(elements, elements, elements, device=device)
     expanded = [cases.in_runs(c, 12) for c in coefficients]
     got, expected = all_operators(rows, coefficients), all_operators(rows, expanded)
-    for own, each in zip(got, expected, strict=True):
-        torch.testing.assert_close(own, each, rtol=0, atol=0, equal_nan=True)
+    for pair in zip(got, expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=0, atol=0, equal_nan=True)
 
 
 @every_sharing
 @pytest.mark.parametrize("summed", [True, False])
 @pytest.mark.parametrize("late", [True, False])
 def test_a_weight_for_several_rows(late, summed, elements, backend, device, monkeypatch):
-    """Of a loss: values, and the gradient with or without a wait for the upstream one."""
+    """Values and gradients of a loss, computed with the upstream gradient or before it."""
     monkeypatch.setattr(ops, "scales_late", lambda *tensors: late)
     rows = cases.rows_of(shared_case("bucket", device), backend)
     weights = random_coefficients(elements, elements, elements, device=device)
@@ -196,12 +196,12 @@ def test_opcheck_of_values_for_several_rows(backend, device):
     torch.library.opcheck(ops.hybrid_rows, (gradient, *coefficients, *rows))
 
 
-# -- what the sampled token's log q(y) does -------------------------------------------------------
+# -- the sampled token's log q(y) -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("members", [1, 2])
 def test_an_unknown_token_log_prob(members, backend, device):
-    """NaN in some rows: they are as without it, and the others as with it."""
+    """Rows where it is NaN are the same as without it, and the others the same as with it."""
     case = cases.with_teachers(cases.make(127, (12,), device=device), members, "teacher")
     rows = cases.rows_of(case, backend)
     coefficients = random_coefficients(12, 12, 1, device=device)
@@ -210,11 +210,11 @@ def test_an_unknown_token_log_prob(members, backend, device):
     assert (unknown & ~inside).any()
     mixed = rows._replace(token_log_prob=rows.token_log_prob.masked_fill(unknown, torch.nan))
     got = all_operators(mixed, coefficients)
-    known = all_operators(rows, coefficients)
-    without = all_operators(rows._replace(token_log_prob=None), coefficients)
-    for own, given, none in zip(got, known, without, strict=True):
-        expected = torch.where(unknown, none, given)
-        torch.testing.assert_close(own, expected, rtol=0, atol=0, equal_nan=True)
+    complete = all_operators(rows, coefficients)
+    missing = all_operators(rows._replace(token_log_prob=None), coefficients)
+    for output, with_it, without in zip(got, complete, missing, strict=True):
+        expected = torch.where(unknown, without, with_it)
+        torch.testing.assert_close(output, expected, rtol=0, atol=0, equal_nan=True)
     statistics = got[0]
     assert torch.equal(statistics[FIELDS.teacher_log_prob].isnan(), unknown & ~inside)
     assert (statistics[FIELDS.tail_correction][unknown] == 0).all()
@@ -240,7 +240,7 @@ def terms_of(case, backend):
 
 
 def assert_compiles(case, compute, others, compiler="aot_eager", dynamic=None):
-    """Compiled without a break, it returns what eager does, in value and gradient."""
+    """Asserts that `compute` compiles without a break, with the value and gradient of eager."""
     compiled = torch.compile(compute, fullgraph=True, backend=compiler, dynamic=dynamic)
     outcomes = []
     for function in (compute, compiled):
@@ -346,7 +346,7 @@ def test_second_derivatives_raise(function, backend, device):
         (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
         (gradient.square().sum() + leaf.sum()).backward()
 
-    # It must not quietly count as a constant.
+    # The gradient must not silently count as a constant.
     with pytest.raises(RuntimeError, match=r"differentiate twice|second derivative"):
         backward_through_a_penalty_on_the_gradient()
 
@@ -363,8 +363,8 @@ def test_results_are_the_same_run_to_run(divergence, backend, device, several_th
     assert torch.equal(first.gradient.nan_to_num(7), second.gradient.nan_to_num(7))
 
 
-def test_gradients_are_checked_by_autograd_itself(backend, device):
-    """Finite differences of the loss itself, which share no formula with the gradient."""
+def test_gradients_equal_finite_differences(backend, device):
+    """Finite differences of the loss share no formula with the gradient."""
     case = cases.make(7, (3,), device=device)
     compute, others = loss_of(case, backend, entropy_weight=0.3)
     leaf = case.student.requires_grad_()
@@ -385,16 +385,16 @@ def test_compiled_with_other_teachers(kind, backend, device, fresh_compiler):
     case = cases.make(128, (2, 5), device=device)
     ids = case.teacher.topk(9).indices
     log_probs = case.teacher.log_softmax(-1).gather(-1, ids)
-    known = TopK(ids, log_probs, torch.full_like(case.advantages, -9.0))
+    top_k = TopK(ids, log_probs, torch.full_like(case.advantages, -9.0))
 
     def teacher_of(logits):
         return {
-            "top-k": lambda: TopK(ids, log_probs, known.token_log_prob),
+            "top-k": lambda: TopK(ids, log_probs, top_k.token_log_prob),
             "mixture": lambda: Mixture([(1.0, logits), (0.5, logits.flip(-1))]),
             "mixture of top-k": lambda: Mixture(
                 [(1.0, TopK(ids, log_probs)), (0.5, TopK(ids, log_probs - 1))]
             ),
-            "given": lambda: known,
+            "given": lambda: top_k,
         }[kind]()
 
     def compute(logits, teacher, token_ids, advantages):
@@ -409,7 +409,7 @@ def test_compiled_with_other_teachers(kind, backend, device, fresh_compiler):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("vocabulary", [128, 203])
 def test_a_gradient_in_fewer_bits_than_the_logits(vocabulary, dtype, backend, device):
-    """As backward GEMMs of 16-bit weights want it, from fp32 logits."""
+    """Backward GEMMs of 16-bit weights need it, even if the logits are fp32."""
     case = cases.make(vocabulary, (2, 3), masked=True, device=device)
     arguments = problem(case, Divergence("reverse_kl"), backend)
     coefficients = (torch.ones(6, device=device), torch.ones(1, device=device), None)
@@ -420,7 +420,7 @@ def test_a_gradient_in_fewer_bits_than_the_logits(vocabulary, dtype, backend, de
     torch.testing.assert_close(gradient.float(), whole, rtol=1e-2, atol=1e-6)
 
 
-def test_values_for_several_rows_divide_them(backend, device):
+def test_the_number_of_values_must_divide_the_rows(backend, device):
     logits = torch.zeros(2, 3, 16, device=device)
     temperatures = torch.ones(4, device=device)
     rows = Rows(logits, (logits,), (1.0,), row_temperature=temperatures, backend=backend)

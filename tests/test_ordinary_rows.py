@@ -1,4 +1,4 @@
-"""Long ordinary rows on the torch backend take a way of their own, and have the same numbers."""
+"""Long ordinary rows have a separate path in the torch backend, with the same results."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.native
 
 @pytest.fixture
 def outcomes(monkeypatch):
-    """Makes every row a long one; whether it was ordinary, row by row."""
+    """Treats every row as a long one, and records which of them were ordinary."""
     monkeypatch.setattr(sweep, "LONG_ROW", 1)
     results, compute = [], OrdinaryRows.compute
 
@@ -81,7 +81,7 @@ def test_without_a_teacher(outcomes, backend, device):
 @pytest.mark.parametrize("offset", [0.4, 3.0, -7.0, 40.0, -300.0, 2e4])
 @pytest.mark.parametrize("noise", [1e-4, 1e-2, 1.0])
 def test_an_offset_between_the_models(noise, offset, outcomes, backend, device):
-    """Softmax does not see it, and it must not cost digits: of values, nor of the gradient."""
+    """Softmax ignores it, so it must not cost digits of values or gradients."""
     case = cases.make(1000, (4,), device=device)
     generator = torch.Generator().manual_seed(0)
     teacher = case.student + noise * torch.randn(case.student.shape, generator=generator) + offset
@@ -94,7 +94,7 @@ def test_an_offset_between_the_models(noise, offset, outcomes, backend, device):
     value.sum().backward()
     assert len(outcomes) == 4
     assert all(outcomes)
-    # What a rounding of the entries to fp32, of up to 1e-6 at -7, leaves of log-ratios of 1e-4.
+    # Logits are rounded to fp32, at -7 by up to 1e-6, which is much next to log-ratios of 1e-4.
     torch.testing.assert_close(result.divergence.double(), value.detach(), rtol=3e-5, atol=0)
     tolerance = 3e-5 if (noise, offset) == (1e-4, -7.0) else 3e-7
     assert (leaf.grad.double() - z.grad).norm() < tolerance * z.grad.norm()
@@ -112,7 +112,7 @@ def test_digits_at_every_temperature(style, temperature, outcomes, backend, devi
     assert all(outcomes)
 
 
-def test_other_problems_do_not_take_this_way(outcomes, backend, device):
+def test_other_problems_do_not_take_this_path(outcomes, backend, device):
     case = cases.make(127, (4,), device=device)
     mixture = Mixture([(1.0, case.teacher), (0.5, case.teacher.flip(0))])
     for teacher, options in (
@@ -125,7 +125,7 @@ def test_other_problems_do_not_take_this_way(outcomes, backend, device):
 
 
 def test_a_row_that_is_not_ordinary_among_others(outcomes, backend, device):
-    """It alone is computed again, and its neighbours keep their numbers to the bit."""
+    """Only this row is computed again; the others stay the same to the last bit."""
     case = cases.make(127, (5,), device=device)
     plain = case.hybrid_loss(backend=backend, reduction="none").gradient
     outcomes.clear()
@@ -170,7 +170,7 @@ def test_weights_that_are_not_ordinary(weight, outcomes, backend, device):
 
 
 def test_statistics_serve_a_later_gradient(outcomes, backend, device):
-    """They may have another reference than the maximum of the row."""
+    """Their reference may differ from the maximum of the row."""
     case = cases.make(1000, (4,), device=device)
     leaf = case.student.clone().requires_grad_()
     terms = token_terms(leaf, case.teacher + 5, case.token_ids, backend=backend)

@@ -1,4 +1,4 @@
-"""How many digits survive: the gradient-error table, and values near p = q.
+"""Precision: the errors of gradients, and values near p = q.
 
 Relative L2 errors against float64 on the same rounded inputs, with V = 151,936. The bounds are
 three times the figures that the argmax-referenced form reached when it was designed.
@@ -19,7 +19,7 @@ ALLOWED = {"typical": 3 * 4e-7, "close": 3 * 1.5e-6, "offset": 3 * 4e-7, "one_ho
 
 
 def precise_case(style, vocabulary, device):
-    """Rows without a sampled token: only the reverse KL's own gradient is measured."""
+    """Inputs for the gradient of the reverse KL alone, with an upstream gradient of 1."""
     case = cases.make(vocabulary, (4,), style=style, seed=3, device=device)
     case.scalar_upstream = 1.0
     return case
@@ -84,7 +84,7 @@ def test_an_offset_of_both_sides_changes_nothing(offset, backend, device):
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_loss_scale_saves_the_mean_of_fp16_logits(inplace, backend, device):
-    """Entries of 1e-8, which fp16 can't hold, times 65,536, which it can."""
+    """fp16 can't hold entries of 1e-8, but it can hold 65,536 times as much."""
     generator = torch.Generator().manual_seed(6)
     student = torch.randn(4, 3000, generator=generator).half().to(device)
     teacher = (student + 0.5 * torch.randn(student.shape, generator=generator).to(device)).half()
@@ -93,8 +93,8 @@ def test_a_loss_scale_saves_the_mean_of_fp16_logits(inplace, backend, device):
     def gradient(module, leaf, **others):
         advantages = torch.ones(4, device=device)
         logits = leaf.clone() if inplace else leaf
-        found = module.hybrid_loss(logits, teacher, advantages=advantages, **options, **others)
-        (2.0**16 * found.loss).backward()
+        result = module.hybrid_loss(logits, teacher, advantages=advantages, **options, **others)
+        (2.0**16 * result.loss).backward()
         return leaf.grad.double()
 
     got = gradient(
@@ -105,19 +105,19 @@ def test_a_loss_scale_saves_the_mean_of_fp16_logits(inplace, backend, device):
 
 
 def test_large_advantages_do_not_overflow_fp16(backend, device):
-    """As long as the loss, its mean and its scale together, does not."""
+    """The gradient is small enough once the mean and the scale of the loss are applied."""
     student = torch.zeros(2, 3, dtype=torch.float16, device=device, requires_grad=True)
     ids, advantages = torch.tensor([0, 1], device=device), torch.tensor([3e5, -3e5], device=device)
     options = {"num_tokens": 8192, "dense_weight": 0.0, "backend": backend}
-    found = hybrid_loss(student, None, ids, advantages, **options)
-    (4 * found.loss).backward()
+    result = hybrid_loss(student, None, ids, advantages, **options)
+    (4 * result.loss).backward()
     expected = 4 * 3e5 / 8192 / 3 * torch.tensor([[-2.0, 1, 1], [-1, 2, -1]], device=device)
     torch.testing.assert_close(student.grad, expected.half(), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", Divergence("jsd", beta=0.5)], ids=str)
 def test_closed_form_of_two_entries(divergence, backend, device):
-    """Against formulas of two numbers, in Python's own floats."""
+    """Compares with formulas for two numbers, in Python's floats."""
     a, b = 1.25, -0.5
     p = 1 / (1 + math.exp(-a))
     q = 1 / (1 + math.exp(-b))

@@ -1,4 +1,4 @@
-"""The eager specification itself, against PyTorch's own distributions and sums over few numbers."""
+"""The eager specification, against PyTorch's distributions and sums over few numbers."""
 
 import math
 
@@ -89,7 +89,7 @@ def by_hand(divergence, p, q):
     return beta * kl(q, m) + (1 - beta) * kl(p, m)
 
 
-def test_forward_and_reverse_kl_as_torch_spells_them():
+def test_forward_and_reverse_kl_equal_those_of_torch():
     log_p, log_q = P.logits, Q.logits
     forward = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
     reverse = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
@@ -147,7 +147,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
 
 
 def test_autograd_finds_the_published_gradient():
-    """p (l - KL) + A p - A 1[v = y]: the only closed form here, and only to hold the reference."""
+    """It is p (l - KL) + A p - A 1[v = y]. Other tests rely on autograd of the reference."""
     student = STUDENT.clone().requires_grad_()
     ids, advantages = CASE.token_ids, CASE.advantages.double()
     loss = reference.hybrid_loss(student, TEACHER, ids, advantages, reduction="sum").loss

@@ -29,7 +29,7 @@ def looped_advantages(costs, rewards, mask, reward_weight, gamma, dense_weight, 
     batch, length = costs.shape
     safe = torch.where(mask, costs, 0.0).double()
     future = looped_returns(costs, mask, gamma)
-    own = reward_weight * rewards.double()[:, None] - future - (1 - dense_weight) * safe
+    single = reward_weight * rewards.double()[:, None] - future - (1 - dense_weight) * safe
     trajectory = []
     for b in range(batch):
         valid = [t for t in range(length) if mask[b, t]]
@@ -40,7 +40,7 @@ def looped_advantages(costs, rewards, mask, reward_weight, gamma, dense_weight, 
         if baseline == "none":
             return 0.0
         if baseline == "per_token_leave_one_out":
-            return float(own[members, t].mean())
+            return float(single[members, t].mean())
         return sum(trajectory[i] for i in members) / len(members)
 
     result = torch.zeros(batch, length, dtype=torch.float64)
@@ -50,12 +50,12 @@ def looped_advantages(costs, rewards, mask, reward_weight, gamma, dense_weight, 
             members.remove(b)
         for t in range(length):
             if mask[b, t]:
-                result[b, t] = own[b, t] - mean(members, t)
+                result[b, t] = single[b, t] - mean(members, t)
     return result
 
 
 def batch(padding):
-    """Six responses of lengths 1 to 7 in a row of 7, with NaN on the padding."""
+    """Six responses of 1 to 7 tokens, padded to 7 with NaN."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.tensor([7, 1, 4, 6, 2, 5])
     position = torch.arange(7)
@@ -116,7 +116,7 @@ def test_advantages(padding, gamma, dense_weight, baseline):
 def test_the_default_group_is_the_batch_and_the_default_baseline_leaves_one_out():
     costs, rewards, mask = batch("right")
     default = sparse_advantages(costs, rewards, mask, reward_weight=1.0)
-    spelled = sparse_advantages(
+    explicit = sparse_advantages(
         costs,
         rewards,
         mask,
@@ -126,7 +126,7 @@ def test_the_default_group_is_the_batch_and_the_default_baseline_leaves_one_out(
         group_size=6,
         baseline="leave_one_out",
     )
-    assert torch.equal(default, spelled)
+    assert torch.equal(default, explicit)
 
 
 def test_the_reward_is_not_discounted():

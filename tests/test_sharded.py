@@ -1,4 +1,4 @@
-"""The vocabulary over several ranks: results, and a rank's gradient, are those of the whole."""
+"""With the vocabulary over several ranks, results and gradients equal those of the whole."""
 
 import unittest.mock
 from dataclasses import replace
@@ -26,19 +26,19 @@ from tolerance import ANOTHER_ORDER, assert_gradient, assert_values, relative_er
 
 pytestmark = every_size
 
-EMPTY = 1  # the rank that tests with an empty shard mean
+EMPTY = 1  # the rank whose shard has no mass in some tests
 ALL_TERMS = {"entropy_weight": 0.3, "reduction": "none"}
 KINDS = ["full", *TAILS]
 SIDES = ["student", "teacher"]
-UNSOUND = [torch.nan, torch.inf, -torch.inf]
+NOT_FINITE = [torch.nan, torch.inf, -torch.inf]
 
 native = pytest.mark.native
 
 
 def each(name: str, values: list, interpreted: tuple = (), **options):
-    """Parametrizes; of the values the interpreter runs only some."""
-    own = [pytest.param(value, marks=() if value in interpreted else native) for value in values]
-    return pytest.mark.parametrize(name, own, **options)
+    """Parametrizes with all values, of which the interpreter runs only some."""
+    marked = [pytest.param(v, marks=() if v in interpreted else native) for v in values]
+    return pytest.mark.parametrize(name, marked, **options)
 
 
 def each_divergence(*interpreted: str):
@@ -96,7 +96,7 @@ def test_shards_without_mass(ranks, side, divergence):
     hidden[:, first:last] = True
     if side == "some rows":
         hidden[::2] = False
-        # And a token that the student forbids.
+        # The student forbids this sampled token.
         made.token_ids[3] = first
     elif side == "both":
         made.token_ids = made.token_ids.clamp(max=first - 1)
@@ -114,24 +114,24 @@ def test_shards_without_mass(ranks, side, divergence):
 
 @each_divergence("reverse_kl", "jsd-0.3")
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("bad", UNSOUND)
+@pytest.mark.parametrize("bad", NOT_FINITE)
 @on_ranks
-def test_unsound_rows(ranks, bad, side, divergence):
-    """NaN and infinities make their own row NaN on all ranks; a row of -inf likewise."""
+def test_rows_that_are_not_finite(ranks, bad, side, divergence):
+    """NaN and +inf make their row NaN on all ranks, and so does a whole row of -inf."""
     made = cases.make(127, (5,))
     stored = getattr(made, side)
     stored[1, 7] = stored[2, 100] = bad
     stored[3] = bad
-    # A rank that sees nothing but NaN, or nothing but -inf.
+    # One rank has no other value than this one.
     first, last = ranks.bounds(127, EMPTY)
     stored[4, first:last] = bad
-    own = ranks.assert_equals_whole(made, divergence=divergence, **ALL_TERMS)
-    assert own.result.divergence[0].isfinite()
-    assert own.result.divergence[3].isnan()
+    got = ranks.assert_equals_whole(made, divergence=divergence, **ALL_TERMS)
+    assert got.result.divergence[0].isfinite()
+    assert got.result.divergence[3].isnan()
     if ranks.backend == "torch":
         ranks.assert_equals_whole(made, "token_terms", divergence=divergence)
     if bad != -torch.inf:
-        assert own.result.divergence[1:].isnan().all()
+        assert got.result.divergence[1:].isnan().all()
 
 
 @each_divergence()
@@ -142,10 +142,10 @@ def test_entries_forbidden_by_either(ranks, divergence):
     made = cases.make(127, (6,))
     made.teacher[1, 3] = made.teacher[2, 100] = made.teacher[4, 60:] = -torch.inf
     ranks.assert_equals_whole(made, divergence=divergence, **ALL_TERMS)
-    # A weight of 0 leaves nothing of an infinite divergence.
+    # A weight of 0 cancels an infinite divergence.
     weight = torch.arange(6.0).remainder(2)
-    own = ranks.assert_equals_whole(made, divergence=divergence, dense_weight=weight, **ALL_TERMS)
-    assert own.gradient[[0, 2, 4]].isfinite().all()
+    got = ranks.assert_equals_whole(made, divergence=divergence, dense_weight=weight, **ALL_TERMS)
+    assert got.gradient[[0, 2, 4]].isfinite().all()
 
 
 @native
@@ -212,14 +212,14 @@ def test_no_tokens(ranks, kind):
     first, last = bounds = ranks.bounds(127)
     parts = []
     for part, group in ((slice(None), None), (slice(first, last), ranks.group)):
-        own = made if group is None else ranks.shard(made)
+        case = made if group is None else ranks.shard(made)
         leaf = made.student[..., part].nan_to_num(0, 0, 0).requires_grad_()
         options = {"tail": tail_of(kind), "process_group": group, "backend": ranks.backend}
-        loss = hybrid_loss(leaf, own.any_teacher, mask=made.mask, **options).loss
+        loss = hybrid_loss(leaf, case.any_teacher, mask=made.mask, **options).loss
         loss.backward()
         parts.append((loss.detach(), leaf.grad))
-    (whole, whole_gradient), (own, gradient) = parts
-    assert_values(own, whole, "loss")
+    (expected, whole_gradient), (got, gradient) = parts
+    assert_values(got, expected, "loss")
     assert_gradient(gradient, whole_gradient, bounds, ranks.backend)
 
 
@@ -237,12 +237,12 @@ def test_each_term_alone(ranks, terms, kind):
 
 
 @native
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("top_k", [False, True])
 @on_ranks
-def test_no_rows(ranks, known):
+def test_no_rows(ranks, top_k):
     logits = torch.zeros(0, 3, 20, requires_grad=True)
     ids = torch.zeros(0, 3, 4, dtype=torch.long)
-    teacher = TopK(ids, torch.zeros(0, 3, 4)) if known else logits.detach()
+    teacher = TopK(ids, torch.zeros(0, 3, 4)) if top_k else logits.detach()
     options = {"backend": ranks.backend, "process_group": ranks.group}
     result = hybrid_loss(logits, teacher, ids[..., 0], torch.zeros(0, 3), **options)
     result.loss.backward()
@@ -285,8 +285,8 @@ def test_offset_models(ranks, divergence):
 @native
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jeffreys", "jsd", "tv"])
 @on_ranks
-def test_a_maximum_that_is_another_ranks_far_away(ranks, divergence):
-    """Shards of masses such as e^-1000, on either side."""
+def test_a_far_larger_maximum_on_another_rank(ranks, divergence):
+    """Shards have masses such as e^-1000, on either side or both."""
     made = cases.make(127, (5,))
     first, last = ranks.bounds(127, EMPTY)
     made.student[:3, first:last] -= 1000
@@ -300,11 +300,11 @@ def test_a_maximum_that_is_another_ranks_far_away(ranks, divergence):
 @each_divergence("reverse_kl", "forward_kl")
 @on_ranks
 def test_tokens_that_are_forbidden_by_numbers(ranks, divergence):
-    """Of a rank's entries all, on one side or both, or some."""
+    """All or some of a rank's entries are forbidden, on one side or both."""
     masks = (-torch.inf, cases.LOWEST, -1e9, -1e4)
-    # (Beside -1e9 fp32 loses the exponents of this one's terms.)
-    theirs = masks[:1] if divergence == Divergence("renyi", alpha=1.7) else masks
-    made = cases.forbidding([(a, b) for a in masks for b in theirs], torch.float32, 127, 0)
+    # Next to -1e9, fp32 loses the exponents of this divergence's terms.
+    teacher_masks = masks[:1] if divergence == Divergence("renyi", alpha=1.7) else masks
+    made = cases.forbidding([(a, b) for a in masks for b in teacher_masks], torch.float32, 127, 0)
     first, last = ranks.bounds(127, EMPTY)
     made.student[3:12, first:last] = made.student[3:12, :, None].amin(1)
     made.teacher[6:, first:last] = made.teacher[6:, :, None].amin(1)
@@ -319,7 +319,7 @@ def test_tokens_that_are_forbidden_by_numbers(ranks, divergence):
 )
 @on_ranks
 def test_close_models(ranks, divergence, floor):
-    """Divergences of 1e-8 keep digits, and gradients from differences of 1e-4 all that they had."""
+    """Divergences of 1e-8 keep digits; those of gradients are as on one rank."""
     made = cases.make(1000, (6,), style="close")
     first, last = ranks.bounds(1000)
     options = {"divergence": divergence, "reduction": "sum", "advantages": None}
@@ -327,50 +327,50 @@ def test_close_models(ranks, divergence, floor):
     truth = made.hybrid_loss(reference.hybrid_loss, torch.float64, **options)
     options["backend"] = ranks.backend
     whole = made.hybrid_loss(**options)
-    own = ranks.shard(made).hybrid_loss(process_group=ranks.group, **options)
-    value = own.result.divergence.double()
+    got = ranks.shard(made).hybrid_loss(process_group=ranks.group, **options)
+    value = got.result.divergence.double()
     torch.testing.assert_close(value, truth.result.divergence, rtol=1e-2, atol=0)
     error, allowed = (
-        relative_error(one.gradient[..., first:last], truth.gradient[..., first:last])
-        for one in (own, whole)
+        relative_error(outcome.gradient[..., first:last], truth.gradient[..., first:last])
+        for outcome in (got, whole)
     )
-    assert error < 2 * allowed + 1e-6, f"{error:.3g}, of the whole {allowed:.3g}"
+    assert error < 2 * allowed + 1e-6, f"error {error:.3g}, without ranks {allowed:.3g}"
 
 
 @native
 @pytest.mark.parametrize("tail", TAILS)
 @on_ranks
 def test_the_whole_vocabulary_as_a_support(ranks, tail):
-    """Nothing is left outside, on any rank. Values and gradients are those of the whole."""
+    """With K = V, no rank has entries outside of the support."""
     made = cases.make(24, (4,))
     order = torch.rand(4, 24, generator=torch.Generator().manual_seed(0)).argsort(-1)
     first, last = bounds = ranks.bounds(24)
     for size in (24, 5):
-        known = TopK.from_logits(made.teacher, ids=order[:, :size])
+        teacher = TopK.from_logits(made.teacher, ids=order[:, :size])
         whole = made.student.clone().requires_grad_()
         part = made.student[:, first:last].clone().requires_grad_()
         results = []
         for leaf, group in ((whole, None), (part, ranks.group)):
             options = {"backend": ranks.backend, "process_group": group, "tail": tail}
-            results.append(hybrid_loss(leaf, known, reduction="sum", **options))
+            results.append(hybrid_loss(leaf, teacher, reduction="sum", **options))
             results[-1].loss.backward()
         assert_gradient(part.grad, whole.grad, bounds, ranks.backend)
-        assert_values(*(one.divergence for one in results), f"divergence, K={size}")
+        assert_values(*(result.divergence for result in results), f"divergence, K={size}")
 
 
 @each("tail", TAILS, ("bucket",))
-@pytest.mark.parametrize("bad", UNSOUND)
+@pytest.mark.parametrize("bad", NOT_FINITE)
 @on_ranks
-def test_unsound_rows_under_a_support(ranks, bad, tail):
+def test_rows_that_are_not_finite_under_a_support(ranks, bad, tail):
     made = cases.with_teachers(cases.make(127, (6,)), 1, "union")
     made.student[1, 7] = made.student[2, 101] = bad
     made.student[3, made.given.ids[3, 0]] = bad
     made.student[4] = bad
     first, last = ranks.bounds(127, EMPTY)
     made.student[5, first:last] = bad
-    own = ranks.assert_equals_whole(made, tail=tail, **ALL_TERMS)
-    assert own.result.divergence[4].isnan()
-    assert own.result.divergence[0].isfinite()
+    got = ranks.assert_equals_whole(made, tail=tail, **ALL_TERMS)
+    assert got.result.divergence[4].isnan()
+    assert got.result.divergence[0].isfinite()
 
 
 @native
@@ -390,7 +390,7 @@ def test_shards_without_mass_under_a_support(ranks, divergence):
 @pytest.mark.parametrize("layout", ["contiguous", "sliced"])
 @on_ranks
 def test_supports_measured_in_pieces(ranks, layout):
-    """Statistics alone copy the logits, and not all of them at once."""
+    """Without a gradient, statistics copy the logits, but not all of them at once."""
     with unittest.mock.patch.object(sharded, "_COPIED", 200):
         ranks.assert_equals_whole(
             teachers("bucket", 2, layout=layout), "token_terms", divergence="jsd"
@@ -398,25 +398,25 @@ def test_supports_measured_in_pieces(ranks, layout):
 
 
 def written(rows, coefficients):
-    """The statistics of the fields that users see, measured twice, and the gradient."""
+    """The public statistics, from each of two operators, and the gradient."""
     gradient = torch.full_like(rows.student, torch.nan)
     statistics = [ops.hybrid_rows(gradient, *coefficients, *rows), ops.row_statistics(*rows)]
     return torch.stack(statistics, 1)[: FIELDS.student_max], gradient
 
 
 def assert_rows_equal_whole(ranks, made, change, **options):
-    """As `Ranks.assert_equals_whole`, of rows that `change` was applied to."""
+    """Like `Ranks.assert_equals_whole`, for rows to which `change` is applied."""
     coefficients = Coefficients(torch.tensor([0.7, -1.3]), made.upstream.nan_to_num()[:, 0], None)
     whole = change(cases.rows_of(made, ranks.backend, **options))
     part = ranks.shard(made)
-    own = change(cases.rows_of(part, ranks.backend, process_group=ranks.group, **options))
-    expected, gradient = ranks.on_one(lambda: written(whole, coefficients))
-    got, own_gradient = written(own, coefficients)
+    part = change(cases.rows_of(part, ranks.backend, process_group=ranks.group, **options))
+    expected, whole_gradient = ranks.on_one(lambda: written(whole, coefficients))
+    got, gradient = written(part, coefficients)
     for field, value, truth in zip(FIELDS._fields, got, expected, strict=False):
-        # A correction is a difference of numbers around 16, of four roundings each.
+        # A correction is a difference of numbers around 16, each with four roundings.
         digits = 4 * 2.0**-20 if field == "tail_correction" else ANOTHER_ORDER
         assert_values(value, truth, field, digits)
-    assert_gradient(own_gradient, gradient, ranks.bounds(127), ranks.backend)
+    assert_gradient(gradient, whole_gradient, ranks.bounds(127), ranks.backend)
 
 
 @each_divergence("reverse_kl", "jsd-0.3")
@@ -426,8 +426,8 @@ def assert_rows_equal_whole(ranks, made, change, **options):
 def test_a_temperature_for_each_row(ranks, kind, elements, divergence):
     def change(rows):
         values = 0.5 + 0.25 * torch.arange(elements)
-        given = values.where(rows.valid, torch.nan) if elements == 10 else values
-        return rows._replace(row_temperature=given)
+        temperatures = values.where(rows.valid, torch.nan) if elements == 10 else values
+        return rows._replace(row_temperature=temperatures)
 
     made = teachers(kind, 2, layout="sliced")
     assert_rows_equal_whole(ranks, made, change, divergence=divergence, tail=tail_of(kind))
@@ -435,7 +435,7 @@ def test_a_temperature_for_each_row(ranks, kind, elements, divergence):
 
 @pytest.mark.parametrize("members", [1, 2])
 @on_ranks
-def test_log_probs_of_tokens_unknown_in_some_rows(ranks, members):
+def test_token_log_probs_unknown_in_some_rows(ranks, members):
     def change(rows):
         unknown = torch.arange(10) % 3 == 0
         return rows._replace(token_log_prob=rows.token_log_prob.masked_fill(unknown, torch.nan))
@@ -446,29 +446,29 @@ def test_log_probs_of_tokens_unknown_in_some_rows(ranks, members):
 @native
 @on_ranks
 def test_a_gradient_of_another_dtype(ranks):
-    """Which can't hold the logits on its way: the launchers are asked for it, no function is."""
+    """It can't hold the logits meanwhile. Only the launchers offer this, no public function."""
     made = cases.make(127, (5,))
     first, last = ranks.bounds(127)
     student = made.student[None, :, first:last].contiguous()
-    # All that matters is outside the support.
-    known = TopK.from_logits(made.teacher, ids=made.student.topk(2, largest=False).indices)
+    # Nearly all of the student's mass is outside of the support.
+    teacher = TopK.from_logits(made.teacher, ids=made.student.topk(2, largest=False).indices)
     rows = Rows(
         student,
-        (known.log_probs,),
+        (teacher.log_probs,),
         (1.0,),
-        known.ids,
-        resolution=known.resolution,
+        teacher.ids,
+        resolution=teacher.resolution,
         group=ranks.group.group_name,
         backend=ranks.backend,
     )
     coefficients = Coefficients(torch.ones(1), None, made.upstream)
-    own = backends.launchers(rows)
-    found = []
+    launchers = backends.launchers(rows)
+    gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         gradient = torch.empty_like(student, dtype=dtype)
-        own.hybrid_rows(rows, rows.statistics(), coefficients, gradient)
-        found.append(gradient)
-    assert relative_error(found[1], found[0].double()) <= 2.0**-8
+        launchers.hybrid_rows(rows, rows.statistics(), coefficients, gradient)
+        gradients.append(gradient)
+    assert relative_error(gradients[1], gradients[0].double()) <= 2.0**-8
     assert torch.equal(student, made.student[None, :, first:last])
 
 
@@ -478,21 +478,21 @@ def test_a_gradient_of_another_dtype(ranks):
 def test_masked_rows_that_hold_ordinary_ids(ranks, kind):
     made = cases.with_teachers(cases.make(127, (6,)), 1, None if kind == "full" else "union")
     made = replace(made, mask=torch.tensor([True, False] * 3))
-    own = ranks.assert_equals_whole(made, tail=tail_of(kind), entropy_weight=0.3)
-    assert not own.gradient[1::2].any()
+    got = ranks.assert_equals_whole(made, tail=tail_of(kind), entropy_weight=0.3)
+    assert not got.gradient[1::2].any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @on_ranks
 def test_inputs_are_left_alone(ranks, kind):
-    own = ranks.shard(teachers(kind, 1))
-    options = {"tail": tail_of(kind), "mask": own.mask, "backend": ranks.backend}
+    shard = ranks.shard(teachers(kind, 1))
+    options = {"tail": tail_of(kind), "mask": shard.mask, "backend": ranks.backend}
     options["process_group"] = ranks.group
     for function in (hybrid_loss, token_terms):
         # Contiguous, and rows with gaps between them.
-        for logits in (own.logits.contiguous(), own.logits):
+        for logits in (shard.logits.contiguous(), shard.logits):
             before, leaf = logits.clone(), logits.requires_grad_()
-            result = function(leaf, own.any_teacher, own.token_ids, **options)
+            result = function(leaf, shard.any_teacher, shard.token_ids, **options)
             result[0].sum().backward()
             same = torch.equal(leaf.detach().nan_to_num(), before.nan_to_num())
             assert same, function.__name__
@@ -502,7 +502,7 @@ def test_inputs_are_left_alone(ranks, kind):
 @pytest.mark.parametrize("kind", ["full", "bucket"])
 @on_ranks
 def test_groups_of_some_of_the_ranks(ranks, kind):
-    """As beside data parallelism; and a group of one."""
+    """Groups as with data parallelism in addition: of two ranks, or of one."""
     size = ranks.group.size()
     groups = [torch.distributed.new_group(range(first, size, 2)) for first in range(2)]
     some = Ranks(ranks.backend, groups[ranks.rank % 2])
@@ -513,7 +513,7 @@ def test_groups_of_some_of_the_ranks(ranks, kind):
 @native
 @pytest.mark.parametrize("kind", ["full", "bucket"])
 @on_ranks
-def test_twice_the_same(ranks, kind):
+def test_results_are_deterministic(ranks, kind):
     made = ranks.shard(teachers(kind, 2))
     options = {"divergence": "jsd", "process_group": ranks.group, "backend": ranks.backend}
     runs = [made.hybrid_loss(**options, **ALL_TERMS) for _ in range(2)]
@@ -524,7 +524,7 @@ def test_twice_the_same(ranks, kind):
 @native
 @on_ranks
 def test_ids_outside_the_vocabulary(ranks):
-    """On all ranks an error, of the tokens and of a support, that names the whole vocabulary."""
+    """All ranks raise an error, for tokens and for a support, that names the whole vocabulary."""
     first, last = ranks.bounds(127)
     options = {"backend": ranks.backend, "process_group": ranks.group}
     for wrong in (127, -1):
@@ -537,7 +537,7 @@ def test_ids_outside_the_vocabulary(ranks):
         mask = torch.tensor([True, True, False, True])
         hybrid_loss(logits, teacher, made.token_ids, mask=mask, **options)
     ids = made.teacher.topk(5).indices
-    known = TopK.from_logits(made.teacher, ids=ids)
+    top_k = TopK.from_logits(made.teacher, ids=ids)
     ids[1, 2] = 127
     with pytest.raises(ValueError, match=r"TopK.ids has 127.*\[0, 127\)"):
-        hybrid_loss(logits, TopK(ids, known.log_probs), **options)
+        hybrid_loss(logits, TopK(ids, top_k.log_probs), **options)

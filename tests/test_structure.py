@@ -1,4 +1,4 @@
-"""What holds for every divergence, whatever the numbers: on random shapes and values."""
+"""Properties of every divergence, on random shapes and values."""
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ def test_divergences_are_not_negative(divergence, backend, device, vocabulary, s
     terms = token_terms(
         student.to(device), teacher.to(device), divergence=divergence, backend=backend
     )
-    # The KLs and total variation have positive terms, where they are small.
+    # Where they are small, the KLs and total variation are sums of positive terms.
     name, _ = divergence.canonical()
     exact = FAMILIES[name].one_sweep or name == "tv"
     slack = 0.0 if exact else 1e-6
@@ -108,11 +108,11 @@ def test_rows_do_not_see_each_other(divergence, backend, device):
     value, gradient = divergence_and_gradient(case.student, case.teacher, divergence, backend)
     for row in range(6):
         alone = slice(row, row + 1)
-        own_value, own_gradient = divergence_and_gradient(
+        row_value, row_gradient = divergence_and_gradient(
             case.student[alone], case.teacher[alone], divergence, backend
         )
-        torch.testing.assert_close(own_value, value[alone], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(own_gradient, gradient[alone], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(row_value, value[alone], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(row_gradient, gradient[alone], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
@@ -145,7 +145,7 @@ def test_sides_and_betas_are_not_swapped(backend, device):
     assert torch.equal(value(p, q, "jsd", beta=0.0), forward)
     assert torch.equal(value(p, q, "jsd", beta=1.0), reverse)
     assert torch.equal(value(p, q, "jsd"), value(p, q, "jsd", beta=0.5))
-    # These would all pass on a swap if the numbers were alike.
+    # If these were equal, a swap would pass unseen.
     assert ((reverse - forward).abs() > 1e-2).all()
     near = value(p, q, "jsd", beta=0.3) - value(p, q, "jsd", beta=0.7)
     assert (near.abs() > 1e-3).all()

@@ -144,7 +144,7 @@ def test_a_support_without_advantages_or_tokens(backend, device):
     assert leaf.grad.isfinite().all()
 
 
-# -- what holds of a support ----------------------------------------------------------------------
+# -- properties of supports -----------------------------------------------------------------------
 
 
 def gradient_of(student, teacher, backend, **options):
@@ -159,9 +159,9 @@ def gradient_of(student, teacher, backend, **options):
 def test_the_whole_vocabulary_is_the_full_teacher(tail, divergence, backend, device):
     case = cases.make(24, (4,), device=device)
     order = torch.rand(4, 24, generator=torch.Generator().manual_seed(0)).argsort(-1).to(device)
-    known = TopK.from_logits(case.teacher, ids=order)
+    top_k = TopK.from_logits(case.teacher, ids=order)
     options = {"divergence": divergence, "tail": tail}
-    got, gradient = gradient_of(case.student, known, backend, **options)
+    got, gradient = gradient_of(case.student, top_k, backend, **options)
     truth, expected = gradient_of(case.student, case.teacher, backend, **options)
     assert_close(got.divergence, truth.divergence.double(), truth.divergence, scale=4)
     assert_close(gradient, expected.double(), expected, scale=0.2)
@@ -173,13 +173,13 @@ def test_the_whole_vocabulary_is_the_full_teacher(tail, divergence, backend, dev
 
 @every_divergence
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
-def test_nothing_pulls_where_the_teacher_is_the_student(tail, divergence, backend, device):
+def test_no_gradient_where_the_teacher_is_the_student(tail, divergence, backend, device):
     """Unlike the truncated loss, whose gradient pushes mass out of the support."""
     case = cases.make(200, (5,), device=device)
-    known = TopK.from_logits(case.student, 20)
-    result, gradient = gradient_of(case.student, known, backend, divergence=divergence, tail=tail)
+    top_k = TopK.from_logits(case.student, 20)
+    result, gradient = gradient_of(case.student, top_k, backend, divergence=divergence, tail=tail)
     assert result.divergence.abs().max() < 1e-6
-    if divergence.name != "tv":  # which feels every rounding of p - q, in the sign
+    if divergence.name != "tv":  # whose gradient has the sign of p - q, even of a rounding
         assert gradient.abs().max() < 2e-6
 
 
@@ -187,12 +187,12 @@ def test_nothing_pulls_where_the_teacher_is_the_student(tail, divergence, backen
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 def test_rows_sum_to_zero_and_mask_stays_inside(tail, divergence, backend, device):
     case = cases.make(200, (5,), device=device)
-    known = TopK.from_logits(case.teacher, 20)
-    _, gradient = gradient_of(case.student, known, backend, divergence=divergence, tail=tail)
+    top_k = TopK.from_logits(case.teacher, 20)
+    _, gradient = gradient_of(case.student, top_k, backend, divergence=divergence, tail=tail)
     assert gradient.sum(-1).abs().max() < 2e-6
-    _, bucket = gradient_of(case.student, known, backend, divergence=divergence)
-    _, masked = gradient_of(case.student, known, backend, divergence=divergence, tail="mask")
-    inside = torch.zeros_like(masked, dtype=torch.bool).scatter_(-1, known.ids, True)
+    _, bucket = gradient_of(case.student, top_k, backend, divergence=divergence)
+    _, masked = gradient_of(case.student, top_k, backend, divergence=divergence, tail="mask")
+    inside = torch.zeros_like(masked, dtype=torch.bool).scatter_(-1, top_k.ids, True)
     torch.testing.assert_close(masked[inside], bucket[inside], atol=1e-7, rtol=1e-5)
     assert (masked[~inside] == 0).all()
 
@@ -202,8 +202,8 @@ def test_the_bucket_is_a_lower_bound(divergence, backend, device):
     case = cases.make(200, (6,), device=device)
     full, _ = gradient_of(case.student, case.teacher, backend, divergence=divergence)
     for k in (1, 40):
-        known = TopK.from_logits(case.teacher, k)
-        part, _ = gradient_of(case.student, known, backend, divergence=divergence)
+        top_k = TopK.from_logits(case.teacher, k)
+        part, _ = gradient_of(case.student, top_k, backend, divergence=divergence)
         assert (part.divergence <= full.divergence + 1e-5).all()
 
 
@@ -227,14 +227,14 @@ def test_masses_beyond_the_digits_of_one(divergence, backend, device):
     second = 1e-14
     log_probs = torch.tensor([[-(teacher_tail + second), math.log(second)]], device=device)
     ids = torch.tensor([[0, 1]], device=device)
-    known = TopK(ids, log_probs)
-    result, gradient = gradient_of(logits, known, backend, divergence=divergence)
-    truth = reference.token_terms(logits.double(), known, divergence=divergence).divergence
+    top_k = TopK(ids, log_probs)
+    result, gradient = gradient_of(logits, top_k, backend, divergence=divergence)
+    truth = reference.token_terms(logits.double(), top_k, divergence=divergence).divergence
     leaf = logits.double().requires_grad_()
-    reference.token_terms(leaf, known, divergence=divergence).divergence.sum().backward()
+    reference.token_terms(leaf, top_k, divergence=divergence).divergence.sum().backward()
     assert result.divergence.isfinite().all()
     torch.testing.assert_close(result.divergence.double(), truth, rtol=1e-4, atol=1e-15)
-    # (The first entry's gradient is a difference of numbers around 1.)
+    # The first entry's gradient is a difference of numbers around 1.
     torch.testing.assert_close(gradient[:, 0].double(), leaf.grad[:, 0], rtol=0, atol=1e-7)
     torch.testing.assert_close(gradient[:, 1:].double(), leaf.grad[:, 1:], rtol=1e-4, atol=1e-16)
     if divergence == "reverse_kl":
@@ -247,37 +247,37 @@ def test_masses_beyond_the_digits_of_one(divergence, backend, device):
 @every_divergence
 @every_tail
 @pytest.mark.parametrize("side", ["nan", "inf", "-inf"])
-def test_unsound_rows_are_nan(side, tail, divergence, backend, device):
-    """A NaN or +inf among the student's logits, on the support or off it, and a row of -inf."""
+def test_rows_that_are_not_finite_are_nan(side, tail, divergence, backend, device):
+    """A NaN or +inf among the student's logits, in the support or outside, or a row of -inf."""
     logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)).to(device)
-    known = TopK.from_logits(logits.flip(-1), 3)
-    clean, expected = gradient_of(logits, known, backend, divergence=divergence, tail=tail)
+    top_k = TopK.from_logits(logits.flip(-1), 3)
+    clean, expected = gradient_of(logits, top_k, backend, divergence=divergence, tail=tail)
     if side == "-inf":
         logits[1] = -torch.inf
     else:
         logits[1, 7] = float(side)
-    result, gradient = gradient_of(logits, known, backend, divergence=divergence, tail=tail)
+    result, gradient = gradient_of(logits, top_k, backend, divergence=divergence, tail=tail)
     assert result.divergence[1].isnan()
     assert result.loss.isnan()
     torch.testing.assert_close(result.divergence[[0, 2]], clean.divergence[[0, 2]])
     torch.testing.assert_close(gradient[[0, 2]], expected[[0, 2]])
-    inside = known.ids[1] if tail == "mask" else slice(None)
+    inside = top_k.ids[1] if tail == "mask" else slice(None)
     assert gradient[1][inside].isnan().all()
 
 
 @every_divergence
 def test_a_whole_vocabulary_of_rounded_log_probs(divergence, backend, device):
-    """What rounding leaves of the mass is no tail where there is none."""
+    """If rounding makes their mass less than 1, the rest must not count as a tail."""
     logits = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).to(device)
-    known = TopK.from_logits(logits.flip(-1), 8)
-    known = TopK(known.ids, known.log_probs.bfloat16())
-    got, _ = gradient_of(logits, known, backend, divergence=divergence)
-    truth = reference.token_terms(logits.double(), known, divergence=divergence).divergence
+    top_k = TopK.from_logits(logits.flip(-1), 8)
+    top_k = TopK(top_k.ids, top_k.log_probs.bfloat16())
+    got, _ = gradient_of(logits, top_k, backend, divergence=divergence)
+    truth = reference.token_terms(logits.double(), top_k, divergence=divergence).divergence
     torch.testing.assert_close(got.divergence.double(), truth, atol=1e-5, rtol=1e-5)
 
 
 def test_a_teacher_that_rounds_to_one_stays_finite(backend, device):
-    """Log-probabilities that leave nothing: the tail is what rounding hides, not impossible."""
+    """The log-probabilities leave no mass, but the tail is hidden by rounding, not impossible."""
     logits = torch.randn(3, 50, device=device)
     ids = torch.arange(4, device=device).expand(3, 4)
     log_probs = torch.tensor([0.0, -20.0, -25.0, -30.0], device=device).expand(3, 4)
@@ -293,7 +293,7 @@ def test_padding_and_repetitions_do_not_count(tail, backend, device):
     plain = TopK.from_logits(case.teacher, ids=ids)
     padded_ids = torch.cat([ids[:, :4], ids[:, :2], ids[:, 4:], torch.full_like(ids, -1)], -1)
     padded = TopK.from_logits(case.teacher, ids=padded_ids)
-    # The first of a repetition counts, whatever the second says; padding may hold anything.
+    # Of repeated ids the first one counts; the others and padding may have any log-probability.
     log_probs = padded.log_probs.clone()
     log_probs[:, 4:6], log_probs[:, 8:] = -7.0, torch.nan
     padded = TopK(padded_ids, log_probs)
@@ -304,27 +304,27 @@ def test_padding_and_repetitions_do_not_count(tail, backend, device):
     torch.testing.assert_close(a.teacher_mass, b.teacher_mass)
 
 
-def test_an_empty_support_says_nothing(backend, device):
+def test_an_empty_support_has_no_gradient(backend, device):
     case = cases.make(60, (3,), device=device)
-    known = TopK(torch.full((3, 2), -1, device=device), torch.zeros(3, 2, device=device))
-    result, gradient = gradient_of(case.student, known, backend)
+    top_k = TopK(torch.full((3, 2), -1, device=device), torch.zeros(3, 2, device=device))
+    result, gradient = gradient_of(case.student, top_k, backend)
     assert result.divergence.abs().max() < 1e-6
     assert gradient.abs().max() < 1e-6
     assert (result.student_mass == 0).all()
 
 
-def test_what_is_unknown_is_nan(backend, device):
-    """log q of a token outside the support, unless the teacher gives it."""
+def test_log_q_of_tokens_outside_the_support_is_nan(backend, device):
+    """It is NaN unless the teacher has a `token_log_prob`."""
     case = cases.make(60, (4,), device=device)
     ids = case.teacher.topk(5).indices
     tokens = torch.stack([ids[0, 0], ids[1, 4], case.teacher[2].argmin(), case.teacher[3].argmin()])
-    known = TopK.from_logits(case.teacher, ids=ids)
-    log_q = token_terms(case.student, known, tokens, backend=backend).teacher_log_prob
+    top_k = TopK.from_logits(case.teacher, ids=ids)
+    log_q = token_terms(case.student, top_k, tokens, backend=backend).teacher_log_prob
     expected = case.teacher.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     torch.testing.assert_close(log_q[:2], expected[:2])
     assert log_q[2:].isnan().all()
-    known = TopK.from_logits(case.teacher, ids=ids, token_ids=tokens)
-    log_q = token_terms(case.student, known, tokens, backend=backend).teacher_log_prob
+    top_k = TopK.from_logits(case.teacher, ids=ids, token_ids=tokens)
+    log_q = token_terms(case.student, top_k, tokens, backend=backend).teacher_log_prob
     torch.testing.assert_close(log_q, expected)
 
 
@@ -332,8 +332,8 @@ def test_what_is_unknown_is_nan(backend, device):
 @pytest.mark.parametrize("teacher_floor", [None, -4.0])
 @pytest.mark.parametrize("members", [1, 2])
 @pytest.mark.parametrize("method", ["hybrid_loss", "token_terms"])
-def test_what_is_unknown_in_some_rows(method, members, teacher_floor, tail, backend, device):
-    """To one of the members; the mean over them is then unknown, too."""
+def test_log_q_unknown_in_some_rows(method, members, teacher_floor, tail, backend, device):
+    """If one of the members does not know it, the mean over all is unknown, too."""
     case = cases.make(127, (12,), device=device)
     case = cases.with_teachers(case, members, "teacher")
     pairs = case.given.members if members > 1 else [(1.0, case.given)]
@@ -382,30 +382,30 @@ def test_the_corrected_bucket_is_unbiased(members, k, backend, device):
     student = case.student.expand(vocabulary, -1).contiguous()
     tokens = torch.arange(vocabulary, device=device)
 
-    def expected_gradient(known):
+    def expected_gradient(top_k):
         """sum_y p(y) gradient(y), all tokens as rows of one batch."""
         p = student.softmax(-1)[0]
         leaf = student.clone().requires_grad_()
         options = {"reduction": "none", "backend": backend}
-        loss = hybrid_loss(leaf, known, tokens, torch.zeros_like(p), **options)
+        loss = hybrid_loss(leaf, top_k, tokens, torch.zeros_like(p), **options)
         loss.loss.backward(p)
         return leaf.grad.sum(0)
 
-    def given(with_tokens):
+    def mixture(with_tokens):
         rows = [t.expand(vocabulary, -1) for t in teachers]
         same = ids.expand(vocabulary, -1).contiguous()
-        found = [
+        top_ks = [
             TopK.from_logits(w, ids=same, token_ids=tokens if with_tokens else None) for w in rows
         ]
-        return Mixture(list(zip(weights, found, strict=True)))
+        return Mixture(list(zip(weights, top_ks, strict=True)))
 
     leaf = case.student.double().requires_grad_()
     truth = Mixture([(w, t.double()) for w, t in zip(weights, teachers, strict=True)])
     reference.hybrid_loss(leaf, truth, reduction="sum").loss.backward()
     torch.testing.assert_close(
-        expected_gradient(given(True)).double(), leaf.grad[0], atol=2e-6, rtol=0
+        expected_gradient(mixture(True)).double(), leaf.grad[0], atol=2e-6, rtol=0
     )
-    biased = expected_gradient(given(False)).double()
+    biased = expected_gradient(mixture(False)).double()
     assert (biased - leaf.grad[0]).norm() > 1e-3 * leaf.grad.norm()
 
 
@@ -413,7 +413,7 @@ def test_the_corrected_bucket_is_unbiased(members, k, backend, device):
 
 
 def test_a_mixture_is_the_geometric_mean_of_its_teachers(backend, device):
-    """For the reverse KL, up to the normaliser of the mean."""
+    """This holds for the reverse KL, up to the normaliser of the mean."""
     case = cases.make(60, (4,), device=device)
     teachers = [case.teacher, case.student + 1, case.teacher.flip(-1)]
     weights = [0.5, 1.5, 1.0]
@@ -429,15 +429,15 @@ def test_a_mixture_is_the_geometric_mean_of_its_teachers(backend, device):
     torch.testing.assert_close(log_q, logits.gather(-1, tokens[:, None])[:, 0])
 
 
-# -- where a support comes from -------------------------------------------------------------------
+# -- supports from logits -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (70, 7), (2, 3, 7), (0, 7)])
 def test_from_logits(shape):
     logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    known = TopK.from_logits(logits, 3)
-    assert known.ids.shape == (*shape[:-1], 3)
-    torch.testing.assert_close(known.log_probs, logits.log_softmax(-1).topk(3).values)
+    top_k = TopK.from_logits(logits, 3)
+    assert top_k.ids.shape == (*shape[:-1], 3)
+    torch.testing.assert_close(top_k.log_probs, logits.log_softmax(-1).topk(3).values)
     ids = torch.tensor([6, -1]).expand(*shape[:-1], 2)
     union = TopK.from_logits(logits, 3, ids=ids, temperature=2.0)
     assert union.ids.shape == (*shape[:-1], 5)
@@ -449,6 +449,6 @@ def test_from_logits(shape):
 
 def test_from_logits_keeps_a_small_tail():
     logits = torch.tensor([[0.0, -28.0, -30.0]])
-    known = TopK.from_logits(logits, 1)
+    top_k = TopK.from_logits(logits, 1)
     truth = -torch.tensor([-28.0, -30.0]).double().exp().sum()
-    torch.testing.assert_close(known.log_probs[0, 0].double(), truth, rtol=1e-6, atol=0)
+    torch.testing.assert_close(top_k.log_probs[0, 0].double(), truth, rtol=1e-6, atol=0)

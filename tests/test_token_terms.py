@@ -48,7 +48,7 @@ def test_layouts_and_dtypes(layout, dtype, backend, device):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("missing", ["teacher", "token_ids", "both"])
-def test_what_was_not_asked_for_is_none(missing, backend, device):
+def test_fields_without_their_inputs_are_none(missing, backend, device):
     case = cases.make(127, device=device)
     if missing in ("teacher", "both"):
         case.teacher = None
@@ -63,7 +63,7 @@ def test_what_was_not_asked_for_is_none(missing, backend, device):
 
 @pytest.mark.smoke
 def test_one_field_alone(backend, device):
-    """An upstream into one field leaves the others' share of the gradient at 0."""
+    """With an upstream gradient into one field only, the others add nothing."""
     case = cases.make(127, masked=True, device=device)
 
     def gradient(function, dtype, field):
@@ -84,16 +84,16 @@ def test_only_the_student_side_is_differentiable(backend, device):
     case = cases.make(127, device=device)
     logits = case.student.requires_grad_()
     terms = token_terms(logits, case.teacher, case.token_ids, backend=backend)
-    wanted = {"divergence", "log_prob", "entropy"}
+    expected = {"divergence", "log_prob", "entropy"}
     fields = terms._asdict().items()
-    assert {name for name, field in fields if field is not None and field.requires_grad} == wanted
+    assert {name for name, field in fields if field is not None and field.requires_grad} == expected
     terms = token_terms(logits.detach(), None, backend=backend)
     assert not any(t.requires_grad for t in terms if t is not None)
 
 
 @pytest.mark.smoke
 def test_a_clipped_policy_loss(backend, device):
-    """The use that it is for: a loss written in torch on top of the terms."""
+    """`token_terms` is meant for this: a loss written in torch on top of the terms."""
     case = cases.make(127, masked=True, device=device)
     old = (case.upstream * 0.1).nan_to_num()
     advantages = case.advantages.nan_to_num()

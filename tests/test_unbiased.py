@@ -1,4 +1,4 @@
-"""The hybrid gradient is the gradient of the objective: by exact enumeration, not by sampling.
+"""The hybrid gradient is the gradient of the objective, shown by enumeration, not by sampling.
 
 A policy over V tokens is a table of logits, one row per prefix. Every response is enumerated, its
 gradient is weighted with its probability, and the sum is compared with autograd's gradient of
@@ -179,7 +179,7 @@ def test_unbiased_in_groups_of_three(baseline):
 @every_share
 @every_world
 def test_the_group_mean_scales_the_gradient(world, dense_weight):
-    """By 1 - 1/K, dense term included, because a response is its own baseline in part."""
+    """The factor is 1 - 1/K, dense term included: a response is part of its own baseline."""
     gradient = hybrid_gradient(world, group=2, dense_weight=dense_weight, baseline="group_mean")
     assert bias(gradient, 0.5 * world.exact_gradient()) < EXACT
 
@@ -222,7 +222,7 @@ def test_a_mean_over_each_response_is_biased(world):
 
 @every_world
 def test_a_discount_is_biased_and_more_so_further_from_one(world):
-    """By the same vector for every lambda, because the reward is not discounted."""
+    """The bias is the same for every lambda, because the reward is not discounted."""
     biases = {}
     for reward_weight in (0.0, REWARD_WEIGHT):
         exact = world.exact_gradient(reward_weight)
@@ -239,7 +239,7 @@ def test_a_discount_is_biased_and_more_so_further_from_one(world):
 
 
 def test_a_discount_is_harmless_where_later_costs_do_not_depend_on_the_token():
-    """With one state per position, the future KL is the same whatever was said."""
+    """With one state per position, the future KL is the same for all earlier tokens."""
     world = make_world(4, ends=False)
     position = torch.arange(4)
     world.states = position.expand_as(world.states)
@@ -274,7 +274,7 @@ def test_no_gradient_at_the_optimum(ends, dense_weight):
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_a_discount_moves_the_optimum_the_further_the_larger_lambda_is(ends):
-    """And not at all without a reward, where the optimum is the teacher."""
+    """Without a reward the optimum is the teacher, and stays there."""
     slopes = []
     for reward_weight in (0.0, 0.5, 1.0, 2.0):
         world = make_world(4, ends)

@@ -1,4 +1,4 @@
-"""One assertion of numerical closeness, and the comparison with the eager specification."""
+"""Assertions of numerical closeness, and the comparison with the eager specification."""
 
 import math
 from typing import Any
@@ -13,8 +13,8 @@ from hybrid_kernels import reference
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SUBNORMAL = {torch.float32: 0.0, torch.bfloat16: 0.0, torch.float16: 2.0**-25}
 
-# What fp32 arithmetic may lose, relative to the largest entry of a row, where eager was lucky: the
-# entries are differences of larger terms. `test_precision.py` is stricter.
+# The error of fp32 that is allowed even where eager happens to have none, relative to the largest
+# entry of a row: entries are differences of larger terms. `test_precision.py` is stricter.
 ARITHMETIC = 64 * ROUNDING[torch.float32]
 
 
@@ -27,7 +27,7 @@ def assert_close(
     scale: float = 0.0,
     roundings: int = 1,
 ) -> None:
-    """`got` is as close to `truth` as can be asked of its dtype.
+    """Asserts that `got` is as close to `truth` as its dtype allows.
 
     The bound of an entry is twice the largest error of `eager`, plus the rounding band: `roundings`
     roundings of the entry to the dtype of `got`, and `ARITHMETIC` of the largest entry in its row
@@ -39,7 +39,7 @@ def assert_close(
         eager: the same computation as `truth`, in fp32.
     """
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(truth.shape)}"
-    if not got.numel() or got.is_meta:  # which has no values to compare
+    if not got.numel() or got.is_meta:  # there are no values to compare
         return
     value, truth, eager = (torch.atleast_1d(t.detach().double()) for t in (got, truth, eager))
     finite = truth.isfinite()
@@ -74,7 +74,7 @@ def written_and_scaled(backend: str, gradient: Tensor) -> int:
 def assert_matches_reference(
     case: Case, backend: str, method: str = "hybrid_loss", **options
 ) -> Outcome:
-    """Every field and the gradient of `method` are right; returns them."""
+    """Asserts that every field and the gradient of `method` are right; returns them."""
     run, function = getattr(case, method), getattr(reference, method)
     specified = {key: value for key, value in options.items() if key != "inplace"}
     truth = run(function, torch.float64, **specified)
@@ -89,7 +89,7 @@ def assert_matches_reference(
             scale = 1 + math.log(case.vocabulary)
             assert_close(got, expected, getattr(eager.result, field), field, scale=scale)
     assert outcome.gradient.dtype == case.student.dtype
-    # The scale matters where probabilities of order 1 cancel to nothing, such as a single entry.
+    # The scale matters where probabilities of order 1 cancel completely, as with a single entry.
     assert_close(
         outcome.gradient,
         truth.gradient,
@@ -104,37 +104,37 @@ def assert_matches_reference(
 def assert_linear_matches(
     case: LinearCase, backend: str, method: str = "hybrid_loss", **options
 ) -> tuple[Any, list[Tensor]]:
-    """Fields and gradients against float64, with what the same in fp32 loses allowed for."""
+    """Compares fields and gradients with float64, and allows the errors that eager fp32 has."""
     linear = {"backend", "chunk_rows", "drop_masked", "logits_dtype", "grad_filter"}
     specified = {key: value for key, value in options.items() if key not in linear}
-    truth, truths = case.reference(torch.float64, method, **specified)
-    eager, eagers = case.reference(torch.float32, method, **specified)
-    got, gradients = case.ours(method, backend=backend, **options)
-    fields = got._asdict()
+    true_result, true_gradients = case.reference(torch.float64, method, **specified)
+    eager_result, eager_gradients = case.reference(torch.float32, method, **specified)
+    result, gradients = case.ours(method, backend=backend, **options)
+    fields = result._asdict()
     assert (fields.pop("dropped_norm", None) is not None) == ("grad_filter" in options)
-    for field, value in fields.items():
-        expected = getattr(truth, field)
-        assert (value is None) == (expected is None), field
-        if value is not None:
-            assert value.dtype == torch.float32, field
-            assert_close(value, expected, getattr(eager, field), field, scale=6.0)
+    for field, got in fields.items():
+        truth = getattr(true_result, field)
+        assert (got is None) == (truth is None), field
+        if got is not None:
+            assert got.dtype == torch.float32, field
+            assert_close(got, truth, getattr(eager_result, field), field, scale=6.0)
     # On a GPU dz enters the GEMMs in the weight's dtype.
     rough = case.hidden.dtype != torch.float32 and case.hidden.is_cuda
-    for name, own, true, plain in zip(
-        ("hidden", "weight", "bias"), gradients, truths, eagers, strict=False
+    for name, got, truth, eager in zip(
+        ("hidden", "weight", "bias"), gradients, true_gradients, eager_gradients, strict=False
     ):
-        assert own.dtype == case.hidden.dtype, name
+        assert got.dtype == case.hidden.dtype, name
         if rough:
-            assert (own - true).norm() <= 1e-2 * true.norm(), name
+            assert (got - truth).norm() <= 1e-2 * truth.norm(), name
             continue
-        scale = float(true.abs().max()) if true.numel() else 0.0
-        roundings = written_and_scaled(backend, own)
-        assert_close(own, true, plain, f"gradient of {name}", scale=scale, roundings=roundings)
-    return got, gradients
+        scale = float(truth.abs().max()) if truth.numel() else 0.0
+        roundings = written_and_scaled(backend, got)
+        assert_close(got, truth, eager, f"gradient of {name}", scale=scale, roundings=roundings)
+    return result, gradients
 
 
 def assert_near(got: Tensor, truth: Tensor, allowed: float) -> None:
-    """The relative L2 error is as small as that."""
+    """Asserts that the relative L2 error is at most `allowed`."""
     error = _relative(got, truth)
     torch.testing.assert_close(error, torch.zeros_like(error), rtol=0, atol=allowed)
 
@@ -148,9 +148,9 @@ def _relative(got: Tensor, truth: Tensor) -> Tensor:
     return (got.double() - truth).norm() / truth.double().norm()
 
 
-# -- a part, beside the whole ----------------------------------------------------------------------
+# -- a part, compared with the whole --------------------------------------------------------------
 
-# What fp32 sums differ by when they are added up in another order.
+# How much fp32 sums differ when they are added up in another order.
 ANOTHER_ORDER = 1e-6
 
 
@@ -161,8 +161,8 @@ def assert_values(got, expected, name, tolerance=ANOTHER_ORDER):
 
 
 def assert_gradient(got, whole, bounds, backend):
-    """A part of the whole's: the same where that is not finite; else its error is small beside the
-    norm of the whole. Entry by entry in bf16, which may round to either side."""
+    """Compares a part of a gradient with the whole: equal where that is not finite, elsewhere with
+    a small error relative to the norm of the whole. In bf16, entries may round to either side."""
     assert got.dtype == whole.dtype
     expected = whole[..., slice(*bounds)]
     finite = expected.isfinite()
@@ -172,7 +172,7 @@ def assert_gradient(got, whole, bounds, backend):
     if expected.dtype == torch.bfloat16:
         rounding = written_and_scaled(backend, got) * ROUNDING[got.dtype]
         bound = rounding * expected[finite].abs() + ANOTHER_ORDER * whole.norm()
-        assert bool((error <= bound).all()), "gradient: more than a rounding"
+        assert bool((error <= bound).all()), "gradient: off by more than a rounding"
     else:
         relative = float(error.norm() / whole.norm().clamp(min=1e-30))
         assert relative <= ANOTHER_ORDER, f"gradient: relative error {relative:.3g}"
