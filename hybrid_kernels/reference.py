@@ -100,14 +100,14 @@ def log_tail_mass(log_probs: Tensor, resolution: float) -> Tensor:
     return torch.where(tail <= spread * resolution, hidden, tail).log()
 
 
-class Categories(NamedTuple):
+class CoarseLogProbs(NamedTuple):
     """The K+1 categories of a top-K teacher: log p and log q `[..., K + 1]`, the tail last."""
 
     log_p: Tensor
     log_q: Tensor
 
     @classmethod
-    def of(cls, log_p: Tensor, teacher: TopK, floor: float | None) -> "Categories":
+    def of(cls, log_p: Tensor, teacher: TopK, floor: float | None) -> "CoarseLogProbs":
         ids, counts = teacher.ids, distinct(teacher.ids)
         log_q = torch.where(counts, teacher.log_probs.to(log_p.dtype), -torch.inf)
         log_q = torch.cat([log_q, log_tail_mass(log_q, teacher.resolution)[..., None]], -1)
@@ -123,9 +123,9 @@ class Categories(NamedTuple):
         log_p = torch.cat([on_support, tail[..., None]], -1)
         return cls(log_p, torch.where(counts, raised(log_q, log_p, floor), -torch.inf))
 
-    def renormalised(self) -> "Categories":
+    def renormalised(self) -> "CoarseLogProbs":
         log_p, log_q = self.log_p[..., :-1], self.log_q[..., :-1]
-        return Categories(log_p - log_p.logsumexp(-1, True), log_q - log_q.logsumexp(-1, True))
+        return CoarseLogProbs(log_p - log_p.logsumexp(-1, True), log_q - log_q.logsumexp(-1, True))
 
 
 def raised(log_q: Tensor, log_p: Tensor, floor: float | None) -> Tensor:
@@ -173,7 +173,7 @@ def _compare(z, teacher, ids, keep, divergence, temperature, floor, tail) -> _Me
         torch.where(keep, teacher.log_probs, -50.0),
         teacher.token_log_prob,
     )
-    categories = Categories.of(log_p, teacher, floor)
+    categories = CoarseLogProbs.of(log_p, teacher, floor)
     counts = distinct(teacher.ids)
     raw_mass = torch.where(counts, teacher.log_probs.to(z.dtype), -torch.inf).exp().sum(-1)
     masses = categories.log_p[..., :-1].exp().sum(-1).detach(), raw_mass
@@ -181,14 +181,14 @@ def _compare(z, teacher, ids, keep, divergence, temperature, floor, tail) -> _Me
         # An empty support, which can't be renormalised, has the value 0.
         has_entries = counts.any(-1)
         finite = (torch.where(has_entries[..., None], x, 0.0) for x in categories)
-        value = divergence_value(*Categories(*finite).renormalised(), divergence)
+        value = divergence_value(*CoarseLogProbs(*finite).renormalised(), divergence)
         value = torch.where(has_entries, value, 0.0)
     elif tail == "mask":
         # The value of the bucket, with a gradient on the support only.
         inside = torch.zeros_like(z, dtype=torch.int32)
         inside = inside.scatter_add(-1, teacher.ids.clamp(min=0), counts.to(torch.int32)) > 0
         masked = torch.where(inside, z, z.detach()).log_softmax(-1)
-        value = divergence_value(*Categories.of(masked, teacher, floor), divergence)
+        value = divergence_value(*CoarseLogProbs.of(masked, teacher, floor), divergence)
     else:
         value = divergence_value(*categories, divergence)
     if ids is None:

@@ -43,15 +43,15 @@ class Fields(NamedTuple):
     student_mass: int = 5  # on a top-K support
     teacher_mass: int = 6
     tail_correction: int = 7  # log p(y) - log q(y) - rho where y lies outside the support
-    student_max: int = 8  # max_v z_v
-    student_lse: int = 9  # log sum_v exp((z_v - max z) / T)
+    student_max: int = 8  # max_v z_v, or another number from which e^((z_v - it)/T) is finite
+    student_lse: int = 9  # log sum_v exp((z_v - student_max) / T)
 
 
 class MemberFields(NamedTuple):
     """The rows that follow for each member of the teacher (once where there is none)."""
 
-    teacher_max: int = 0  # max_v w_v
-    teacher_lse: int = 1  # log sum_v exp((w_v - max w) / T)
+    teacher_max: int = 0  # as student_max
+    teacher_lse: int = 1  # log sum_v exp((w_v - teacher_max) / T)
     slope_sum: int = 2  # sum_v s_v, with s_v = dt_v/dlog p_v up to a multiple of p_v
     log_s: int = 3  # log sum_v p_v^a q_v^(1-a), for Renyi's divergence
     tail_slope: int = 4  # s/p of the tail of a top-K support

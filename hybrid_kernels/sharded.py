@@ -31,6 +31,7 @@ import torch.distributed
 from torch import Tensor
 
 from hybrid_kernels import validate
+from hybrid_kernels.collectives import gather, resolve_group
 from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.rows import (
     FIELDS,
@@ -53,14 +54,6 @@ _COPIED = 32 << 20
 # With a support, the field for the logarithm of the student's mass outside it; a top-K teacher does
 # not use the field otherwise.
 _LOG_TAIL = STUDENT_FIELDS + MEMBER.teacher_lse
-
-
-def resolve_group(name: str) -> torch.distributed.ProcessGroup:
-    """The process group of a name, as torch's own collectives find it in compiled code."""
-    # Not every build of torch has this module.
-    from torch.distributed import distributed_c10d
-
-    return distributed_c10d._resolve_process_group(name)  # pyright: ignore
 
 
 class _Side:
@@ -111,7 +104,7 @@ class Sharded:
     def ends(self) -> Tensor:
         """Where each shard ends, int64 `[S]`; on the device, to avoid a synchronisation."""
         size = torch.full((1,), self.size, dtype=torch.int64, device=self.device)
-        return self._gather(size)[:, 0].cumsum(0)
+        return gather(size, self.group)[:, 0].cumsum(0)
 
     @property
     def total(self) -> Tensor:
@@ -176,16 +169,6 @@ class Sharded:
 
     # -- between ranks ----------------------------------------------------------------------------
 
-    def _gather(self, values: Tensor) -> Tensor:
-        """The `values` of all ranks, `[S, ...]`."""
-        ranks = self.group.size()
-        gathered = values.new_empty(ranks * values.numel())
-        # The second is the name of the first before torch 2.13.
-        names = ("all_gather_single", "all_gather_into_tensor")
-        gather = next(getattr(torch.distributed, n) for n in names if hasattr(torch.distributed, n))
-        gather(gathered, values.reshape(-1), group=self.group)
-        return gathered.view(ranks, *values.shape)
-
     def _inside(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Which ids belong to this shard, and their places in it (0 for the others)."""
         places = ids - (self.ends[self.group.rank()] - self.size)
@@ -217,7 +200,7 @@ class Sharded:
             # Only the normalisers are needed, which the cheapest sweep gives.
             first_sweep = local._replace(divergence="reverse_kl", teacher_floor=None)
         self.module.row_statistics(first_sweep, statistics)
-        parts = self._gather(statistics)
+        parts = gather(statistics, self.group)
         statistics.zero_()
         student = self._write_student(rows, statistics, parts)
         teachers = []
@@ -291,7 +274,7 @@ class Sharded:
         family, members = FAMILIES[rows.divergence], len(rows.teachers)
         values = statistics.new_empty((1 + 2 * members, rows.total))
         self.module.row_values(local, statistics, values)
-        parts = self._gather(values).double()
+        parts = gather(values, self.group).double()
         total = torch.zeros_like(parts[0, 0])
         for member, share in enumerate(rows.shares):
             first = STUDENT_FIELDS + member * MEMBER_FIELDS
@@ -327,7 +310,7 @@ class Sharded:
                 piece_outside = outside.new_empty((len(outside), piece.total))
                 self.module.row_statistics(self._student_only(piece, logits), piece_outside)
                 outside[:, span] = piece_outside
-        parts = self._gather(outside).double()
+        parts = gather(outside, self.group).double()
         statistics.zero_()
         parts = torch.cat([parts, _as_shard(z, supports.counts, rows, len(outside))])
         student = self._write_student(rows, statistics, parts)

@@ -20,15 +20,14 @@ How many rows a chunk has follows from a memory budget, see `chunk_size`.
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from hybrid_kernels import backends, ops
+from hybrid_kernels.collectives import all_reduce
 from hybrid_kernels.linear.gemm import through_softcap, write_logits
 from hybrid_kernels.linear.heads import Head
 from hybrid_kernels.linear.rows import LinearRows
 from hybrid_kernels.rows import Coefficients, per_row
-from hybrid_kernels.sharded import resolve_group
 
 # Bytes that the buffers of a chunk may always take.
 BUDGET = {"cpu": 64 << 20, "gpu": 2 << 30}
@@ -251,9 +250,3 @@ def _logit_rows(logits: Tensor, selection: slice | Tensor) -> Tensor:
     if isinstance(selection, slice):
         selection = torch.arange(selection.start, selection.stop, device=logits.device)
     return logits[selection // inner, selection % inner][None]
-
-
-def all_reduce(tensor: Tensor, group: str, kind: str = "SUM") -> None:
-    """Reduces a tensor over the ranks of a group, in place."""
-    operation = getattr(torch.distributed.ReduceOp, kind)
-    torch.distributed.all_reduce(tensor, operation, group=resolve_group(group))

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hybrid_kernels.collectives import all_reduce
 from hybrid_kernels.linear import gemm
-from hybrid_kernels.linear.chunks import Chunk, Chunks, all_reduce
+from hybrid_kernels.linear.chunks import Chunk, Chunks
 
 # Entries of dz that are summed up at once on the CPU.
 BLOCK_ELEMENTS = 160 * 1024

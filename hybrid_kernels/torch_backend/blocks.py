@@ -23,7 +23,6 @@ from torch import Tensor
 
 from hybrid_kernels.rows import (
     FIELDS,
-    LEAST,
     LOWEST,
     MEMBER,
     MEMBER_FIELDS,
@@ -31,7 +30,7 @@ from hybrid_kernels.rows import (
     STUDENT_FIELDS,
     weighted,
 )
-from hybrid_kernels.torch_backend.divergences import Entries, row_dot, settle, tilt
+from hybrid_kernels.torch_backend.divergences import Entries, keep_some, row_dot, settle, tilt
 from hybrid_kernels.torch_backend.ordinary import ORDINARY
 from hybrid_kernels.torch_backend.sweep import Sweep
 from hybrid_kernels.torch_backend.topk import Supports
@@ -263,7 +262,7 @@ class Block:
             q.add_(added)
             mass = -added.sum(-1, keepdim=True)
         if self.log_q is not None:
-            _keep_some(q, self.log_q)
+            keep_some(q, self.log_q)
             forbidden = (self.log_p == -torch.inf) & (self.log_q == -torch.inf)
             log_ratio.masked_fill_(forbidden, 0.0)
         return mass
@@ -305,7 +304,7 @@ class Block:
         if self.guarded and self.p_factor is not None:
             self.p.mul_(self.p_factor)
             self.p_factor = None
-            _keep_some(self.p, self._over_t(self.x) - student_lse)
+            keep_some(self.p, self._over_t(self.x) - student_lse)
 
     def _normalise(self) -> None:
         if self.p_factor is not None:
@@ -449,11 +448,3 @@ class Block:
             out.scatter_add_(1, tokens.ids[self.range], terms[self.range].to(out.dtype))
         if out.data_ptr() != self.gradient.data_ptr():
             self.gradient.copy_(out)
-
-
-def _keep_some(probability: Tensor, log_probability: Tensor) -> None:
-    """Replaces a 0 by the smallest number where the probability is 0 only in its dtype, and not in
-    double precision."""
-    if probability.dtype != torch.float64:
-        hidden = (probability == 0) & (log_probability > LEAST)
-        probability.masked_fill_(hidden, 2.0**-149)

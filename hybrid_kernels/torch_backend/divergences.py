@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels.divergences import Family
+from hybrid_kernels.rows import LEAST
 
 Sums: TypeAlias = tuple[Tensor, Tensor]  # the sums of terms and of slopes, each `[r, 1]`
 
@@ -90,6 +91,14 @@ def settle(
     # A NaN does not survive comparisons, so rows without finite normalisers are set to it.
     value, slope_sum = (torch.where(finite, x, math.nan) for x in (value, slope_sum))
     return value, slope_sum, log_s
+
+
+def keep_some(probability: Tensor, log_probability: Tensor) -> None:
+    """Replaces a 0 by the smallest number where the probability is 0 only in its dtype, and not in
+    double precision."""
+    if probability.dtype != torch.float64:
+        hidden = (probability == 0) & (log_probability > LEAST)
+        probability.masked_fill_(hidden, 2.0**-149)
 
 
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
