@@ -67,16 +67,16 @@ class Objective(NamedTuple):
         return RowLoss(weights, self._normaliser(valid, shape), self.reduction != "none")
 
     def _normaliser(self, valid: Tensor | None, shape: validate.CallShape) -> Tensor:
-        device = shape.device
+        options = {"dtype": torch.float32, "device": shape.device}
         if self.reduction != "mean":
-            return torch.ones((), device=device)
+            return torch.ones((), **options)
         if isinstance(self.num_tokens, Tensor):
             count = self.num_tokens.detach().float().reshape(())
             return torch.where(count > 0, count.reciprocal(), 0.0)
         if self.num_tokens is not None:
-            return torch.full((), 1.0 / self.num_tokens, device=device)
+            return torch.full((), 1.0 / self.num_tokens, **options)
         if valid is None:
-            return torch.full((), 1.0 / max(shape.leading.numel(), 1), device=device)
+            return torch.full((), 1.0 / max(shape.leading.numel(), 1), **options)
         return valid.sum().clamp(min=1).float().reciprocal()
 
 

@@ -183,3 +183,22 @@ def test_statistics_serve_a_later_gradient(outcomes, backend, device):
     (value + chosen * case.advantages).sum().backward()
     assert len(outcomes) == 4
     assert_close(leaf.grad, z.grad, z.grad.float(), "gradient", scale=0.05)
+
+
+@pytest.mark.parametrize("length", [1, 10**9], ids=["long rows", "blocks"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "renyi"])
+def test_a_users_default_dtype_and_device(divergence, length, backend, device, monkeypatch):
+    monkeypatch.setattr(sweep, "LONG_ROW", length)
+    case = cases.make(203, (4,), masked=True, device=device)
+    options = {"divergence": divergence, "backend": backend}
+    expected = case.hybrid_loss(**options)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        got = case.hybrid_loss(**options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert got.result.loss.dtype == torch.float32
+    torch.testing.assert_close(got.gradient, expected.gradient, rtol=0, atol=0)
+    torch.testing.assert_close(got.result.loss, expected.result.loss, rtol=0, atol=0)

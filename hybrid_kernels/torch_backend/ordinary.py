@@ -63,9 +63,9 @@ class OrdinaryRows:
             token_terms: these, `[N, 1]`, where they are to be added before a gradient is rounded.
         """
         self.rows, self.inv_t = rows, 1.0 / rows.temperature
-        self.p, self.d, *copies = torch.empty((4, rows.student.shape[-1])).unbind()
+        self.p, self.d, *copies = _fp32((4, rows.student.shape[-1])).unbind()
         self.copies = tuple(copies)  # of 16-bit logits
-        self.number = torch.empty(())
+        self.number = _fp32(())
         self.sides = [_rows_of(side) for side in rows.logits]
         self.gradients = None if gradient is None else _rows_of(gradient)
         self.coefficients = [None if c is None else c[:, 0].tolist() for c in coefficients or ()]
@@ -105,7 +105,7 @@ class OrdinaryRows:
         rows, fields = list(self.statistics), range(len(statistics))
         columns = [[each.get(f, 0.0) for f in fields] for each in self.statistics.values()]
         if rows:
-            statistics[:, rows] = torch.tensor(columns).T
+            statistics[:, rows] = torch.tensor(columns, dtype=torch.float32, device="cpu").T
 
     def _logits(self, side: int, row: int) -> Tensor:
         """A row of the student (0) or the teacher (1) in fp32."""
@@ -180,7 +180,7 @@ class OrdinaryRows:
         if divergence < SMALL_DIVERGENCE or self.peaked:
             # Where the log-ratios that count are small, their mean must not be a difference.
             constant = offset + shift / inv_t
-            added = float(torch.tensor(constant))
+            added = float(self.number.fill_(constant))
             self.d.add_(added)  # which makes it l T
             self.mean_d = self._mean(self.d)
             divergence = (self.mean_d + constant - added) * inv_t
@@ -238,6 +238,10 @@ class OrdinaryRows:
             if term:  # not of a token outside, which has none
                 self.p[self.token_ids[row]] += term
         gradient.copy_(self.p)
+
+
+def _fp32(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _rows_of(logits: Tensor) -> list[Tensor]:
