@@ -30,6 +30,9 @@ ORDINARY = 2.0**20
 # infinite, and none that counts is 0.
 LEAST_SUM, MOST_SUM = 2.0**-40, 2.0**60
 
+# Products up to this can be added in fp32.
+MOST_PRODUCT = 2.0**125
+
 # Below this entropy (nats) a few entries have so much of the mass that others get lost in sums.
 PEAKED = 2.0
 
@@ -90,15 +93,26 @@ class OrdinaryRows:
 
     def compute(self, row: int) -> bool:
         """Measures a row and writes its gradient, unless it is not ordinary: then nothing."""
-        if any(c is not None and abs(c[row]) > ORDINARY for c in self.coefficients):
-            return False
         statistics = self._measure(row)
         if not all(abs(number) < ORDINARY for number in statistics.values()):
+            return False
+        # A large weight may make an infinity of the lowest logits.
+        weights = [0.0 if c is None else abs(c[row]) for c in self.coefficients]
+        weight = (
+            sum(weights) * self.factor * max(1.0, self.inv_t) * max(1.0, *self.rows.shares, 1.0)
+        )
+        if not weight < 0.5 and not self._bears(row, weight):
             return False
         self.statistics[row] = statistics
         if self.gradients is not None:
             self._write_gradient(row, self.gradients[row])
         return True
+
+    def _bears(self, row: int, weight: float) -> bool:
+        """Whether all numbers of the row stay finite under a weight."""
+        values = [self._logits(0, row), self.d] if self.rows.teachers else [self._logits(0, row)]
+        extremes = [abs(float(extreme)) for v in values for extreme in v.aminmax()]
+        return max(extremes) * weight < MOST_PRODUCT
 
     def write_statistics(self, statistics: Tensor) -> None:
         """Writes those of the rows that were computed."""
@@ -115,13 +129,17 @@ class OrdinaryRows:
     def _measure(self, row: int) -> dict[int, float]:
         """The statistics of a row by their fields. Fills p and d."""
         z, self.peaked = self._logits(0, row), False
-        reference, lse = self._normalise(z)
+        self._normalise(z)
         if self.entropy < PEAKED:
             self.peaked = True
-            reference, lse = self._normalise(z)
+            self._normalise(z)
+        # Statistics are rounded to fp32, which a small logarithm bears best.
+        reference = self.reference
+        if not reference and abs(self.log_normaliser) < ORDINARY:
+            reference = float(round(self.log_normaliser / self.inv_t))
         statistics = {
             FIELDS.student_max: reference,
-            FIELDS.student_lse: lse,
+            FIELDS.student_lse: self.log_normaliser - reference * self.inv_t,
             FIELDS.logsumexp: self.log_normaliser,
             FIELDS.entropy: self.entropy,
         }
@@ -129,14 +147,13 @@ class OrdinaryRows:
             statistics |= self._compare(z, self._logits(1, row), reference)
         return statistics
 
-    def _normalise(self, z: Tensor) -> tuple[float, float]:
-        """Fills p. Returns the reference and log sum e^((z - reference)/T)."""
+    def _normalise(self, z: Tensor) -> None:
+        """Fills p, and what is known of the student alone."""
         self.reference, total, x = self._exponentials(z, self.p, self.peaked)
         lse, self.factor = math.log(total), 1.0 / total
         self.log_normaliser = self.reference * self.inv_t + lse
         mean_x = self._mean(x)
         self.mean_z, self.entropy = self.reference + mean_x, lse - mean_x * self.inv_t
-        return self.reference, lse
 
     def _mean(self, values: Tensor) -> float:
         """The mean under the normalised p."""
@@ -169,24 +186,28 @@ class OrdinaryRows:
         teacher_reference, teacher_total, _ = self._exponentials(w, self.d)
         log_normaliser = teacher_reference * inv_t + math.log(teacher_total)
         shift = log_normaliser - self.log_normaliser
-        offset = reference - teacher_reference
-        offset = float(round(offset)) if abs(offset) < ORDINARY else 0.0
+        offset = self.reference - teacher_reference
+        if not abs(offset) < ORDINARY:
+            return {FIELDS.divergence: math.nan}
+        offset = float(round(offset))
         divergence = self._subtract(z, w, offset) + shift
         if 2 * math.sqrt(2 * max(divergence, 0.0)) < abs(self.mean_d) < ORDINARY:
             # The models are close but for an offset, which costs digits: a log-ratio is as large as
             # sqrt(2 KL), as a rule.
             offset += round(self.mean_d)
             divergence = self._subtract(z, w, offset) + shift
-        if divergence < SMALL_DIVERGENCE or self.peaked:
-            # Where the log-ratios that count are small, their mean must not be a difference.
-            constant = offset + shift / inv_t
+        is_small = divergence < SMALL_DIVERGENCE
+        if is_small or self.peaked:
+            # The mean of log-ratios that count must not be a difference of larger numbers: l has a
+            # small one where the models are close, and d less its own mean elsewhere.
+            constant = offset + shift / inv_t if is_small else -self.mean_d
             added = float(self.number.fill_(constant))
-            self.d.add_(added)  # which makes it l T
+            self.d.add_(added)
             self.mean_d = self._mean(self.d)
-            divergence = (self.mean_d + constant - added) * inv_t
-        if divergence < SMALL_DIVERGENCE:
+            divergence = (self.mean_d - added + offset) * inv_t + shift
+        if is_small:
             divergence = self._small_divergence()
-        first, teacher_max = STUDENT_FIELDS, reference - offset
+        first, teacher_max = STUDENT_FIELDS, float(self.number.fill_(reference - offset))
         return {
             FIELDS.divergence: self.rows.shares[0] * divergence,
             first + MEMBER.teacher_max: teacher_max,
