@@ -82,8 +82,10 @@ class OrdinaryRows:
 
     @staticmethod
     def can_take(rows: Rows) -> bool:
+        """Whether these are such rows. Shards, whose maxima are compared, are not."""
         return (
             rows.student.device.type == "cpu"
+            and not rows.group
             and rows.support is None
             and len(rows.teachers) < 2
             and (not rows.teachers or rows.divergence == "reverse_kl")
@@ -187,7 +189,7 @@ class OrdinaryRows:
         log_normaliser = teacher_reference * inv_t + math.log(teacher_total)
         shift = log_normaliser - self.log_normaliser
         offset = self.reference - teacher_reference
-        if not abs(offset) < ORDINARY:
+        if not (abs(offset) < ORDINARY and abs(shift / inv_t) < ORDINARY):
             return {FIELDS.divergence: math.nan}
         offset = float(round(offset))
         divergence = self._subtract(z, w, offset) + shift
@@ -207,7 +209,11 @@ class OrdinaryRows:
             divergence = (self.mean_d - added + offset) * inv_t + shift
         if is_small:
             divergence = self._small_divergence()
-        first, teacher_max = STUDENT_FIELDS, float(self.number.fill_(reference - offset))
+        # As far from the student's as the normalisers are, so that its logarithm is small, too.
+        first, teacher_max = (
+            STUDENT_FIELDS,
+            float(self.number.fill_(reference + round(shift / inv_t))),
+        )
         return {
             FIELDS.divergence: self.rows.shares[0] * divergence,
             first + MEMBER.teacher_max: teacher_max,
