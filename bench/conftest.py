@@ -39,8 +39,8 @@ def _unless_missing(case: Case):
 def in_time(request: pytest.FixtureRequest) -> None:
     deadline: float = request.config.option.deadline
     if time.monotonic() - START > deadline:
-        # How many cases fit is known only now, so this cannot be a mark; the results list the rest.
-        OUT_OF_TIME.append(request.node.name)
+        OUT_OF_TIME.append(request.node.name)  # the results list these
+        # How many cases fit is known only now, so this cannot be a mark.
         pytest.skip(f"not started: --deadline={deadline:g} seconds had passed")
 
 

@@ -1,7 +1,5 @@
 """All options of a run: one dataclass, read from a YAML file and `key=value` overrides."""
 
-# ruff: noqa: RUF009  `option` makes a field, as `field` does.
-
 import difflib
 import operator
 import typing

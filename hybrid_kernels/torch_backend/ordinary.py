@@ -66,6 +66,8 @@ class OrdinaryRows:
             token_terms: these, `[N, 1]`, where they are to be added before a gradient is rounded.
         """
         self.rows, self.inv_t = rows, 1.0 / rows.temperature
+        # The largest factor, but for p's, that a coefficient meets on its way to an entry.
+        self.enlargement = max(1.0, self.inv_t) * max([1.0, *rows.shares])
         self.p, self.d, *copies = _fp32((4, rows.student.shape[-1])).unbind()
         self.copies = tuple(copies)  # of 16-bit logits
         self.number = _fp32(())
@@ -100,9 +102,7 @@ class OrdinaryRows:
             return False
         # A large weight may make an infinity of the lowest logits.
         weights = [0.0 if c is None else abs(c[row]) for c in self.coefficients]
-        weight = (
-            sum(weights) * self.factor * max(1.0, self.inv_t) * max(1.0, *self.rows.shares, 1.0)
-        )
+        weight = sum(weights) * self.factor * self.enlargement
         if not weight < 0.5 and not self._bears(row, weight):
             return False
         self.statistics[row] = statistics
@@ -210,10 +210,8 @@ class OrdinaryRows:
         if is_small:
             divergence = self._small_divergence()
         # As far from the student's as the normalisers are, so that its logarithm is small, too.
-        first, teacher_max = (
-            STUDENT_FIELDS,
-            float(self.number.fill_(reference + round(shift / inv_t))),
-        )
+        first = STUDENT_FIELDS
+        teacher_max = float(self.number.fill_(reference + round(shift / inv_t)))
         return {
             FIELDS.divergence: self.rows.shares[0] * divergence,
             first + MEMBER.teacher_max: teacher_max,
