@@ -188,16 +188,11 @@ class OrdinaryRows:
         teacher_reference, teacher_total, _ = self._exponentials(w, self.d)
         log_normaliser = teacher_reference * inv_t + math.log(teacher_total)
         shift = log_normaliser - self.log_normaliser
-        offset = self.reference - teacher_reference
-        if not (abs(offset) < ORDINARY and abs(shift / inv_t) < ORDINARY):
+        if not abs(shift / inv_t) < ORDINARY:
             return {FIELDS.divergence: math.nan}
-        offset = float(round(offset))
+        # By which the logits differ where the models agree, or nearly so.
+        offset = -float(round(shift / inv_t))
         divergence = self._subtract(z, w, offset) + shift
-        if 2 * math.sqrt(2 * max(divergence, 0.0)) < abs(self.mean_d) < ORDINARY:
-            # The models are close but for an offset, which costs digits: a log-ratio is as large as
-            # sqrt(2 KL), as a rule.
-            offset += round(self.mean_d)
-            divergence = self._subtract(z, w, offset) + shift
         is_small = divergence < SMALL_DIVERGENCE
         if is_small or self.peaked:
             # The mean of log-ratios that count must not be a difference of larger numbers: l has a
@@ -211,7 +206,7 @@ class OrdinaryRows:
             divergence = self._small_divergence()
         # As far from the student's as the normalisers are, so that its logarithm is small, too.
         first = STUDENT_FIELDS
-        teacher_max = float(self.number.fill_(reference + round(shift / inv_t)))
+        teacher_max = float(self.number.fill_(reference - offset))
         return {
             FIELDS.divergence: self.rows.shares[0] * divergence,
             first + MEMBER.teacher_max: teacher_max,
