@@ -116,7 +116,8 @@ class Sweep:
                 if not known:
                     statistics[:, o * inner : (o + 1) * inner][:, ~valid] = 0.0
                 if gradient is not None:
-                    gradient[o][~valid] = 0
+                    # An assignment under a mask would pass over the other rows, too.
+                    gradient[o].index_fill_(0, (~valid).nonzero()[:, 0], 0)
             for first, last in runs:
                 for start in range(first, last, self.step):
                     if self.ordinary is not None and self.ordinary.compute(o * inner + start):
