@@ -243,7 +243,7 @@ WRITE_STATISTICS = """            if is_lead:
 """
 WRITE_SMALL = """            if P.small:
                 if agreed(_is_small(sums, constants, P)):
-                    _write_small(args, turn, where, held, sums, row, constants, is_lead, P, D)
+                    _write_small(args, where, held, sums, row, constants, P, D)
 """
 AFTER_GRADIENT = "            if is_owner:\n"
 SUMS_OF_SLICE = "sums_of_slice(held, constants.scale, is_lead, STUDENT, TEACHER, P)"

@@ -71,7 +71,7 @@ from hybrid_kernels.triton_backend.sums import Statistics, is_small
 
 
 @triton.jit
-def _small_value(where, held, row, logs, constants, is_lead, P: tl.constexpr, D: tl.constexpr):
+def _small_value(where, held, row, logs, constants, P: tl.constexpr, D: tl.constexpr):
     """What a slice adds to a small divergence. The slice is read again, in a loop that is not
     unrolled, because a rare case must not cost registers."""
     SIZE: tl.constexpr = piece_of(P)
@@ -87,7 +87,7 @@ def _small_value(where, held, row, logs, constants, is_lead, P: tl.constexpr, D:
             total += terms[0]
     value = tl.sum(total, 0)
     if P.edges:
-        if is_lead:
+        if is_lead_of(where, P):
             z_edge, w_edge = edges_of(held)
             edges = ordinary_entry(z_edge, w_edge, row, logs, constants, P)
             edge_terms = D(edges, constants.parameter, 0.0, True)
@@ -96,20 +96,11 @@ def _small_value(where, held, row, logs, constants, is_lead, P: tl.constexpr, D:
 
 
 @triton.jit
-def _second_sums(
-    held,
-    where,
-    limit,
-    row,
-    logs,
-    constants,
-    is_lead,
-    STUDENT: tl.constexpr,
-    TEACHER: tl.constexpr,
-    P: tl.constexpr,
-    D: tl.constexpr,
-):
+def _second_sums(where, held, row, logs, constants, P: tl.constexpr, D: tl.constexpr):
     """What a slice adds to the divergence and the sum of slopes, and p and g of its entries."""
+    STUDENT: tl.constexpr = where.student.dtype.element_ty
+    TEACHER: tl.constexpr = where.teachers[0].dtype.element_ty
+    limit = limit_of(where, per_word(STUDENT), P)
     zs = held.zs
     ws = held.ws
     values = tl.full((P.warps, P.width), 0.0, tl.float32)
@@ -132,7 +123,7 @@ def _second_sums(
             kept = kept + (own[2], own[3])
     numbers = sum_each(sum_each((values, slopes), 1), 0)
     if P.edges:
-        if is_lead:
+        if is_lead_of(where, P):
             z_edge, w_edge = edges_of(held)
             edges = second_summands(z_edge, w_edge, row, logs, constants, P, D)
             _, inside = edge_lanes(where, edge_places(P), P)
@@ -226,32 +217,23 @@ def _is_small(sums, constants, P: tl.constexpr):
 
 
 @triton.jit
-def _write_small(
-    args, turn, where, held, sums, row, constants, is_lead, P: tl.constexpr, D: tl.constexpr
-):
+def _write_small(args, where, held, sums, row, constants, P: tl.constexpr, D: tl.constexpr):
     """Sums a small divergence a second time, and overwrites what the lead has written."""
     logs = logs_of(sums, P)
-    value = _small_value(where, held, row, logs, constants, is_lead, P, D)
+    value = _small_value(where, held, row, logs, constants, P, D)
     if P.splits > 1:
-        write_small(args, turn, value, P)
+        write_small(args, where, value, P)
     else:
-        write_divergence(args, turn.row, value)
+        write_divergence(args, where.row, value)
 
 
 @triton.jit
-def _store_tiles(
-    where,
-    limit,
-    held,
-    kept,
-    row,
-    factors,
-    STUDENT: tl.constexpr,
-    TEACHER: tl.constexpr,
-    P: tl.constexpr,
-):
+def _store_tiles(where, held, kept, row, factors, P: tl.constexpr):
     """The gradient of a slice: from its logits or, after a second meeting, from `kept`."""
+    STUDENT: tl.constexpr = where.student.dtype.element_ty
+    TEACHER: tl.constexpr = where.teachers[0].dtype.element_ty if P.full > 0 else STUDENT
     PER_WORD: tl.constexpr = per_word(STUDENT)
+    limit = limit_of(where, PER_WORD, P)
     ptr = body_of(where.gradient, where.head, P) + where.part * P.slice
     zs = held.zs
     ws = held.ws
@@ -279,12 +261,9 @@ def _store_edges(where, held, row, factors, sums, constants, P: tl.constexpr, D:
 
 
 @triton.jit
-def _store_token(
-    where, token, z, w, c_logp, row, factors, sums, constants, P: tl.constexpr, D: tl.constexpr
-):
+def _store_token(where, token, gradient):
     """Rewrites the sampled token's entry of the gradient, with its own term. One late write costs
     less than a comparison in every lane."""
-    gradient = gradient_of(z, w, row, factors, sums, constants, P, D) + c_logp
     # Another thread may have stored the entry.
     tl.debug_barrier()
     gradient = gradient.to(where.gradient.dtype.element_ty)
@@ -306,7 +285,6 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
     """Statistics and gradient of all rows that are not declined."""
     STUDENT: tl.constexpr = args.student.ptr.dtype.element_ty
     TEACHER: tl.constexpr = args.teachers[0].ptr.dtype.element_ty if P.full > 0 else STUDENT
-    PER_WORD: tl.constexpr = per_word(STUDENT)
     turn = first_turn(P)
     turn = counting(args, turn, counts_of(args, turn), P)
     held = load_slice(args, turn, P)
@@ -330,7 +308,6 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
             c_logp = coefficient(args.c_logp, number, constants.inv_t)
         c_ent = coefficient(args.c_ent, number, constants.inv_t)
         where = locate(args, number, turn.part, P)
-        limit = limit_of(where, PER_WORD, P)
         # So are the token's logits, which the gradient may overwrite, after the barrier of a
         # reduction. Other programs may already have overwritten logits in their slices.
         token, is_owner, z_token, w_token = _token_of(args, where, is_lead, P)
@@ -367,9 +344,7 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
             factors = swept_factors(sums, row, P)
         else:
             logs = logs_of(sums, P)
-            numbers, kept = _second_sums(
-                held, where, limit, row, logs, constants, is_lead, STUDENT, TEACHER, P, D
-            )
+            numbers, kept = _second_sums(where, held, row, logs, constants, P, D)
             c_logp = coefficient(args.c_logp, number, constants.inv_t)
             if P.splits > 1:
                 publish(args, turn, 1, numbers, P)
@@ -387,17 +362,16 @@ def resident_kernel(args, P: tl.constexpr, D: tl.constexpr):
                 _write_statistics(args, number, value, slopes, sums, row, constants, P)
             if P.small:
                 if agreed(_is_small(sums, constants, P)):
-                    _write_small(args, turn, where, held, sums, row, constants, is_lead, P, D)
-            _store_tiles(where, limit, held, kept, row, factors, STUDENT, TEACHER, P)
+                    _write_small(args, where, held, sums, row, constants, P, D)
+            _store_tiles(where, held, kept, row, factors, P)
             if P.edges:
                 if is_lead:
                     _store_edges(where, held, row, factors, sums, constants, P, D)
             if is_owner:
                 _write_log_probs(args, number, z_token, w_token, sums, row, constants, P)
                 if P.log_prob:
-                    _store_token(
-                        where, token, z_token, w_token, c_logp, row, factors, sums, constants, P, D
-                    )
+                    gradient = gradient_of(z_token, w_token, row, factors, sums, constants, P, D)
+                    _store_token(where, token, gradient + c_logp)
         if is_lead:
             tl.store(args.declined + number, (is_written == 0).to(tl.int8))
         if P.lag:
