@@ -95,8 +95,9 @@ def scales_late(*tensors: Tensor) -> bool:
 
 
 def row_upstream(upstream: Tensor, valid: Tensor | None) -> Tensor:
-    """The upstream gradient of a loss, `[N]` or one element; 0 on masked rows."""
+    """The upstream gradient of a loss, `[N]` or one element; 1 on masked rows, whose gradients are
+    0 and need no scaling."""
     upstream = upstream.reshape(-1)
     if valid is not None and upstream.shape == valid.shape:
-        upstream = torch.where(valid, upstream, 0.0)
+        upstream = torch.where(valid, upstream, 1.0)
     return upstream.contiguous()

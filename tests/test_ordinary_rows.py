@@ -1,5 +1,7 @@
 """Long ordinary rows have a separate path in the torch backend, with the same results."""
 
+import math
+
 import pytest
 import torch
 
@@ -76,6 +78,26 @@ def test_without_a_teacher(outcomes, backend, device):
     entropy = -(log_p.exp() * log_p).sum(-1)
     (-(case.advantages * chosen) - 0.1 * entropy).mean().backward()
     torch.testing.assert_close(got.double(), z.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("masked", [(), (2,)], ids=["all rows", "a masked row"])
+def test_tokens_and_masks_cost_no_pass_over_all_logits(masked, outcomes, backend, device):
+    size = 4 * 4096
+    case = cases.make(4096, (4,), device=device)
+    student = case.student.requires_grad_()
+    mask = torch.ones(4, dtype=torch.bool, device=device)
+    mask[list(masked)] = False
+    with torch.profiler.profile(record_shapes=True) as profile:
+        arguments = (student, case.teacher, case.token_ids, case.advantages)
+        options = {"mask": mask, "reduction": "none", "backend": backend}
+        hybrid_loss(*arguments, **options).loss.sum().backward()
+    whole = {
+        event.name
+        for event in profile.events()
+        if any(isinstance(s, list) and math.prod(s) == size for s in event.input_shapes or ())
+    }
+    assert "aten::gather" in whole  # so the profile has what is done inside
+    assert not whole & {f"aten::{name}" for name in ("mul", "add", "where", "masked_fill_")}
 
 
 @pytest.mark.parametrize("offset", [0.4, 3.0, -7.0, 40.0, -300.0, 2e4])
