@@ -244,20 +244,22 @@ def test_offsets_too_large_for_a_reference(offset, outcomes, backend, device):
     assert not any(outcomes)
 
 
-def test_statistics_serve_a_later_gradient(outcomes, backend, device):
+@pytest.mark.parametrize("weight", [1.0, 2.0**122], ids=["ordinary", "by blocks"])
+def test_statistics_serve_a_later_gradient(weight, outcomes, backend, device):
     """Their reference may differ from the maximum of the row."""
     case = cases.make(1000, (4,), device=device)
+    case.student -= 12  # so that the normaliser, by which a weight is divided, is small
     leaf = case.student.clone().requires_grad_()
     terms = token_terms(leaf, case.teacher + 5, case.token_ids, backend=backend)
-    (terms.divergence + terms.log_prob * case.advantages).sum().backward()
+    (terms.divergence + terms.log_prob * case.advantages).sum().mul(weight).backward()
     z = case.student.double().requires_grad_()
     w = (case.teacher + 5).double()
     log_p = z.log_softmax(-1)
     value = (log_p.exp() * (log_p - w.log_softmax(-1))).sum(-1)
     chosen = log_p.gather(-1, case.token_ids[:, None])[:, 0]
     (value + chosen * case.advantages).sum().backward()
-    assert len(outcomes) == 4
-    assert_close(leaf.grad, z.grad, z.grad.float(), "gradient", scale=0.05)
+    assert outcomes == [True] * 4 + [weight == 1] * 4
+    assert_close(leaf.grad / weight, z.grad, z.grad.float(), "gradient", scale=0.05)
 
 
 @pytest.mark.parametrize("length", [1, 10**9], ids=["long rows", "blocks"])

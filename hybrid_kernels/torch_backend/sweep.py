@@ -79,7 +79,10 @@ class Sweep:
         # Added block by block where the gradient is rounded to 16 bits afterwards, else at the end.
         self.adds_in_blocks = gradient is not None and gradient.dtype != torch.float32
         self.ordinary: OrdinaryRows | None = None
-        if size >= LONG_ROW and not known and supports is None and OrdinaryRows.can_take(rows):
+        # Even where statistics are known, these rows are measured again: blocks take longer to read
+        # them. The sums of `row_values` are computed by blocks alone.
+        for_values = known and gradient is None
+        if size >= LONG_ROW and not for_values and not supports and OrdinaryRows.can_take(rows):
             terms = self.token_terms if self.adds_in_blocks else None
             self.ordinary = OrdinaryRows(rows, coefficients, gradient, terms)
             self.step = 1
@@ -131,7 +134,7 @@ class Sweep:
                             statistics[:, span].masked_fill_(masked, 0.0)
                         if gradient is not None:
                             gradient[o, start:stop].masked_fill_(masked[:, None], 0.0)
-        if self.ordinary is not None:
+        if self.ordinary is not None and not known:
             self.ordinary.write_statistics(statistics)
 
 
