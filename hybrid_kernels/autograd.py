@@ -94,10 +94,14 @@ def scales_late(*tensors: Tensor) -> bool:
     return any(tensor.dtype == torch.float16 for tensor in tensors)
 
 
-def row_upstream(upstream: Tensor, valid: Tensor | None) -> Tensor:
-    """The upstream gradient of a loss, `[N]` or one element; 1 on masked rows, whose gradients are
-    0 and need no scaling."""
+def row_upstream(upstream: Tensor, valid: Tensor | None, on_masked: float) -> Tensor:
+    """The upstream gradient of a loss, `[N]` or one element.
+
+    Args:
+        on_masked: what masked rows get. 1 leaves their gradients as they are; 0 clears them, which
+            costs a pass.
+    """
     upstream = upstream.reshape(-1)
     if valid is not None and upstream.shape == valid.shape:
-        upstream = torch.where(valid, upstream, 1.0)
+        upstream = torch.where(valid, upstream, on_masked)
     return upstream.contiguous()

@@ -205,7 +205,8 @@ class HybridLossFunction(torch.autograd.Function):
             gradient, valid = ctx.saved_tensors
             if graph_is_kept():
                 gradient = gradient.clone()
-            scale_rows(gradient, row_upstream(upstream, valid), ctx.backend)
+            # Masked rows have a gradient of 0 already.
+            scale_rows(gradient, row_upstream(upstream, valid, on_masked=1.0), ctx.backend)
         return gradient, None, None, None, None
 
 

@@ -99,6 +99,20 @@ def test_shapes(rows, vocabulary, size, dtype, backend, device):
         assert_linear_matches(case, backend, method, chunk_rows=4)
 
 
+def test_a_masked_row_under_an_infinite_weight(backend, device):
+    """Its gradient of 0 for the logits meets the weight in a GEMM."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.rand(3, 4, generator=generator).to(device).requires_grad_()
+    weight, teacher = (torch.randn(shape, generator=generator) for shape in ((8, 4), (3, 8)))
+    weight[3] = teacher[:, 3] = -torch.inf
+    mask = torch.tensor([True, False, True], device=device)
+    options = {"mask": mask, "reduction": "none", "drop_masked": False, "backend": backend}
+    loss = linear_hybrid_loss(hidden, weight.to(device), teacher.to(device), **options).loss
+    loss.backward(torch.ones_like(loss))
+    assert loss.isfinite().all()
+    assert not hidden.grad[1].any()
+
+
 @pytest.mark.parametrize("drop_masked", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_all_rows_masked(reduction, drop_masked, backend, device):

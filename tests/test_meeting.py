@@ -288,13 +288,13 @@ FAULTS = {
         (replaced, "part = turn.part + tl.num_programs(0) % P.splits", "part = turn.part")
     ),
     "pieces of a small row for the next one": in_meeting(
-        (replaced, "args.pieces + turn.row * P.splits", "args.pieces + turn.row // 2 * P.splits")
+        (replaced, "args.pieces + where.row * P.splits", "args.pieces + where.row // 2 * P.splits")
     ),
     "a small row's arrival before its store": in_meeting(
-        (moved, "before = arrive(args.counters + turn.row)", "tl.store(ptr + turn.part, value)")
+        (moved, "before = arrive(args.counters + where.row)", "tl.store(ptr + where.part, value)")
     ),
     "a counter for all small rows": in_meeting(
-        (replaced, "args.counters + turn.row", "args.counters")
+        (replaced, "args.counters + where.row", "args.counters")
     ),
     "a small row summed by the last but one": in_meeting(
         (replaced, "before == P.splits - 1", "before == P.splits - 2")

@@ -96,7 +96,7 @@ def test_tokens_and_masks_cost_no_pass_over_all_logits(masked, outcomes, backend
         for event in profile.events()
         if any(isinstance(s, list) and math.prod(s) == size for s in event.input_shapes or ())
     }
-    assert "aten::gather" in whole  # so the profile has what is done inside
+    assert "aten::gather" in whole  # so the profile shows what the operators do inside
     assert not whole & {f"aten::{name}" for name in ("mul", "add", "where", "masked_fill_")}
 
 
@@ -235,6 +235,22 @@ def test_a_teacher_that_rejects_the_only_token(temperature, outcomes, backend, d
     assert leaf.grad.abs().max() < 1e-8
 
 
+def test_a_weight_that_is_no_number_of_fp32(outcomes, backend, device):
+    z = torch.zeros(1, 203, device=device, requires_grad=True)
+    terms = token_terms(z, z.detach(), temperature=1e-5, backend=backend)
+    (terms.divergence * 3e33).sum().backward()
+    assert outcomes == [True, False]
+    assert not z.grad.any()
+
+
+@pytest.mark.parametrize("temperature", [1e8, 1e38, 1e308])
+def test_the_highest_temperatures(temperature, outcomes, backend, device):
+    z = torch.zeros(1, 203, device=device)
+    terms = token_terms(z, z + 1, temperature=temperature, backend=backend)
+    assert outcomes == [True]
+    assert_near(terms.logsumexp, torch.full_like(terms.logsumexp, math.log(203)), 1e-6)
+
+
 @pytest.mark.parametrize("offset", [1.5e6, 1e7])
 def test_offsets_too_large_for_a_reference(offset, outcomes, backend, device):
     case = cases.make(203, (2,), device=device)
@@ -245,10 +261,10 @@ def test_offsets_too_large_for_a_reference(offset, outcomes, backend, device):
 
 
 @pytest.mark.parametrize("weight", [1.0, 2.0**122], ids=["ordinary", "by blocks"])
-def test_statistics_serve_a_later_gradient(weight, outcomes, backend, device):
-    """Their reference may differ from the maximum of the row."""
+def test_a_gradient_after_the_statistics(weight, outcomes, backend, device):
+    """Blocks read the statistics, whose reference may differ from the row's maximum."""
     case = cases.make(1000, (4,), device=device)
-    case.student -= 12  # so that the normaliser, by which a weight is divided, is small
+    case.student -= 12  # so that the normaliser, which divides a weight, is small
     leaf = case.student.clone().requires_grad_()
     terms = token_terms(leaf, case.teacher + 5, case.token_ids, backend=backend)
     (terms.divergence + terms.log_prob * case.advantages).sum().mul(weight).backward()

@@ -190,7 +190,8 @@ class LinearLossFunction(torch.autograd.Function):
         valid, late, *gradients = ctx.saved_tensors
         if graph_is_kept():
             gradients = [gradient.clone() for gradient in gradients]
-        upstream = row_upstream(upstream, valid)
+        # A weight that is not finite makes a NaN of a masked row's 0.
+        upstream = row_upstream(upstream, valid, on_masked=0.0)
         if late is not None:
             upstream = upstream * late
         for gradient in gradients:

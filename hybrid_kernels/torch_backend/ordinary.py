@@ -114,7 +114,7 @@ class OrdinaryRows:
         """Whether all numbers of the row stay finite under a weight."""
         values = [self._logits(0, row), self.d] if self.rows.teachers else [self._logits(0, row)]
         extremes = [abs(float(extreme)) for v in values for extreme in v.aminmax()]
-        return max(extremes) * weight < MOST_PRODUCT
+        return weight < MOST_PRODUCT and max(extremes) * weight < MOST_PRODUCT
 
     def write_statistics(self, statistics: Tensor) -> None:
         """Writes those of the rows that were computed."""
@@ -136,16 +136,16 @@ class OrdinaryRows:
             self.peaked = True
             self._normalise(z)
         # Statistics are rounded to fp32, which a small logarithm bears best.
-        reference = self.reference
-        if not reference and abs(self.log_normaliser) < ORDINARY:
-            reference = float(round(self.log_normaliser / self.inv_t))
+        reference, in_logits = self.reference, self.log_normaliser / self.inv_t
+        if not reference and abs(in_logits) < ORDINARY:
+            reference = float(round(in_logits))
         statistics = {
             FIELDS.student_max: reference,
             FIELDS.student_lse: self.log_normaliser - reference * self.inv_t,
             FIELDS.logsumexp: self.log_normaliser,
             FIELDS.entropy: self.entropy,
         }
-        if self.rows.teachers:
+        if self.rows.teachers and math.isfinite(self.entropy):
             statistics |= self._compare(z, self._logits(1, row), reference)
         return statistics
 

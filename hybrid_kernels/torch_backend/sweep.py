@@ -46,7 +46,7 @@ class Sweep:
         coefficients: columns `[N, 1]`, where a gradient is to be written.
         gradient: where to write it.
         supports: of top-K teachers.
-        known: whether the statistics are known and only read.
+        known: whether the statistics are known, and not to be written.
         tokens: the sampled ones, for the gradient's terms c_logp 1[v = y].
     """
 
@@ -79,8 +79,8 @@ class Sweep:
         # Added block by block where the gradient is rounded to 16 bits afterwards, else at the end.
         self.adds_in_blocks = gradient is not None and gradient.dtype != torch.float32
         self.ordinary: OrdinaryRows | None = None
-        # Even where statistics are known, these rows are measured again: blocks take longer to read
-        # them. The sums of `row_values` are computed by blocks alone.
+        # Even where the statistics are known, long rows are measured again: that is faster than a
+        # gradient by blocks. Only blocks compute the sums of `row_values`.
         for_values = known and gradient is None
         if size >= LONG_ROW and not for_values and not supports and OrdinaryRows.can_take(rows):
             terms = self.token_terms if self.adds_in_blocks else None
@@ -119,7 +119,7 @@ class Sweep:
                 if not known:
                     statistics[:, o * inner : (o + 1) * inner][:, ~valid] = 0.0
                 if gradient is not None:
-                    # An assignment under a mask would pass over the other rows, too.
+                    # Assigning through a boolean mask would also touch the other rows.
                     gradient[o].index_fill_(0, (~valid).nonzero()[:, 0], 0)
             for first, last in runs:
                 for start in range(first, last, self.step):

@@ -127,14 +127,14 @@ def arrive(counter_ptr):
 
 
 @triton.jit
-def write_small(args, turn, value, P: tl.constexpr):
+def write_small(args, where, value, P: tl.constexpr):
     """Writes a small divergence, the sum over the slices of a row, if this program is the last."""
-    ptr = args.pieces + turn.row * P.splits
-    tl.store(ptr + turn.part, value)
-    before = arrive(args.counters + turn.row)
+    ptr = args.pieces + where.row * P.splits
+    tl.store(ptr + where.part, value)
+    before = arrive(args.counters + where.row)
     if before == P.splits - 1:
         tl.debug_barrier()
         # Bypass the L1 cache, which other programs don't update.
         lane = tl.arange(0, P.lanes)
         pieces = tl.load(ptr + lane, mask=lane < P.splits, other=0.0, cache_modifier=".cg")
-        write_divergence(args, turn.row, tl.sum(pieces, 0))
+        write_divergence(args, where.row, tl.sum(pieces, 0))

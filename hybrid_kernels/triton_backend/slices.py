@@ -86,7 +86,8 @@ def limit_of(where, PER_WORD: tl.constexpr, P: tl.constexpr):
 
 @triton.jit
 def is_lead_of(turn, P: tl.constexpr):
-    """Whether a program does what is done once per row. It has the last slice, the shortest."""
+    """Whether a program does what is done once per row. It has the last slice, the shortest.
+    `turn` may also be a `Place`."""
     return turn.part == P.splits - 1
 
 
