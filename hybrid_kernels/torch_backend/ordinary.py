@@ -114,6 +114,7 @@ class OrdinaryRows:
         """Whether all numbers of the row stay finite under a weight."""
         values = [self._logits(0, row), self.d] if self.rows.teachers else [self._logits(0, row)]
         extremes = [abs(float(extreme)) for v in values for extreme in v.aminmax()]
+        # The weight is a factor by itself, too, however small the numbers that it multiplies.
         return weight < MOST_PRODUCT and max(extremes) * weight < MOST_PRODUCT
 
     def write_statistics(self, statistics: Tensor) -> None:
@@ -145,6 +146,7 @@ class OrdinaryRows:
             FIELDS.logsumexp: self.log_normaliser,
             FIELDS.entropy: self.entropy,
         }
+        # Blocks will take a row whose entropy is not finite, so the teacher need not be read here.
         if self.rows.teachers and math.isfinite(self.entropy):
             statistics |= self._compare(z, self._logits(1, row), reference)
         return statistics

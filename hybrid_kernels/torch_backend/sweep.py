@@ -82,7 +82,7 @@ class Sweep:
         # Even where the statistics are known, long rows are measured again: that is faster than a
         # gradient by blocks. Only blocks compute the sums of `row_values`.
         for_values = known and gradient is None
-        if size >= LONG_ROW and not for_values and not supports and OrdinaryRows.can_take(rows):
+        if size >= LONG_ROW and not for_values and OrdinaryRows.can_take(rows):
             terms = self.token_terms if self.adds_in_blocks else None
             self.ordinary = OrdinaryRows(rows, coefficients, gradient, terms)
             self.step = 1
