@@ -1,7 +1,7 @@
 """What the autograd functions need beyond torch: bags of tensors, kept graphs, one derivative."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -41,11 +41,24 @@ def saved(ctx) -> Any:
     return _replace_each(ctx.values, lambda value: next(tensors) if value is _TENSOR else value)
 
 
+def anchor(tensors: Iterable[Tensor | None]) -> Tensor | int:
+    """A 0 that depends on those tensors that want a gradient, without keeping their memory.
+
+    A gradient that is computed in the forward depends on tensors that the backward does not see.
+    This one stands for them when the gradient of that gradient is asked for.
+    """
+    if torch.compiler.is_compiling():
+        return 0  # compiled functions have no second derivatives
+    with torch.enable_grad():
+        return sum(t[..., :0].sum() for t in tensors if t is not None and t.requires_grad)
+
+
 class _NoSecondDerivative(torch.autograd.Function):
-    """The identity, whose own derivative is an error."""
+    """The identity in `gradient`, which depends on the other tensors in a way that has no
+    derivative."""
 
     @staticmethod
-    def forward(ctx, gradient):
+    def forward(ctx, gradient, *depends_on):
         return gradient.view_as(gradient)
 
     @staticmethod
@@ -57,7 +70,8 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def first_order(backward):
-    """A backward whose results raise an error when they are differentiated again.
+    """A backward whose results raise an error when they are differentiated again, with respect to
+    what `ctx.anchor` stands for or to the upstream gradients.
 
     Under create_graph=True they would otherwise count as constants, and nobody would notice.
     """
@@ -69,7 +83,9 @@ def first_order(backward):
             gradients = backward(ctx, *upstream)
         if keeps_graph:
             gradients = tuple(
-                None if gradient is None else _NoSecondDerivative.apply(gradient.requires_grad_())
+                None
+                if gradient is None
+                else _NoSecondDerivative.apply(gradient, ctx.anchor, *upstream)
                 for gradient in gradients
             )
         return gradients

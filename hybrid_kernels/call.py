@@ -18,7 +18,7 @@ from hybrid_kernels.linear import ops as linear_ops
 from hybrid_kernels.linear.heads import Head, LinearStudent
 from hybrid_kernels.linear.rows import Chunking, Heads, LinearRows
 from hybrid_kernels.objective import Objective, RowLoss
-from hybrid_kernels.rows import FIELDS, Rows
+from hybrid_kernels.rows import FIELDS, Rows, per_row
 from hybrid_kernels.types import (
     IGNORED_TOKEN,
     HybridLoss,
@@ -34,7 +34,7 @@ class Comparison(NamedTuple):
 
     teacher: Teacher | None
     divergence: str | Divergence
-    temperature: float
+    temperature: float | Tensor
     tail: str
     teacher_floor: float | None
 
@@ -86,7 +86,9 @@ class Call(ABC):
     ) -> None:
         validate.choice("tail", comparison.tail, validate.TAILS)
         validate.teacher_floor(comparison.teacher_floor)
-        validate.temperature(comparison.temperature)
+        temperature = validate.row_values(
+            "temperature", comparison.temperature, shape, low=0.0, open_low=True
+        )
         weighted_members = validate.teacher(comparison.teacher, shape)
         self.shape, self.members = shape, [member for _, member in weighted_members]
         self.has_teacher = comparison.teacher is not None
@@ -101,15 +103,19 @@ class Call(ABC):
             if backend == "triton":
                 validate.support_size(support.shape[-1])
         token_ids, floor = context.token_ids, comparison.teacher_floor
+        of_rows = None
+        if isinstance(temperature, Tensor):
+            of_rows, temperature = _row_temperature(temperature, valid, shape), 1.0
         self._fields = {
             "shares": shares,
             "support": support,
             "token_log_prob": token_log_prob,
             "token_ids": None if token_ids is None else token_ids.reshape(-1).contiguous(),
             "valid": valid,
+            "row_temperature": of_rows,
             "divergence": name,
             "parameter": parameter,
-            "temperature": float(comparison.temperature),
+            "temperature": temperature,
             "teacher_floor": None if floor is None else float(floor),
             "tail": comparison.tail,
             "resolution": max([0.0, *(member.resolution for member in supports)]),
@@ -162,7 +168,7 @@ class Call(ABC):
                 statistics = self.measure(keep=self.wants_gradient and summed)
                 # A copy: the function may work in place, and the gradient needs the statistics.
                 advantages = advantages(self._terms(statistics.clone()))
-            validate.advantages(advantages, self.shape)
+            validate.row_values("advantages", advantages, self.shape)
         loss = objective.of_rows(advantages, rows.valid, self.shape)
         if self.wants_gradient:
             value, statistics, dropped = self.differentiate(loss, statistics)
@@ -263,7 +269,7 @@ class LinearCall(Call):
         hidden = student.hidden
         validate.hidden("student_hidden", hidden)
         validate.head_options("", student.softcap, student.logit_scale)
-        validate.linear_options(*chunking)
+        chunking = Chunking(*validate.linear_options(*chunking))
         shape = validate.CallShape(hidden.shape[:-1], hidden.device)
         valid = context.valid_rows(shape)
         head = Head.of("student_", student, valid)
@@ -363,6 +369,16 @@ def _teacher_logits(member: Tensor | LinearTeacher, vocabulary: int) -> Tensor:
         logits = torch.empty(shape, dtype=torch.float32, device=hidden.device)
         gemm.write_logits(head, slice(None), logits)
     return logits.view(*hidden.shape[:-1], vocabulary)
+
+
+def _row_temperature(
+    temperature: Tensor, valid: Tensor | None, shape: validate.CallShape
+) -> Tensor:
+    """`[R]`, each for N/R consecutive rows; NaN where it is not above 0 and finite."""
+    values = temperature.reshape(-1).float()
+    if validate.is_readable(temperature):
+        validate.row_temperatures(per_row(values, shape.leading.numel()), valid)
+    return torch.where((values > 0) & (values < torch.inf), values, torch.nan)
 
 
 def _mean_token_log_prob(

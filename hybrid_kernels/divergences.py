@@ -5,6 +5,7 @@ The formulas are in `reference.py` (values only) and, for the backends, in
 """
 
 import math
+import numbers
 from dataclasses import KW_ONLY, dataclass, field
 
 
@@ -24,11 +25,12 @@ class Parameter:
     limits: dict[float, str] = field(default_factory=dict)
 
     def allows(self, value: object) -> bool:
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
             return False
-        above = self.low < value if self.open_low else self.low <= value
-        below = value < self.high if self.open_high else value <= self.high
-        return math.isfinite(value) and above and below
+        number = float(value)
+        above = self.low < number if self.open_low else self.low <= number
+        below = number < self.high if self.open_high else number <= self.high
+        return math.isfinite(number) and above and below
 
     @property
     def interval(self) -> str:

@@ -7,6 +7,7 @@ Per row, with D, log p(y) and H(p) from the statistics,
 so the coefficients of its gradient are the weights, with these signs, times the normaliser.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from hybrid_kernels.types import TokenTerms
 class Objective(NamedTuple):
     """What a loss is made of, as the caller gave it to `hybrid_loss`."""
 
-    advantages: Tensor | Callable[[TokenTerms], Tensor] | None
+    advantages: float | Tensor | Callable[[TokenTerms], Tensor] | None
     dense_weight: float | Tensor
     entropy_weight: float | Tensor
     reduction: str
@@ -35,8 +36,8 @@ class Objective(NamedTuple):
         """
         validate.choice("reduction", self.reduction, validate.REDUCTIONS)
         validate.num_tokens(self.num_tokens, self.reduction, shape.device)
-        validate.row_weight("dense_weight", self.dense_weight, shape)
-        validate.row_weight("entropy_weight", self.entropy_weight, shape)
+        validate.row_values("dense_weight", self.dense_weight, shape)
+        validate.row_values("entropy_weight", self.entropy_weight, shape)
         if not has_teacher and not _is_zero(self.dense_weight):
             raise ValueError(
                 f"teacher: None with dense_weight={self.dense_weight!r}; give the teacher's "
@@ -47,10 +48,10 @@ class Objective(NamedTuple):
         if not has_tokens:
             raise ValueError("token_ids: None, but advantages need the sampled tokens; give both")
         if not callable(self.advantages):
-            validate.advantages(self.advantages, shape)
+            validate.row_values("advantages", self.advantages, shape)
 
     def of_rows(
-        self, advantages: Tensor | None, valid: Tensor | None, shape: validate.CallShape
+        self, advantages: float | Tensor | None, valid: Tensor | None, shape: validate.CallShape
     ) -> "RowLoss":
         """The loss as a function of row statistics.
 
@@ -61,7 +62,7 @@ class Objective(NamedTuple):
         """
         weights = Weights(
             dense=_row_weight(self.dense_weight),
-            advantages=None if advantages is None else advantages.reshape(-1).float(),
+            advantages=_row_weight(advantages),
             entropy=_row_weight(self.entropy_weight),
         )
         return RowLoss(weights, self._normaliser(valid, shape), self.reduction != "none")
@@ -72,7 +73,8 @@ class Objective(NamedTuple):
             return torch.ones((), **options)
         if isinstance(self.num_tokens, Tensor):
             count = self.num_tokens.detach().float().reshape(())
-            return torch.where(count > 0, count.reciprocal(), 0.0)
+            # What only a device knows to be no count must not give a loss of 0 in silence.
+            return torch.where((count > 0) & (count < math.inf), count.reciprocal(), math.nan)
         if self.num_tokens is not None:
             return torch.full((), 1.0 / self.num_tokens, **options)
         if valid is None:
@@ -80,10 +82,10 @@ class Objective(NamedTuple):
         return valid.sum().clamp(min=1).float().reciprocal()
 
 
-def _row_weight(weight: float | Tensor) -> float | Tensor | None:
+def _row_weight(weight: float | Tensor | None) -> float | Tensor | None:
     if isinstance(weight, Tensor):
         return weight.float() if weight.ndim == 0 else weight.reshape(-1).float()
-    return None if weight == 0 else float(weight)
+    return None if weight is None or weight == 0 else float(weight)
 
 
 def _is_zero(weight: float | Tensor) -> bool:
@@ -95,7 +97,7 @@ class Weights(NamedTuple):
     for N/R consecutive rows; or None, which stands for 0."""
 
     dense: float | Tensor | None
-    advantages: Tensor | None
+    advantages: float | Tensor | None
     entropy: float | Tensor | None
 
 

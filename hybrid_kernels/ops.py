@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hybrid_kernels import backends, validate
 from hybrid_kernels.autograd import (
+    anchor,
     first_order,
     graph_is_kept,
     row_upstream,
@@ -145,6 +146,7 @@ class TokenTermsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, rows):
+        ctx.anchor = anchor([student])
         statistics = row_statistics(*rows)
         # Without log q(y), which would correct the gradient: this one is that of the value.
         save(ctx, rows._replace(token_log_prob=None), statistics)
@@ -178,7 +180,7 @@ class HybridLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, rows: Rows, loss: RowLoss, statistics, inplace):
         ctx.late = loss.summed and scales_late(student)
-        ctx.inplace, ctx.backend = inplace, rows.backend
+        ctx.inplace, ctx.backend, ctx.anchor = inplace, rows.backend, anchor([student])
         coefficients = loss.coefficients()
         if ctx.late:
             statistics = row_statistics(*rows) if statistics is None else statistics

@@ -218,7 +218,7 @@ def token_terms(
     *,
     mask: Tensor | None = None,
     divergence: str | Divergence = "reverse_kl",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     tail: str = "bucket",
     teacher_floor: float | None = None,
 ) -> TokenTerms:
@@ -231,6 +231,8 @@ def _terms(student_logits, teacher, token_ids, mask, divergence, temperature, ta
     """The `TokenTerms`, and the correction of the advantages or None."""
     if isinstance(divergence, str):
         divergence = Divergence(divergence)
+    if isinstance(temperature, Tensor) and temperature.ndim:
+        temperature = temperature[..., None]
     valid = valid_rows(student_logits.shape[:-1], mask, token_ids, student_logits.device)
     keep = valid[..., None]
     # Selecting before the arithmetic keeps NaN in masked rows out of both values and gradients.
@@ -276,13 +278,13 @@ def hybrid_loss(
     student_logits: Tensor,
     teacher: Teacher | None,
     token_ids: Tensor | None = None,
-    advantages: Tensor | Callable[[TokenTerms], Tensor] | None = None,
+    advantages: float | Tensor | Callable[[TokenTerms], Tensor] | None = None,
     *,
     mask: Tensor | None = None,
     dense_weight: float | Tensor = 1.0,
     entropy_weight: float | Tensor = 0.0,
     divergence: str | Divergence = "reverse_kl",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     reduction: str = "mean",
     num_tokens: float | Tensor | None = None,
     tail: str = "bucket",
@@ -304,6 +306,8 @@ def hybrid_loss(
     if advantages is not None and terms.log_prob is not None:
         if callable(advantages):
             advantages = advantages(detached)
+        if not isinstance(advantages, Tensor):
+            advantages = torch.full_like(loss, advantages)
         loss = loss - _weighted(torch.where(valid, advantages, 0.0), terms.log_prob)
     if correction is not None and terms.log_prob is not None:
         loss = loss + _weighted(dense_weight * correction, terms.log_prob)

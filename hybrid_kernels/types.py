@@ -4,6 +4,7 @@ Everything here is plain data; only `TopK.from_logits` computes anything.
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -101,7 +102,7 @@ class TopK:
         *,
         ids: Tensor | None = None,
         token_ids: Tensor | None = None,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
     ) -> "TopK":
         """The support and its log-probabilities from full logits.
 
@@ -116,7 +117,7 @@ class TopK:
             ids: `[..., K]` int64, the entries to take.
             token_ids: `[...]` int64, the sampled tokens; fills `token_log_prob`. -100 marks rows
                 without one.
-            temperature: the loss's temperature.
+            temperature: the loss's temperature, in any of its forms.
 
         Raises:
             ValueError: neither `k` nor `ids`, `k` outside [1, V], or another bad argument.
@@ -127,12 +128,21 @@ class TopK:
         """
         if not isinstance(teacher_logits, Tensor) or not teacher_logits.is_floating_point():
             raise ValueError("teacher_logits: expected a floating [..., V] tensor")
-        if not temperature > 0:
+        rows = teacher_logits.shape[:-1]
+        if isinstance(temperature, Tensor):
+            if temperature.ndim and temperature.shape not in (rows, (*rows[:-1], 1)):
+                raise ValueError(
+                    f"temperature: shape {tuple(temperature.shape)}, expected {tuple(rows)}, the "
+                    f"leading shape of teacher_logits, or {(*rows[:-1], 1)}"
+                )
+        elif not temperature > 0:
             raise ValueError(f"temperature: {temperature!r} is not in (0, inf)")
+        options = {"dtype": torch.float32, "device": teacher_logits.device}
+        temperatures = torch.as_tensor(temperature, **options).expand(rows)[..., None]
         vocabulary = teacher_logits.shape[-1]
         if k is None and ids is None:
             raise ValueError("k: neither k nor ids is given; give one of them, or both")
-        if k is not None and (not isinstance(k, int) or not 1 <= k <= vocabulary):
+        if k is not None and not (isinstance(k, numbers.Integral) and 1 <= k <= vocabulary):
             raise ValueError(f"k: {k!r} is not a whole number in [1, {vocabulary}], the vocabulary")
         if ids is not None and (
             not isinstance(ids, Tensor) or ids.shape[:-1] != teacher_logits.shape[:-1]
@@ -141,7 +151,7 @@ class TopK:
                 "ids: expected integers [..., K] with the leading shape of teacher_logits, "
                 f"{tuple(teacher_logits.shape[:-1])}"
             )
-        best = None if k is None else teacher_logits.detach().topk(k, dim=-1).indices
+        best = None if k is None else teacher_logits.detach().topk(int(k), dim=-1).indices
         if ids is None or best is None:
             # Not a copy, so that the members of a mixture can share one tensor.
             support = best if ids is None else ids.long()
@@ -149,7 +159,7 @@ class TopK:
         else:
             support = torch.cat([ids.long(), best], -1)
         entries = support if token_ids is None else torch.cat([support, token_ids[..., None]], -1)
-        log_probs = _log_probs(teacher_logits.detach(), entries, temperature)
+        log_probs = _log_probs(teacher_logits.detach(), entries, temperatures)
         if token_ids is None:
             return cls(support, log_probs)
         return cls(support, log_probs[..., :-1].contiguous(), log_probs[..., -1].contiguous())
@@ -160,16 +170,16 @@ class TopK:
         return torch.finfo(self.log_probs.dtype).eps / 2
 
 
-def _log_probs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits/T) at the given ids, fp32; -inf at ids below 0."""
+def _log_probs(logits: Tensor, ids: Tensor, temperatures: Tensor) -> Tensor:
+    """log softmax(logits/T) at the given ids, fp32; -inf at ids below 0. T is `[..., 1]`."""
+    sides = logits, ids, temperatures
     if logits.ndim > 2:
-        pairs = zip(logits, ids, strict=True)
-        parts = [_log_probs(z, i, temperature) for z, i in pairs]
+        parts = [_log_probs(*side) for side in zip(*sides, strict=True)]
         return torch.stack(parts) if parts else ids.to(torch.float32)
     if logits.ndim == 2 and logits.shape[0] > _ROWS:
-        pairs = zip(logits.split(_ROWS), ids.split(_ROWS), strict=True)
-        return torch.cat([_log_probs(z, i, temperature) for z, i in pairs])
-    x = logits.float() / temperature
+        pieces = zip(*(side.split(_ROWS) for side in sides), strict=True)
+        return torch.cat([_log_probs(*piece) for piece in pieces])
+    x = logits.float() / temperatures
     top, first = x.max(-1, keepdim=True)
     x -= top
     # log1p of the sum without the largest entry, whose log-probability may be as small as -1e-12.

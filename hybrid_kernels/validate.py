@@ -1,11 +1,11 @@
 """All input checks of the package.
 
 Each failure is a ValueError that names the argument, states what was passed and how to correct it.
-The checks do not read values on a device, so they never synchronise; only `token_ids_in_range`,
-`token_log_probs` and `support_values` read values, and run on CPU tensors or in debug mode.
+Values are read on the CPU or in debug mode only, so that no check synchronises a device.
 """
 
 import math
+import numbers
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,6 +26,13 @@ MAX_SUPPORT = 1024  # the largest K of a top-K teacher on Triton
 def debug() -> bool:
     """Whether `HYBRID_KERNELS_DEBUG=1` turns on the checks that synchronise the device."""
     return os.environ.get("HYBRID_KERNELS_DEBUG", "0") not in ("", "0")
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether the values of a tensor may be looked at here: not on a device, whose queue would have
+    to empty first, and not while a compiler traces, when there are none."""
+    has_values = type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return has_values and (tensor.device.type == "cpu" or debug())
 
 
 def student(logits: Tensor) -> None:
@@ -163,22 +170,19 @@ def same_vocabulary(teacher_weight: Tensor, vocabulary: int) -> None:
 
 
 def linear_options(
-    chunk_rows: object, logits_dtype: object, grad_filter: object, drop_masked: object
-) -> None:
-    if chunk_rows is not None and (
-        not isinstance(chunk_rows, int) or isinstance(chunk_rows, bool) or chunk_rows < 1
-    ):
-        raise ValueError(
-            f"chunk_rows: {chunk_rows!r} is not a whole number above 0; leave it out for an "
-            "automatic choice"
-        )
+    chunk_rows: object, logits_dtype: Any, grad_filter: object, drop_masked: Any
+) -> tuple[int | None, torch.dtype, float, bool]:
+    """Checks the options of chunks, and returns them with Python's numbers."""
+    if chunk_rows is not None:
+        kinds = "a whole number above 0, or None for an automatic choice"
+        chunk_rows = whole_number("chunk_rows", chunk_rows, kinds)
     if logits_dtype not in LOGIT_DTYPES:
         raise ValueError(
             f"logits_dtype: expected float32, bfloat16 or float16, got {logits_dtype!r}"
         )
-    number("grad_filter", grad_filter, low=0.0)
     if not isinstance(drop_masked, bool):
         raise ValueError(f"drop_masked: expected True or False, got {drop_masked!r}")
+    return chunk_rows, logits_dtype, number("grad_filter", grad_filter, low=0.0), drop_masked
 
 
 def _top_k(value: TopK, shape: CallShape) -> None:
@@ -312,38 +316,53 @@ def token_ids_in_range(ids: Tensor, valid: Tensor | None, vocabulary: int) -> No
 
 
 def row_mask(mask: object, shape: CallShape) -> None:
-    mask = _tensor("mask", mask, "a bool or 0/1 integer tensor")
-    if mask.is_floating_point() or mask.is_complex():
-        raise ValueError(
-            f"mask: expected bool or 0/1 integers, got {mask.dtype}; use mask.bool(), and put "
-            "per-token weights into dense_weight and advantages"
-        )
+    mask = _tensor("mask", mask, "a bool tensor, or one of 0 and 1")
+    if mask.is_complex():
+        raise ValueError(f"mask: expected bool, or numbers 0 and 1, got {mask.dtype}")
     _same_rows("mask", mask.shape, shape)
     _same_device("mask", mask, shape.device)
+    if mask.dtype != torch.bool and is_readable(mask):
+        wrong = (mask != 0) & (mask != 1)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"mask: has {mask[wrong][0].item():g}, expected 0 and 1; weights of tokens are "
+                "dense_weight, advantages and entropy_weight"
+            )
 
 
-def row_weight(name: str, value: object, shape: CallShape) -> None:
-    """Checks a weight: a number, a scalar tensor, or one floating value per row."""
-    if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise ValueError(f"{name}: expected a floating tensor, got {value.dtype}; use .float()")
-        if value.ndim:
-            _same_rows(name, value.shape, shape)
-        _same_device(name, value, shape.device)
-        no_grad_wanted(name, value)
-    else:
-        number(name, value)
+def row_values(
+    name: str, value: object, shape: CallShape, *, low: float = -math.inf, open_low: bool = False
+) -> float | Tensor:
+    """Checks a number or a floating tensor with a value for each row, and returns it.
 
-
-def advantages(value: object, shape: CallShape) -> None:
-    kinds = "a tensor with one value per token, or a function TokenTerms -> tensor"
-    value = _tensor("advantages", value, kinds)
-    if value.shape != shape.leading:
+    A tensor is `[]`, `[...]`, or `[...]` with a last dimension of 1, whose value the rows along
+    that dimension share. The range is checked for numbers only.
+    """
+    if not isinstance(value, Tensor):
+        kinds = "a number or a tensor"
+        return number(name, value, low=low, open_low=open_low, expected=kinds)
+    if not value.is_floating_point():
+        raise ValueError(f"{name}: expected a floating tensor, got {value.dtype}; use .float()")
+    shared = (*shape.leading[:-1], 1)
+    if value.ndim and value.shape not in (shape.leading, shared):
         raise ValueError(
-            f"advantages: shape {tuple(value.shape)}, expected {tuple(shape.leading)}, one value "
-            "per token; for one value per sequence use .unsqueeze(-1).expand(...)"
+            f"{name}: shape {tuple(value.shape)}, expected {tuple(shape.leading)}, one value for "
+            f"each token, or {shared}, one for all tokens of a sequence; of [B] values make "
+            f"{name}[:, None]"
         )
-    row_weight("advantages", value, shape)
+    _same_device(name, value, shape.device)
+    no_grad_wanted(name, value)
+    return value
+
+
+def row_temperatures(values: Tensor, valid: Tensor | None) -> None:
+    """Checks that the temperatures of valid rows, `[N]`, are above 0 and finite. Reads values."""
+    wrong = ~((values > 0) & (values < math.inf))
+    wrong = wrong if valid is None else wrong & valid
+    if bool(wrong.any()):
+        raise ValueError(
+            f"temperature: has {float(values[wrong][0]):g}, expected finite numbers above 0"
+        )
 
 
 def num_tokens(value: object, reduction: str, device: torch.device) -> None:
@@ -355,11 +374,13 @@ def num_tokens(value: object, reduction: str, device: torch.device) -> None:
             'leave it out, or use reduction="mean"'
         )
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"num_tokens: expected one number, got shape {tuple(value.shape)}")
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(
+                f"num_tokens: expected one number, got {value.dtype} of shape {tuple(value.shape)}"
+            )
         _same_device("num_tokens", value, device)
-    else:
-        number("num_tokens", value, low=0.0, open_low=True)
+        value = value.item() if is_readable(value) else 1
+    number("num_tokens", value, low=0.0, open_low=True)
 
 
 def divergence(value: object) -> Divergence:
@@ -374,10 +395,6 @@ def divergence(value: object) -> Divergence:
 def teacher_floor(value: object) -> None:
     if value is not None:
         number("teacher_floor", value, high=0.0)
-
-
-def temperature(value: object) -> None:
-    number("temperature", value, low=0.0, open_low=True)
 
 
 def process_group(value: object) -> str:
@@ -415,21 +432,34 @@ def choice(name: str, value: object, options: Sequence[str]) -> None:
 
 def number(
     name: str,
-    value: object,
+    value: Any,
     *,
     low: float = -math.inf,
     high: float = math.inf,
     open_low: bool = False,
-) -> None:
-    """Checks for a finite number in a range; torch.compile's symbolic numbers are accepted."""
-    kinds = (int, float, torch.SymInt, torch.SymFloat)
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise ValueError(f"{name}: expected a number, got {type(value).__name__}")
-    below = value <= low if open_low else value < low
-    if below or value > high or value != value or value in (math.inf, -math.inf):
+    expected: str = "a number",
+) -> float:
+    """Checks for a finite number in a range, and returns it as Python's own.
+
+    Python's and NumPy's are accepted; torch.compile's symbolic ones, too, which stay as they are.
+    """
+    symbolic = isinstance(value, torch.SymInt | torch.SymFloat)
+    if isinstance(value, bool) or not (symbolic or isinstance(value, numbers.Real)):
+        raise ValueError(f"{name}: expected {expected}, got {type(value).__name__}")
+    result: Any = value if symbolic else float(value)
+    below = result <= low if open_low else result < low
+    if below or result > high or result != result or result in (math.inf, -math.inf):
         left = "(" if open_low or low == -math.inf else "["
         right = ")" if high == math.inf else "]"
         raise ValueError(f"{name}: {value!r} is not in {left}{low:g}, {high:g}{right}")
+    return result
+
+
+def whole_number(name: str, value: object, expected: str, low: int = 1) -> int:
+    """Checks for a whole number of at least `low`, Python's or NumPy's."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
+    return int(value)
 
 
 def matrix(name: str, value: object) -> None:

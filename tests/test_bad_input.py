@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -225,7 +226,10 @@ SHARED = {
     ),
     "id negative": ({"token_ids": IDS - 1}, "token_ids: -1 is outside", "-100"),
     "mask list": ({"mask": [True]}, "mask: expected", "got list"),
-    "mask float": ({"mask": ROWS}, "mask: expected bool", "got torch.float32", "mask.bool()"),
+    "mask of weights": ({"mask": 0.3 * ROWS}, "mask: has 0.3, expected 0 and 1", "dense_weight"),
+    "mask of counts": ({"mask": 2 * MASK.long()}, "mask: has 2, expected 0 and 1"),
+    "mask of NaN": ({"mask": ROWS * torch.nan}, "mask: has nan, expected 0 and 1"),
+    "mask complex": ({"mask": ROWS.cfloat()}, "mask: expected bool", "got torch.complex64"),
     "mask shape": ({"mask": MASK[0]}, "mask: leading shape (3,)", "(2, 3)"),
     "mask device": ({"mask": MASK.to(META)}, "mask: on meta", "mask.to('cpu')"),
     "divergence name": (
@@ -238,7 +242,24 @@ SHARED = {
     "temperature negative": ({"temperature": -1}, "temperature: -1 is not in"),
     "temperature nan": ({"temperature": float("nan")}, "temperature: nan is not in"),
     "temperature infinite": ({"temperature": float("inf")}, "temperature: inf is not in"),
-    "temperature tensor": ({"temperature": ROWS}, "temperature: expected a number", "got Tensor"),
+    "temperature string": ({"temperature": "1"}, "temperature: expected a number or a tensor"),
+    "temperature of sequences": (
+        {"temperature": ROWS[:, 0]},
+        "temperature: shape (2,), expected (2, 3)",
+        "(2, 1)",
+        "temperature[:, None]",
+    ),
+    "temperature integer": (
+        {"temperature": IDS + 1},
+        "temperature: expected a floating",
+        ".float()",
+    ),
+    "temperature of a row": (
+        {"temperature": ROWS.index_fill(1, torch.tensor(1), -2)},
+        "temperature: has -2, expected finite numbers above 0",
+    ),
+    "temperatures infinite": ({"temperature": ROWS[:, :1] / 0}, "temperature: has inf"),
+    "temperature scalar": ({"temperature": torch.tensor(0.0)}, "temperature: has 0, expected"),
     "floor positive": ({"teacher_floor": 0.5}, "teacher_floor: 0.5 is not in", "0]"),
     "floor string": ({"teacher_floor": "low"}, "teacher_floor: expected a number", "got str"),
     "tail": ({"tail": "cut"}, "tail: unknown value 'cut'", "bucket"),
@@ -253,12 +274,12 @@ LOSS = {
         "dense_weight=0",
     ),
     "advantages without ids": ({"token_ids": None}, "token_ids: None", "give both"),
-    "advantages number": ({"advantages": 1.0}, "advantages: expected a tensor", "got float"),
+    "advantages list": ({"advantages": [1.0]}, "advantages: expected a number or a tensor", "list"),
     "advantages shape": (
         {"advantages": ROWS[:, 0]},
         "advantages: shape (2,)",
         "(2, 3)",
-        ".unsqueeze(-1)",
+        "advantages[:, None]",
     ),
     "advantages integer": (
         {"advantages": ROWS.long()},
@@ -279,10 +300,10 @@ LOSS = {
     ),
     "advantages function of no tensor": (
         {"advantages": lambda terms: None},
-        "advantages: expected a tensor",
+        "advantages: expected a number or a tensor",
         "got NoneType",
     ),
-    "dense weight shape": ({"dense_weight": ROWS[0]}, "dense_weight: leading shape (3,)", "(2, 3)"),
+    "dense weight shape": ({"dense_weight": ROWS[0]}, "dense_weight: shape (3,)", "(2, 3)"),
     "dense weight integer": (
         {"dense_weight": IDS},
         "dense_weight: expected a floating",
@@ -295,7 +316,7 @@ LOSS = {
         "dense_weight: requires a gradient",
         "dense_weight.detach()",
     ),
-    "entropy weight shape": ({"entropy_weight": ROWS[0]}, "entropy_weight: leading shape (3,)"),
+    "entropy weight shape": ({"entropy_weight": ROWS[0]}, "entropy_weight: shape (3,)"),
     "entropy weight bool": ({"entropy_weight": True}, "entropy_weight: expected a number", "bool"),
     "reduction": ({"reduction": "avg"}, "reduction: unknown value 'avg'", "mean, sum, none"),
     "num_tokens of a sum": (
@@ -304,6 +325,13 @@ LOSS = {
         'reduction="mean"',
     ),
     "num_tokens zero": ({"num_tokens": 0}, "num_tokens: 0 is not in (0, inf)"),
+    "num_tokens tensor of zero": (
+        {"num_tokens": MASK.sum() * 0},
+        "num_tokens: 0 is not in (0, inf)",
+    ),
+    "num_tokens tensor below": ({"num_tokens": torch.tensor(-1.0)}, "num_tokens: -1.0 is not in"),
+    "num_tokens tensor NaN": ({"num_tokens": torch.tensor(torch.nan)}, "num_tokens: nan is not in"),
+    "num_tokens tensor infinite": ({"num_tokens": torch.tensor(torch.inf)}, "num_tokens: inf"),
     "num_tokens shape": ({"num_tokens": torch.ones(2)}, "num_tokens: expected one number", "(2,)"),
     "num_tokens device": (
         {"num_tokens": torch.tensor(3.0, device=META)},
@@ -387,7 +415,7 @@ LINEAR = {
     ),
     "softcap": ({"softcap": -1.0}, "softcap: -1.0 is not in (0, inf)"),
     "logit scale": ({"logit_scale": "1"}, "logit_scale: expected a number, got str"),
-    "chunk rows": ({"chunk_rows": 0}, "chunk_rows: 0 is not a whole number above 0"),
+    "chunk rows": ({"chunk_rows": 0}, "chunk_rows: got 0, expected a whole number above 0"),
     "logits dtype": (
         {"logits_dtype": torch.float64},
         "logits_dtype: expected float32",
@@ -494,7 +522,7 @@ RETURNS = {
     "costs vector": ({"costs": REWARDS}, "costs: expected a floating [B, T]", "(4,)"),
     "costs integer": ({"costs": COSTS.long()}, "costs: expected a floating", "torch.int64"),
     "mask shape": ({"mask": COSTS[0].bool()}, "mask: leading shape (5,)", "(4, 5)"),
-    "mask float": ({"mask": COSTS}, "mask: expected bool", "torch.float32", "mask.bool()"),
+    "mask of weights": ({"mask": COSTS + 0.5}, "mask: has 0.5, expected 0 and 1"),
     "gamma": ({"gamma": 1.1}, "gamma: 1.1 is not in [0, 1]"),
     "gamma string": ({"gamma": "1"}, "gamma: expected a number", "got str"),
 }
@@ -506,7 +534,7 @@ ADVANTAGES = {
     "rewards without weight": ({"rewards": {"a": REWARDS}}, "rewards['a']", "weight"),
     "rewards weight": ({"rewards": {"a": (REWARDS, "1")}}, "rewards['a'] weight", "got str"),
     "rewards device": ({"rewards": REWARDS.to(META)}, "rewards", "on meta", ".to('cpu')"),
-    "mask": ({"mask": COSTS}, "mask: expected bool", "torch.float32"),
+    "mask": ({"mask": COSTS - 1}, "mask: has -1, expected 0 and 1"),
     "gamma": ({"gamma": -0.1}, "gamma: -0.1 is not in [0, 1]"),
     "reward weight": ({"reward_weight": None}, "reward_weight: expected a number", "NoneType"),
     "dense weight": ({"dense_weight": COSTS}, "dense_weight: expected a number", "got Tensor"),
@@ -546,3 +574,37 @@ def test_good_inputs_are_accepted():
     assert torch.equal(logits, LOGITS)
     sparse_advantages(COSTS, REWARDS, COSTS == 0, reward_weight=0, gamma=1, group_size=2)
     hybrid_loss(LOGITS, None, IDS, ROWS, dense_weight=0)
+
+
+NUMBERS = {
+    "temperature": (hybrid_loss, 0.5),
+    "num_tokens": (hybrid_loss, 7),
+    "teacher_floor": (hybrid_loss, -3.5),
+    "softcap": (linear_hybrid_loss, 1.5),
+    "logit_scale": (linear_hybrid_loss, 0.5),
+    "chunk_rows": (linear_hybrid_loss, 2),
+    "grad_filter": (linear_hybrid_loss, 0.25),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_numpy(name):
+    function, number = NUMBERS[name]
+    student = (LOGITS,) if function is hybrid_loss else (HIDDEN.clone().requires_grad_(), WEIGHT)
+    kinds = (np.int32, np.int64) if isinstance(number, int) else (np.float16, np.float64)
+    expected = function(*student, TEACHER, IDS, ROWS, **{name: number}).loss
+    for kind in kinds:
+        assert torch.equal(
+            function(*student, TEACHER, IDS, ROWS, **{name: kind(number)}).loss, expected
+        )
+
+
+def test_numbers_of_numpy_inside_of_arguments():
+    divergences = Divergence("jsd", beta=np.float32(0.25)), Divergence("jsd", beta=0.25)
+    assert divergences[0] == divergences[1]
+    assert torch.equal(TopK.from_logits(TEACHER, np.int64(3)).ids, TOP_K.ids)
+    mixture = Mixture([(np.float32(0.5), TEACHER)])
+    half = hybrid_loss(LOGITS, mixture, divergence=divergences[0]).divergence
+    assert torch.equal(
+        half, 0.5 * hybrid_loss(LOGITS, TEACHER, divergence=divergences[1]).divergence
+    )

@@ -2,12 +2,20 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
 import cases
 from cases import DTYPES, every_divergence
-from hybrid_kernels import Divergence, HybridLoss, hybrid_loss, reference, token_terms
+from hybrid_kernels import (
+    Divergence,
+    HybridLoss,
+    hybrid_loss,
+    reference,
+    token_terms,
+    validate,
+)
 from tolerance import assert_close, assert_matches_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -109,16 +117,58 @@ def test_reductions(reduction, num_tokens, masked, backend, device):
     assert outcome.result.loss.shape == (case.token_ids.shape if reduction == "none" else ())
 
 
-@pytest.mark.parametrize("kind", ["number", "scalar tensor", "per token"])
-def test_weights(kind, backend, device):
-    case = cases.make(128, masked=True, device=device)
-    weight = 0.6
-    if kind == "scalar tensor":
-        weight = torch.tensor(0.6, device=device)
-    elif kind == "per token":
-        weight = case.upstream.cos()
-        assert weight.isnan().any()
-    assert_matches_reference(case, backend, dense_weight=weight, entropy_weight=weight)
+# The forms in which weights and temperatures may be given.
+every_form = pytest.mark.parametrize(
+    "form", ["number", "numpy", "scalar tensor", "per sequence", "per token"]
+)
+
+
+def in_form(form, values):
+    """Values `[B, T]` for the tokens as an argument; those that the form can't tell apart are one.
+    What belongs to masked tokens alone is NaN."""
+    if form == "number":
+        return float(values[0, 0])
+    if form == "numpy":
+        return np.float32(values[0, 0].cpu())
+    if form == "scalar tensor":
+        return values[0, 0]
+    return values[:, :1] if form == "per sequence" else values
+
+
+def with_a_masked_sequence(device):
+    """A case, and values for its tokens, NaN for those that are masked."""
+    case = cases.make(128, (3, 5), masked=True, device=device)
+    case.mask[1] = False
+    values = torch.linspace(0.4, 2.1, 15, device=device).view(3, 5)
+    values[~case.valid] = torch.nan
+    assert values[:2, 0].isnan().tolist() == [False, True]
+    return case, values
+
+
+@every_form
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_weights(reduction, form, backend, device):
+    case, values = with_a_masked_sequence(device)
+    weights = {"dense_weight": values, "entropy_weight": values.cos(), "advantages": 1 - values}
+    weights = {name: in_form(form, weight) for name, weight in weights.items()}
+    assert_matches_reference(case, backend, reduction=reduction, **weights)
+
+
+@every_form
+@pytest.mark.parametrize("support", [None, "union"], ids=["full", "top-k"])
+@pytest.mark.parametrize("method", ["hybrid_loss", "token_terms"])
+def test_temperatures(method, support, form, backend, device):
+    case, values = with_a_masked_sequence(device)
+    temperature = in_form(form, values)
+    case = cases.with_teachers(case, 1, support, temperature)
+    assert_matches_reference(case, backend, method, temperature=temperature)
+
+
+def test_advantages_of_a_function_may_be_shared(backend, device):
+    case, values = with_a_masked_sequence(device)
+    given = case.hybrid_loss(backend=backend, advantages=values[:, :1])
+    returned = case.hybrid_loss(backend=backend, advantages=lambda terms: values[:, :1])
+    torch.testing.assert_close(returned.gradient, given.gradient)
 
 
 @pytest.mark.smoke
@@ -171,10 +221,11 @@ def test_advantages_as_a_function(masked, backend, device):
         assert_matches_reference(case, backend, advantages=clipped_cost, reduction=reduction)
 
 
-def test_int32_ids_and_integer_masks(backend, device):
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float16])
+def test_int32_ids_and_masks_of_numbers(dtype, backend, device):
     case = cases.make(128, masked=True, device=device)
     expected = case.hybrid_loss(backend=backend)
-    case.token_ids, case.mask = case.token_ids.int(), case.mask.long()
+    case.token_ids, case.mask = case.token_ids.int(), case.mask.to(dtype)
     got = case.hybrid_loss(backend=backend)
     torch.testing.assert_close(got.result.loss, expected.result.loss, rtol=0, atol=0)
     torch.testing.assert_close(got.gradient, expected.gradient, rtol=0, atol=0)
@@ -326,13 +377,24 @@ def test_autocast_changes_nothing(function, backend, device):
     assert torch.equal(*results)
 
 
-def test_a_count_of_zero_tokens_on_the_device():
-    student = torch.randn(2, 5, requires_grad=True)
-    mask = torch.zeros(2, dtype=torch.bool)
-    result = hybrid_loss(student, torch.randn(2, 5), mask=mask, num_tokens=mask.sum())
+@pytest.mark.parametrize("count", [0.0, -3.0, torch.inf, torch.nan])
+def test_a_count_that_is_none_where_only_the_device_sees_it(count, monkeypatch):
+    monkeypatch.setattr(validate, "is_readable", lambda tensor: False)
+    student, mask = torch.randn(2, 5, requires_grad=True), torch.tensor([True, False])
+    num_tokens = torch.tensor(count)
+    result = hybrid_loss(student, torch.randn(2, 5), mask=mask, num_tokens=num_tokens)
     result.loss.backward()
-    assert result.loss.item() == 0.0
-    assert torch.equal(student.grad, torch.zeros(2, 5))
+    assert result.loss.isnan()
+    assert student.grad[0].isnan().all()
+    assert not student.grad[1].any()
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, torch.inf, torch.nan])
+def test_a_temperature_that_is_none_where_only_the_device_sees_it(temperature, monkeypatch):
+    monkeypatch.setattr(validate, "is_readable", lambda tensor: False)
+    temperatures = torch.tensor([temperature, 2.0])
+    terms = token_terms(torch.randn(2, 5), torch.randn(2, 5), temperature=temperatures)
+    assert terms.divergence.isnan().tolist() == [True, False]
 
 
 def test_a_teacher_from_inference_mode():

@@ -71,6 +71,55 @@ def test_gradient_rows_sum_to_zero(style, divergence, backend, device):
     assert (gradient.sum(-1).abs() < 1e-6 * (1 + gradient.abs().sum(-1))).all()
 
 
+@pytest.fixture
+def default_dtype():
+    """Sets torch's default dtype until the test ends."""
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.native
+@every_divergence
+@pytest.mark.parametrize("support", [None, "union"], ids=["full", "top-k"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_has_no_effect(
+    dtype, support, divergence, backend, device, default_dtype
+):
+    case = cases.with_teachers(cases.make(100, masked=True, device=device), 2, support)
+    temperatures = torch.tensor([[0.7], [1.3]], device=device)
+    options = {"divergence": divergence, "backend": backend, "entropy_weight": 0.3}
+    functions = {
+        "mean": lambda: case.hybrid_loss(**options),
+        "count": lambda: case.hybrid_loss(**options, num_tokens=70_000),
+        "numbers": lambda: case.hybrid_loss(**options, dense_weight=0.3, advantages=1 / 3),
+        "temperature": lambda: case.hybrid_loss(**options, temperature=temperatures),
+    }
+    expected = {name: function() for name, function in functions.items()}
+    default_dtype(dtype)
+    for name, function in functions.items():
+        got = function()
+        for field, value in got.result._asdict().items():
+            torch.testing.assert_close(
+                value, getattr(expected[name].result, field), rtol=0, atol=0, equal_nan=True
+            )
+        torch.testing.assert_close(got.gradient, expected[name].gradient, rtol=0, atol=0)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_has_no_effect_on_hidden_states(dtype, backend, device, default_dtype):
+    case = cases.make_linear(teacher="top-k", bias=True, softcap=5.0, masked=True, device=device)
+    expected, gradients = case.ours(backend=backend, grad_filter=0.01)
+    given = case.given(None)
+    default_dtype(dtype)
+    pairs = [(case.given(None).log_probs, given.log_probs)]  # of TopK.from_logits
+    got, others = case.ours(backend=backend, grad_filter=0.01)
+    pairs += [(got.loss, expected.loss), *zip(others, gradients, strict=True)]
+    for value, alike in pairs:
+        torch.testing.assert_close(value, alike, rtol=0, atol=0, equal_nan=True)
+
+
 @every_divergence
 @given(vocabulary=vocabularies, seed=seeds, noise=st.floats(1e-4, 10))
 def test_divergences_are_not_negative(divergence, backend, device, vocabulary, seed, noise):

@@ -63,7 +63,7 @@ class Block:
         self.q_factor: Tensor | None = None
         self.inv_t = 1.0 / rows.temperature_of(self.range)
         self.guarded = False
-        self.log_p = torch.full((), torch.nan)
+        self.log_p = self.student.new_full((), torch.nan)
         self.log_q: Tensor | None = None
         self.columns: dict[int, Tensor] = {}
         if sweep.known:

@@ -85,7 +85,7 @@ def settle(
     if family.tilted:
         near = value.abs() < 0.5
         log_s = torch.where(near, value.clamp(-0.5, 0.5).log1p(), slope_sum)
-        value, slope_sum = log_s / (a - 1), torch.where(log_s.isinf(), math.inf, 0.0)
+        value, slope_sum = log_s / (a - 1), _choose(log_s.isinf(), math.inf, 0.0, log_s)
     if family.one_sweep:
         value, slope_sum = (torch.where(x.isnan(), math.inf, x) for x in (value, slope_sum))
     # A NaN does not survive comparisons, so rows without finite normalisers are set to it.
@@ -99,6 +99,11 @@ def keep_some(probability: Tensor, log_probability: Tensor) -> None:
     if probability.dtype != torch.float64:
         hidden = (probability == 0) & (log_probability > LEAST)
         probability.masked_fill_(hidden, 2.0**-149)
+
+
+def _choose(condition: Tensor, a: float, b: float, like: Tensor) -> Tensor:
+    """`torch.where` of two numbers, in the dtype of a tensor and not in torch's default dtype."""
+    return torch.where(condition, like.new_full((), a), b)
 
 
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
@@ -126,7 +131,7 @@ def _mixture_log_ratios(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]
     For the larger of p and q it is s = log(c e^-|l| + 1 - c), where c is the weight of the smaller;
     for the smaller it is |l| + s. Each comes from s, because |l| + s rounds s away if l is large.
     """
-    c = torch.where(log_ratio > 0, beta, 1 - beta)
+    c = _choose(log_ratio > 0, beta, 1 - beta, log_ratio)
     s = log_ratio.abs().neg_().expm1_().mul_(c).log1p_()
     above = log_ratio.clamp(min=0.0)
     below = log_ratio.clamp_(max=0.0)
@@ -163,7 +168,7 @@ def _alpha_terms(entries: Entries, a: float) -> Tensor:
     """
     p, q, log_ratio = entries[:3]
     below = log_ratio < 0
-    c = torch.where(below, a, 1 - a)
+    c = _choose(below, a, 1 - a, log_ratio)
     x = log_ratio.abs().neg_()
     cx = c * x
     near = torch.minimum(x, -cx.abs()) > -_NEAR
@@ -207,7 +212,7 @@ def _from_larger(entries: Entries, a: float) -> tuple[Tensor, Tensor]:
     """The larger of p and q, and log p^a q^(1-a) minus its logarithm, at most 0 for 0 < a < 1."""
     below = entries.log_ratio < 0
     larger = torch.where(below, entries.q, entries.p)
-    return larger, torch.where(below, a, a - 1) * entries.log_ratio
+    return larger, _choose(below, a, a - 1, entries.log_ratio) * entries.log_ratio
 
 
 def _is_hidden(entries: Entries, a: float) -> Tensor:
