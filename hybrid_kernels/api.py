@@ -20,13 +20,13 @@ def hybrid_loss(
     student_logits: Tensor,
     teacher: Teacher | None,
     token_ids: Tensor | None = None,
-    advantages: Tensor | Callable[[TokenTerms], Tensor] | None = None,
+    advantages: float | Tensor | Callable[[TokenTerms], float | Tensor] | None = None,
     *,
     mask: Tensor | None = None,
     dense_weight: float | Tensor = 1.0,
     entropy_weight: float | Tensor = 0.0,
     divergence: str | Divergence = "reverse_kl",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     reduction: str = "mean",
     num_tokens: float | Tensor | None = None,
     tail: str = "bucket",
@@ -59,20 +59,28 @@ def hybrid_loss(
             whose fp32 logits then exist, as the student's do; or a `Mixture` of several teachers.
             Never differentiable. None where `dense_weight` is 0 (policy gradient alone).
         token_ids: `[...]` int64 or int32. Rows with the id -100 are masked.
-        advantages: `[...]` floating, a constant; or a function of the row statistics
-            (`TokenTerms` -> `[...]`), called without gradient between the statistics and the
+        advantages: a constant for each token; or a function of the row statistics
+            (`TokenTerms` -> advantages), called without gradient between the statistics and the
             gradient: the place for clipping, importance ratios and returns that depend on the
             fresh log-probabilities.
-        mask: `[...]` bool or 0/1 integers. A masked row has value and gradient exactly 0, whatever
-            it holds. Without any valid row the loss is 0.
-        dense_weight: a number, a scalar tensor or `[...]`; a constant.
-        entropy_weight: a number, a scalar tensor or `[...]`; a constant.
+
+            Like `dense_weight`, `entropy_weight` and `temperature`, advantages are a number (of
+            Python or NumPy), a scalar tensor, `[...]`, or `[...]` with its last dimension 1, as
+            when a `[B, 1]` tensor holds a value for each sequence of a `[B, T]` batch.
+        mask: `[...]` bool, or numbers 0 and 1. A masked row has value and gradient exactly 0,
+            whatever it holds. Without any valid row the loss is 0.
+        dense_weight: in the forms of `advantages`; a constant.
+        entropy_weight: in the forms of `advantages`; a constant.
         divergence: a name from `available_divergences()`, or a `Divergence`.
-        temperature: T > 0, by which the logits of both sides are divided. All results are those of
-            the divided logits.
+        temperature: T > 0, by which the logits of both sides are divided, in the forms of
+            `advantages`. All results are those of the divided logits.
         reduction: "mean" over the valid tokens (or `num_tokens`), "sum", or "none".
         num_tokens: the divisor of the mean, a number or a device scalar. Give the count of the
-            whole optimizer step, so that micro-batches and ranks add up exactly.
+            whole optimizer step, so that micro-batches add up exactly. Where the gradients of
+            data-parallel ranks are averaged, as DDP and FSDP do, give the count of all ranks
+            divided by their number; where they are summed, the count of all ranks. One that is not
+            positive and finite is an error where it can be seen without a synchronisation;
+            otherwise the loss and its gradient are NaN.
         tail: how the vocabulary outside the support S of a `TopK` teacher is treated, where P and Q
             are the models' masses on S. It has no effect on a full teacher.
 
@@ -107,7 +115,8 @@ def hybrid_loss(
         The gradient is computed in the forward, in the student's dtype: one `[..., V]` buffer, or
         none with `inplace`. Backward multiplies it by the upstream gradient, or leaves it as it is
         where that is 1. Without a gradient to compute, only the statistics are. Arithmetic is
-        fp32. Second derivatives raise. No call synchronises the device with the host.
+        fp32. Second derivatives raise (but see below). No call synchronises the device with the
+        host.
 
         fp16 can't hold the gradient of a mean over thousands of tokens without a loss scale, so
         there the gradient of a scalar loss is computed in the backward, with the upstream gradient.
@@ -120,6 +129,9 @@ def hybrid_loss(
         Jeffreys, with a finite gradient, and for alpha <= 0. A probability counts as 0 where
         float64 can't represent it. A term whose weight is 0 is ignored. NaN or +inf makes its own
         row NaN.
+
+        torch.compile has no second derivatives. What it has compiled may return 0 for one, where
+        a call that is not compiled raises.
     """
     comparison = Comparison(teacher, divergence, temperature, tail, teacher_floor)
     context = Context(token_ids, mask, process_group, backend)
@@ -135,7 +147,7 @@ def token_terms(
     *,
     mask: Tensor | None = None,
     divergence: str | Divergence = "reverse_kl",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     tail: str = "bucket",
     teacher_floor: float | None = None,
     process_group: object | None = None,
@@ -178,7 +190,7 @@ def linear_hybrid_loss(
     student_weight: Tensor | torch.nn.Module,
     teacher: Teacher | None,
     token_ids: Tensor | None = None,
-    advantages: Tensor | Callable[[TokenTerms], Tensor] | None = None,
+    advantages: float | Tensor | Callable[[TokenTerms], float | Tensor] | None = None,
     *,
     student_bias: Tensor | None = None,
     softcap: float | None = None,
@@ -191,7 +203,7 @@ def linear_hybrid_loss(
     dense_weight: float | Tensor = 1.0,
     entropy_weight: float | Tensor = 0.0,
     divergence: str | Divergence = "reverse_kl",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     reduction: str = "mean",
     num_tokens: float | Tensor | None = None,
     tail: str = "bucket",
@@ -292,7 +304,7 @@ def linear_token_terms(
     drop_masked: bool = True,
     mask: Tensor | None = None,
     divergence: str | Divergence = "reverse_kl",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     tail: str = "bucket",
     teacher_floor: float | None = None,
     process_group: object | None = None,

@@ -22,7 +22,7 @@ from hybrid_kernels.types import TokenTerms
 class Objective(NamedTuple):
     """What a loss is made of, as the caller gave it to `hybrid_loss`."""
 
-    advantages: float | Tensor | Callable[[TokenTerms], Tensor] | None
+    advantages: float | Tensor | Callable[[TokenTerms], float | Tensor] | None
     dense_weight: float | Tensor
     entropy_weight: float | Tensor
     reduction: str

@@ -77,9 +77,11 @@ class TopK:
     A loss divides only the student's logits by its temperature: give log-probabilities computed at
     the same temperature.
 
+    An entry is padding where its id is -1. A log-probability of -inf with another id is a
+    probability of 0; servers that pad with it need the ids of their padding set to -1.
+
     Attributes:
-        ids: `[..., K]` int64 or int32, the support; -1 is padding, and where an id is repeated
-            only the first counts.
+        ids: `[..., K]` int64 or int32, the support; where an id is repeated, only the first counts.
         log_probs: `[..., K]` floating, log-probabilities of the softmax over the whole vocabulary,
             in the full precision of their dtype. Rounding them to a few decimals makes the tail
             wrong: [-0.0105, -4.6] leaves a tail of 0.0005, [-0.01, -4.6] leaves none. The rounding
@@ -218,7 +220,8 @@ class Mixture:
     """Several weighted teachers: the divergence is `sum_i weight_i D(p, q_i)`.
 
     For the reverse KL that is, up to a constant, W = sum_i weight_i times the divergence from the
-    normalised geometric mean of the teachers (arXiv 2512.23097 covers one teacher). The
+    normalised geometric mean of the teachers (arXiv 2512.23097 covers one teacher). All rows follow
+    all teachers; a teacher for each row is not yet supported. The
     `teacher_log_prob` of the results is `sum_i (weight_i / W) log q_i(y)`, so that a token's cost
     is `W (log_prob - teacher_log_prob)`; masses on a support are weighted means, too. Where one
     member's `token_log_prob` is unknown, so is the mean.
