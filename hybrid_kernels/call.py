@@ -160,7 +160,7 @@ class Call(ABC):
     def hybrid_loss(self, objective: Objective) -> HybridLoss:
         """What `hybrid_loss` returns."""
         rows = self.rows
-        objective.check(self.shape, self.has_teacher, rows.token_ids is not None)
+        objective = objective.checked(self.shape, self.has_teacher, rows.token_ids is not None)
         advantages, statistics, dropped = objective.advantages, None, None
         if callable(advantages):
             with torch.no_grad():
@@ -168,7 +168,7 @@ class Call(ABC):
                 statistics = self.measure(keep=self.wants_gradient and summed)
                 # A copy: the function may work in place, and the gradient needs the statistics.
                 advantages = advantages(self._terms(statistics.clone()))
-            validate.row_values("advantages", advantages, self.shape)
+            advantages = validate.row_values("advantages", advantages, self.shape)
         loss = objective.of_rows(advantages, rows.valid, self.shape)
         if self.wants_gradient:
             value, statistics, dropped = self.differentiate(loss, statistics)

@@ -28,27 +28,33 @@ class Objective(NamedTuple):
     reduction: str
     num_tokens: float | Tensor | None
 
-    def check(self, shape: validate.CallShape, has_teacher: bool, has_tokens: bool) -> None:
-        """Checks everything but what a callable `advantages` returns.
+    def checked(
+        self, shape: validate.CallShape, has_teacher: bool, has_tokens: bool
+    ) -> "Objective":
+        """The same with numbers as Python's own, checked but for what a function returns.
 
         Raises:
             ValueError: an argument of the wrong kind, shape, device or range.
         """
         validate.choice("reduction", self.reduction, validate.REDUCTIONS)
-        validate.num_tokens(self.num_tokens, self.reduction, shape.device)
-        validate.row_values("dense_weight", self.dense_weight, shape)
-        validate.row_values("entropy_weight", self.entropy_weight, shape)
-        if not has_teacher and not _is_zero(self.dense_weight):
+        checked = self._replace(
+            dense_weight=validate.row_values("dense_weight", self.dense_weight, shape),
+            entropy_weight=validate.row_values("entropy_weight", self.entropy_weight, shape),
+            num_tokens=validate.num_tokens(self.num_tokens, self.reduction, shape.device),
+        )
+        if not has_teacher and not _is_zero(checked.dense_weight):
             raise ValueError(
                 f"teacher: None with dense_weight={self.dense_weight!r}; give the teacher's "
                 "logits, or dense_weight=0 for the policy gradient alone"
             )
         if self.advantages is None:
-            return
+            return checked
         if not has_tokens:
             raise ValueError("token_ids: None, but advantages need the sampled tokens; give both")
-        if not callable(self.advantages):
-            validate.row_values("advantages", self.advantages, shape)
+        if callable(self.advantages):
+            return checked
+        advantages = validate.row_values("advantages", self.advantages, shape)
+        return checked._replace(advantages=advantages)
 
     def of_rows(
         self, advantages: float | Tensor | None, valid: Tensor | None, shape: validate.CallShape

@@ -336,13 +336,17 @@ def row_values(
     """Checks a number or a floating tensor with a value for each row, and returns it.
 
     A tensor is `[]`, `[...]`, or `[...]` with a last dimension of 1, whose value the rows along
-    that dimension share. The range is checked for numbers only.
+    that dimension share. The range is checked for numbers only, of which `[]` on a CPU is one.
     """
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise ValueError(f"{name}: expected a floating tensor, got {value.dtype}; use .float()")
+        no_grad_wanted(name, value)
+        if value.ndim == 0 and is_readable(value):
+            value = value.item()
     if not isinstance(value, Tensor):
         kinds = "a number or a tensor"
         return number(name, value, low=low, open_low=open_low, expected=kinds)
-    if not value.is_floating_point():
-        raise ValueError(f"{name}: expected a floating tensor, got {value.dtype}; use .float()")
     shared = (*shape.leading[:-1], 1)
     if value.ndim and value.shape not in (shape.leading, shared):
         raise ValueError(
@@ -351,7 +355,6 @@ def row_values(
             f"{name}[:, None]"
         )
     _same_device(name, value, shape.device)
-    no_grad_wanted(name, value)
     return value
 
 
@@ -365,9 +368,10 @@ def row_temperatures(values: Tensor, valid: Tensor | None) -> None:
         )
 
 
-def num_tokens(value: object, reduction: str, device: torch.device) -> None:
+def num_tokens(value: object, reduction: str, device: torch.device) -> float | Tensor | None:
+    """Checks the divisor of a mean and returns it: a number where its value can be read."""
     if value is None:
-        return
+        return None
     if reduction != "mean":
         raise ValueError(
             f"num_tokens: given with reduction={reduction!r}, but only a mean is divided by it; "
@@ -378,9 +382,11 @@ def num_tokens(value: object, reduction: str, device: torch.device) -> None:
             raise ValueError(
                 f"num_tokens: expected one number, got {value.dtype} of shape {tuple(value.shape)}"
             )
-        _same_device("num_tokens", value, device)
-        value = value.item() if is_readable(value) else 1
-    number("num_tokens", value, low=0.0, open_low=True)
+        if not is_readable(value):
+            _same_device("num_tokens", value, device)
+            return value
+        value = value.item()
+    return number("num_tokens", value, low=0.0, open_low=True)
 
 
 def divergence(value: object) -> Divergence:

@@ -259,7 +259,7 @@ SHARED = {
         "temperature: has -2, expected finite numbers above 0",
     ),
     "temperatures infinite": ({"temperature": ROWS[:, :1] / 0}, "temperature: has inf"),
-    "temperature scalar": ({"temperature": torch.tensor(0.0)}, "temperature: has 0, expected"),
+    "temperature scalar": ({"temperature": torch.tensor(0.0)}, "temperature: 0.0 is not in (0, inf)"),
     "floor positive": ({"teacher_floor": 0.5}, "teacher_floor: 0.5 is not in", "0]"),
     "floor string": ({"teacher_floor": "low"}, "teacher_floor: expected a number", "got str"),
     "tail": ({"tail": "cut"}, "tail: unknown value 'cut'", "bucket"),
