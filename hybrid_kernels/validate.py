@@ -468,42 +468,108 @@ def whole_number(name: str, value: object, expected: str, low: int = 1) -> int:
     return int(value)
 
 
-def matrix(name: str, value: object) -> None:
-    """Checks for a floating `[B, T]` tensor."""
-    value = _tensor(name, value, "a [B, T] tensor")
-    if value.ndim != 2 or not value.is_floating_point():
+def weight(name: str, value: object, device: torch.device) -> float | Tensor:
+    """Checks and returns a finite number: a scalar tensor as fp32 where reading it would
+    synchronise the device, anything else as a float."""
+    if isinstance(value, Tensor):
+        if value.ndim or value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(
+                f"{name}: expected a number or a scalar tensor, got {value.dtype} of shape "
+                f"{tuple(value.shape)}"
+            )
+        if not is_readable(value):
+            if value.device.type != "cpu":
+                _same_device(name, value, device)
+            return value.detach().float()
+        value = value.item()
+    return number(name, value, expected="a number or a scalar tensor")
+
+
+def sequences(name: str, value: object, cu_seqlens: object) -> None:
+    """Checks for floating `[B, T]` values, or packed `[N]` ones with `cu_seqlens` `[B + 1]`."""
+    shape = "[B, T]" if cu_seqlens is None else "[N]"
+    value = _tensor(name, value, f"a {shape} tensor")
+    if value.is_nested:
         raise ValueError(
-            f"{name}: expected a floating [B, T] tensor, got {value.dtype} of shape "
-            f"{tuple(value.shape)}"
+            f"{name}: a nested tensor; give {name}.values() and cu_seqlens={name}.offsets(), and "
+            "the other arguments packed in the same way"
+        )
+    if value.ndim != shape.count(",") + 1 or not value.is_floating_point():
+        raise ValueError(
+            f"{name}: expected a floating {shape} tensor, got {value.dtype} of shape "
+            f"{tuple(value.shape)}; packed sequences are [N], with cu_seqlens"
+        )
+    if cu_seqlens is None:
+        return
+    bounds = _tensor("cu_seqlens", cu_seqlens, "a [B + 1] tensor")
+    if bounds.ndim != 1 or not bounds.numel() or bounds.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens: expected int32 or int64 of shape [B + 1], got {bounds.dtype} of shape "
+            f"{tuple(bounds.shape)}"
+        )
+    _same_device("cu_seqlens", bounds, value.device)
+    if not is_readable(bounds):
+        return
+    first, last, count = int(bounds[0]), int(bounds[-1]), value.numel()
+    if first != 0 or last != count or bool((bounds.diff() < 0).any()):
+        raise ValueError(
+            f"cu_seqlens: from {first} to {last}, expected bounds that start with 0, do not "
+            f"decrease and end with the number of tokens, {count}; torch.nn.functional.pad("
+            "lengths.cumsum(0), (1, 0)) makes them of lengths"
         )
 
 
 def per_sequence(name: str, value: object, batch: int, device: torch.device) -> None:
-    """Checks for a `[B]` tensor."""
-    value = _tensor(name, value, "a [B] tensor")
+    """Checks for real `[B]` values."""
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{name}: expected a [B] tensor, got {type(value).__name__}; use torch.tensor(...)"
+        )
     if value.shape != (batch,):
         raise ValueError(
             f"{name}: shape {tuple(value.shape)}, expected ({batch},), one value per sequence"
         )
+    if value.is_complex():
+        raise ValueError(f"{name}: expected real numbers, got {value.dtype}; use .real")
     _same_device(name, value, device)
 
 
-def group_size(value: int | None, batch: int, baseline: str) -> int:
-    """Checks and returns the size of a group; None means the whole batch."""
-    size = batch if value is None else value
-    if not isinstance(size, int) or isinstance(size, bool) or (value is not None and size < 1):
-        raise ValueError(f"group_size: expected a positive integer or None, got {value!r}")
-    if batch and batch % size:
+def groups(size: object, ids: object, batch: int, device: torch.device) -> int | None:
+    """Checks what says which sequences are one group, and returns the size with Python's number."""
+    if size is not None and ids is not None:
+        raise ValueError("group_size: given together with group_ids; give one of them")
+    if ids is not None:
+        per_sequence("group_ids", ids, batch, device)
+        assert isinstance(ids, Tensor)
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"group_ids: expected integers, got {ids.dtype}; use .long()")
+    if size is None:
+        return None
+    size = whole_number("group_size", size, "a whole number above 0, or None")
+    if batch % size:
         raise ValueError(
-            f"group_size: {size} does not divide the batch of {batch} sequences; every group must "
-            "be whole"
+            f"group_size: {size} does not divide the batch of {batch} sequences; every group "
+            "must be whole, or be given by group_ids"
         )
-    if batch and size < 2 and "leave_one_out" in baseline:
+    return size
+
+
+def baseline(value: object, options: Sequence[str], tokens: Tensor, batch: int) -> None:
+    """Checks for a name, or a floating tensor with a value per sequence or per token."""
+    if isinstance(value, str):
+        choice("baseline", value, options)
+        return
+    names = ", ".join(options)
+    value = _tensor("baseline", value, f"one of {names}, or a tensor")
+    shapes = [(batch,), tuple(tokens.shape)]
+    if tokens.ndim == 2:
+        shapes.append((batch, 1))
+    if tuple(value.shape) not in shapes or not value.is_floating_point():
         raise ValueError(
-            f'group_size: baseline="{baseline}" needs at least 2 responses in a group, got {size}; '
-            'use baseline="none"'
+            f"baseline: expected one of {names}, or a floating tensor of shape "
+            f"{' or '.join(map(str, shapes))}, got {value.dtype} of shape {tuple(value.shape)}"
         )
-    return max(size, 1)
+    _same_device("baseline", value, tokens.device)
 
 
 def _tensor(name: str, value: object, expected: str) -> Tensor:

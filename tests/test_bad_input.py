@@ -259,7 +259,10 @@ SHARED = {
         "temperature: has -2, expected finite numbers above 0",
     ),
     "temperatures infinite": ({"temperature": ROWS[:, :1] / 0}, "temperature: has inf"),
-    "temperature scalar": ({"temperature": torch.tensor(0.0)}, "temperature: 0.0 is not in (0, inf)"),
+    "temperature scalar": (
+        {"temperature": torch.tensor(0.0)},
+        "temperature: 0.0 is not in (0, inf)",
+    ),
     "floor positive": ({"teacher_floor": 0.5}, "teacher_floor: 0.5 is not in", "0]"),
     "floor string": ({"teacher_floor": "low"}, "teacher_floor: expected a number", "got str"),
     "tail": ({"tail": "cut"}, "tail: unknown value 'cut'", "bucket"),
@@ -519,17 +522,80 @@ def test_a_support_that_the_kernels_cannot_hold():
 COSTS, REWARDS = torch.zeros(4, 5), torch.zeros(4)
 RETURNS = {
     "costs list": ({"costs": [0.0]}, "costs: expected a [B, T] tensor", "got list"),
-    "costs vector": ({"costs": REWARDS}, "costs: expected a floating [B, T]", "(4,)"),
+    "costs vector": (
+        {"costs": REWARDS},
+        "costs: expected a floating [B, T]",
+        "(4,)",
+        "[N], with cu_seqlens",
+    ),
+    "costs nested": (
+        {"costs": torch.nested.nested_tensor([REWARDS], layout=torch.jagged)},
+        "costs: a nested tensor",
+        "cu_seqlens=costs.offsets()",
+    ),
     "costs integer": ({"costs": COSTS.long()}, "costs: expected a floating", "torch.int64"),
     "mask shape": ({"mask": COSTS[0].bool()}, "mask: leading shape (5,)", "(4, 5)"),
     "mask of weights": ({"mask": COSTS + 0.5}, "mask: has 0.5, expected 0 and 1"),
     "gamma": ({"gamma": 1.1}, "gamma: 1.1 is not in [0, 1]"),
     "gamma string": ({"gamma": "1"}, "gamma: expected a number", "got str"),
 }
+
+
+def packed(*bounds, dtype=torch.int64, device="cpu"):
+    """Four tokens, and their sequences' bounds."""
+    bounds = torch.tensor(bounds, dtype=dtype, device=device)
+    return {"costs": REWARDS, "mask": REWARDS == 0, "cu_seqlens": bounds}
+
+
+RETURNS |= {
+    "cu_seqlens list": (
+        {**packed(), "cu_seqlens": [0, 4]},
+        "cu_seqlens: expected a [B + 1]",
+        "list",
+    ),
+    "cu_seqlens matrix": (packed([0, 4]), "cu_seqlens: expected int32", "(1, 2)"),
+    "cu_seqlens empty": (packed(), "cu_seqlens: expected int32", "(0,)"),
+    "cu_seqlens floating": (
+        packed(0, 4, dtype=torch.float32),
+        "cu_seqlens: expected int32",
+        "float32",
+    ),
+    "cu_seqlens device": (packed(0, 4, device=META), "cu_seqlens: on meta", ".to('cpu')"),
+    "cu_seqlens short": (packed(0, 2), "cu_seqlens: from 0 to 2", "number of tokens, 4"),
+    "cu_seqlens long": (packed(0, 2, 5), "cu_seqlens: from 0 to 5", "number of tokens, 4"),
+    "cu_seqlens without 0": (packed(1, 4), "cu_seqlens: from 1 to 4", "start with 0", ".cumsum(0)"),
+    "cu_seqlens decreasing": (packed(0, 3, 2, 4), "cu_seqlens: from 0 to 4", "not decrease"),
+    "padded with cu_seqlens": (
+        {"cu_seqlens": torch.tensor([0, 4])},
+        "costs: expected a floating [N]",
+        "(4, 5)",
+    ),
+}
 ADVANTAGES = {
     "log_ratio vector": ({"log_ratio": REWARDS}, "log_ratio: expected a floating [B, T]", "(4,)"),
-    "rewards shape": ({"rewards": COSTS}, "rewards", "shape (4, 5)", "(4,)"),
-    "rewards list": ({"rewards": [1.0]}, "rewards: expected a [B] tensor", "got list"),
+    "rewards shape": ({"rewards": COSTS}, "rewards: shape (4, 5)", "(4,)"),
+    "rewards list": (
+        {"rewards": [1.0]},
+        "rewards: expected a [B] tensor",
+        "got list; use torch.tensor",
+    ),
+    "rewards array": (
+        {"rewards": REWARDS.numpy()},
+        "rewards: expected a [B] tensor",
+        "ndarray; use torch.tensor",
+    ),
+    "rewards list in a dict": (
+        {"rewards": {"a": ([1.0], 1.0)}},
+        "rewards['a']: expected a [B] tensor",
+        "got list; use torch.tensor",
+    ),
+    "rewards complex": (
+        {"rewards": REWARDS * 1j},
+        "rewards: expected",
+        "real numbers",
+        "complex64",
+        ".real",
+    ),
     "rewards empty": ({"rewards": {}}, "rewards", "non-empty"),
     "rewards without weight": ({"rewards": {"a": REWARDS}}, "rewards['a']", "weight"),
     "rewards weight": ({"rewards": {"a": (REWARDS, "1")}}, "rewards['a'] weight", "got str"),
@@ -537,17 +603,43 @@ ADVANTAGES = {
     "mask": ({"mask": COSTS - 1}, "mask: has -1, expected 0 and 1"),
     "gamma": ({"gamma": -0.1}, "gamma: -0.1 is not in [0, 1]"),
     "reward weight": ({"reward_weight": None}, "reward_weight: expected a number", "NoneType"),
-    "dense weight": ({"dense_weight": COSTS}, "dense_weight: expected a number", "got Tensor"),
-    "baseline": ({"baseline": "critic"}, "baseline: unknown value 'critic'", "leave_one_out"),
-    "group size": ({"group_size": 3}, "group_size: 3 does not divide", "4 sequences", "whole"),
-    "group size zero": ({"group_size": 0}, "group_size: expected a positive integer", "got 0"),
-    "group size float": ({"group_size": 2.0}, "group_size: expected a positive integer", "2.0"),
-    "group of one": (
-        {"group_size": 1},
-        'group_size: baseline="leave_one_out" needs at least 2',
-        "got 1",
-        'baseline="none"',
+    "dense weight": ({"dense_weight": COSTS}, "dense_weight: expected a number", "(4, 5)"),
+    "reward weight boolean": (
+        {"reward_weight": torch.tensor(True)},
+        "reward_weight: expected a number",
+        "torch.bool",
     ),
+    "reward weight device": (
+        {"reward_weight": torch.ones((), device=META)},
+        "reward_weight: on meta",
+        ".to('cpu')",
+    ),
+    "reward weight infinite": (
+        {"reward_weight": torch.tensor(torch.inf)},
+        "reward_weight: inf is not in",
+    ),
+    "baseline": ({"baseline": "critic"}, "baseline: unknown value 'critic'", "leave_one_out"),
+    "baseline list": ({"baseline": [0.0]}, "baseline: expected one of none", "got list"),
+    "baseline array": ({"baseline": REWARDS.numpy()}, "baseline: expected one of none", "ndarray"),
+    "baseline shape": (
+        {"baseline": COSTS[0]},
+        "baseline: expected one of none",
+        "shape (4,) or (4, 5) or (4, 1)",
+        "(5,)",
+    ),
+    "baseline integer": ({"baseline": REWARDS.long()}, "baseline: expected", "torch.int64"),
+    "baseline device": ({"baseline": REWARDS.to(META)}, "baseline: on meta", ".to('cpu')"),
+    "group ids list": ({"group_ids": [0] * 4}, "group_ids: expected a [B] tensor", "got list"),
+    "group ids shape": ({"group_ids": COSTS[0].long()}, "group_ids: shape (5,)", "(4,)"),
+    "group ids floating": ({"group_ids": REWARDS}, "group_ids: expected integers", ".long()"),
+    "group ids device": ({"group_ids": REWARDS.long().to(META)}, "group_ids: on meta"),
+    "both groups": (
+        {"group_ids": REWARDS.long(), "group_size": 2},
+        "group_size: given together with group_ids",
+    ),
+    "group size": ({"group_size": 3}, "group_size: 3 does not divide", "4 sequences", "whole"),
+    "group size zero": ({"group_size": 0}, "group_size: got 0, expected a whole number above 0"),
+    "group size float": ({"group_size": 2.0}, "group_size: got 2.0, expected a whole number"),
 }
 
 
