@@ -88,12 +88,14 @@ def hybrid_gradient(
     dense_weight: float = 1.0,
     gamma: float = 1.0,
     reward_weight: float = REWARD_WEIGHT,
-    baseline: str = "none",
+    baseline: str | Tensor = "none",
+    score=lambda rewards: rewards,
     change=lambda advantages, log_ratio, mask: advantages,
     row_weight=lambda mask: torch.ones(mask.shape),
 ) -> Tensor:
     """E [ gradient of the surrogate ], the mean over a group, through the package.
 
+    A tensor `baseline` has a value for each state. `score` changes the rewards `[groups, group]`.
     `change` and `row_weight` plant mistakes: in the advantages, in the weight of a row.
     """
     count = len(world.tokens)
@@ -108,13 +110,13 @@ def hybrid_gradient(
         log_ratio = terms.log_prob - terms.teacher_log_prob
         result = sparse_advantages(
             log_ratio,
-            world.rewards[chosen],
+            score(world.rewards[groups]).flatten(),
             mask,
             reward_weight=reward_weight,
             gamma=gamma,
             dense_weight=dense_weight,
             group_size=group,
-            baseline=baseline,
+            baseline=baseline[states] if isinstance(baseline, Tensor) else baseline,
         )
         return change(result, log_ratio, mask)
 
@@ -174,6 +176,44 @@ def test_unbiased_in_groups_of_three(baseline):
     world = make_world(2, ends=True)
     gradient = hybrid_gradient(world, group=3, baseline=baseline)
     assert bias(gradient, world.exact_gradient()) < EXACT
+
+
+@every_share
+@every_world
+def test_unbiased_with_a_baseline_of_the_state(world, dense_weight):
+    values = torch.randn(len(world.student), generator=torch.Generator().manual_seed(0))
+    gradient = hybrid_gradient(world, dense_weight=dense_weight, baseline=values)
+    assert bias(gradient, world.exact_gradient()) < EXACT
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "per_token_leave_one_out"])
+@pytest.mark.parametrize("scored", [(True, False), (True, True, False), (False, False)])
+def test_responses_that_are_not_scored_take_no_side(scored, baseline):
+    """The reward's gradient is that of the share of responses that are scored."""
+    world = make_world(2, ends=True)
+    scored = torch.tensor(scored)
+    gradient = hybrid_gradient(
+        world,
+        group=len(scored),
+        baseline=baseline,
+        score=lambda rewards: torch.where(scored, rewards, torch.nan),
+    )
+    exact = world.exact_gradient(REWARD_WEIGHT * float(scored.float().mean()))
+    assert bias(gradient, exact) < EXACT
+
+
+def test_scoring_that_depends_on_the_response_is_biased():
+    world = make_world(2, ends=True)
+    gradient = hybrid_gradient(
+        world,
+        group=2,
+        baseline="leave_one_out",
+        score=lambda rewards: torch.where(rewards > 0, rewards, torch.nan),
+    )
+    cost = world.exact_gradient(0.0)
+    reward = world.exact_gradient() - cost
+    best = ((gradient - cost) * reward).sum() / reward.square().sum()
+    assert bias(gradient, cost + best * reward) > 0.05
 
 
 @every_share
