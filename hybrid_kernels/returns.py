@@ -143,7 +143,11 @@ def sparse_advantages(
         others = _sum_of_others(torch.ones_like(values[0]), group, batch)
         own = baseline == "group_mean"
         values = values - _mean_of_known(values, group, batch, others, own)
-        if baseline == "per_token_leave_one_out":
+        if baseline == "per_token_leave_one_out" and cu_seqlens is None:
+            # Equal positions are aligned already, so that only sequences have to be sorted.
+            mean = _mean_of_known(charge.view(log_ratio.shape).T, group, batch, others)
+            mean = mean.T.reshape(-1)
+        elif baseline == "per_token_leave_one_out":
             place = tokens.spread(group) * tokens.length + tokens.position
             mean = _mean_of_known(charge, place, batch, tokens.spread(others))
         else:
