@@ -3,8 +3,8 @@
 A checkpoint is `checkpoints/step-000123/`:
 
     model/       the student and its tokenizer, as `transformers` saves them (safetensors)
-    state.pt     optimizer, learning-rate scheduler, random states, data position; tensors and plain
-                 values only, so that it loads with `weights_only=True`
+    state.pt     moments of the optimizer, random states, data position; tensors and plain values
+                 only, so that it loads with `weights_only=True`
     config.yaml  the options of the run
 """
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
-from transformers import get_scheduler
 from transformers.utils import logging
 
 from train import checkpoint, report
@@ -24,6 +23,7 @@ from train.models import check_lengths, load_models
 from train.objective import ScheduledWeights, gradient_norms, micro_batch_loss
 from train.rewards import Scorer, load_function
 from train.rollout import Sampler
+from train.schedules import learning_rate_factor
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -65,12 +65,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(
         models.student.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
-    scheduler = get_scheduler(
-        config.lr_scheduler_type, optimizer, config.warmup_steps, config.max_steps
-    )
     for teacher in models.teachers:
         torch.nn.Module.to(teacher, accelerator.device)
-    models.student, optimizer, scheduler = accelerator.prepare(models.student, optimizer, scheduler)
+    models.student, optimizer = accelerator.prepare(models.student, optimizer)
 
     done, changed = 0, []
     if resumed_from is not None:
@@ -81,11 +78,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 f"max_steps: got {config.max_steps}, but the checkpoint was saved after {done} "
                 "steps; ask for more"
             )
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
+        # Moments alone; everything else is as the config has it now.
+        settings = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": settings})
         prompts.position = state["position"]
-        checkpoint.restore_random_state(state["random"])
         changed = checkpoint.changed_options(resumed_from, config)
+        if "seed" not in changed:
+            checkpoint.restore_random_state(state["random"])
     log = report.RunLog(config, accelerator, done, resumed_from, changed)
 
     def run_evaluation(step: int) -> None:
@@ -127,9 +126,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
             row = {"step": step, **statistics.means(), "grad_norm": float(norm)}
             check_finite(row)
 
-            learning_rate = scheduler.get_last_lr()[0]
+            learning_rate = config.learning_rate * learning_rate_factor(
+                config.lr_scheduler_type, step - 1, config.warmup_steps, config.max_steps
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
             optimizer.step()
-            scheduler.step()
             optimizer.zero_grad()
 
             row |= {"lr": learning_rate, **vars(weights), **norms}
@@ -141,8 +143,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 run_evaluation(step)
             if saves:
                 state = {
-                    "optimizer": optimizer.state_dict(),
-                    "scheduler": scheduler.state_dict(),
+                    "optimizer": optimizer.state_dict()["state"],
                     "position": prompts.position,
                 }
                 student = accelerator.unwrap_model(models.student)

@@ -1,4 +1,4 @@
-"""Schedules of a weight over the optimizer steps: constant, linear, geometric, cosine."""
+"""Schedules of weights and of the learning rate over the optimizer steps."""
 
 import math
 from dataclasses import dataclass
@@ -58,6 +58,24 @@ class Schedule:
             return self.start
         names = ("kind", "start", "end", "alpha", "cap", "steps")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def learning_rate_factor(kind: str, step: int, warmup_steps: int, max_steps: int) -> float:
+    """The learning rate's factor at update number `step`, counted from 0.
+
+    That of `transformers.get_scheduler`, as a function: a resumed run has no scheduler to restore.
+
+    Args:
+        kind: one of `LR_SCHEDULERS`.
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    decay_steps = max(1, max_steps - warmup_steps)
+    if kind == "linear":
+        return (max_steps - step) / decay_steps
+    if kind == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * ((step - warmup_steps) / decay_steps)))
+    return 1.0
 
 
 def parse_schedule(name: str, value: Any) -> Schedule:

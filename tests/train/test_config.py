@@ -7,9 +7,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import get_scheduler
 
 from train.config import (
+    LR_SCHEDULERS,
     RewardConfig,
     TeacherConfig,
     TrainConfig,
@@ -17,7 +20,7 @@ from train.config import (
     load_config,
     make_config,
 )
-from train.schedules import Schedule, parse_schedule
+from train.schedules import Schedule, learning_rate_factor, parse_schedule
 
 REQUIRED = {"output_dir": "out", "student": "s", "teacher": "t", "train_file": "f"}
 
@@ -154,6 +157,19 @@ def test_schedules(option, values):
     schedule = parse_schedule("x", option)
     assert [schedule.at(step, 5) for step in range(5)] == pytest.approx(values)
     assert parse_schedule("x", schedule.as_option()) == schedule
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 3, 9])
+@pytest.mark.parametrize("kind", LR_SCHEDULERS)
+def test_learning_rate_factors_are_those_of_transformers(kind, warmup_steps):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = get_scheduler(kind, optimizer, warmup_steps, 7)
+    if kind == "constant":
+        warmup_steps = 0  # with warm-up, it is refused
+    for step in range(7):
+        assert learning_rate_factor(kind, step, warmup_steps, 7) == schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
 
 
 def test_command_line_prints_no_traceback(tmp_path: Path):

@@ -11,10 +11,12 @@ import torch
 import yaml
 from helpers import config, options, read_lines, write_prompts
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import get_scheduler
 
 from train.__main__ import main
 from train.checkpoint import atomic_directory, find_checkpoint, load_state
-from train.config import UserError, make_config
+from train.config import LR_SCHEDULERS, UserError, make_config
 from train.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -138,12 +140,62 @@ def test_changed_options_are_reported(straight, tmp_path, capsys):
     assert "these options differ from the checkpoint's: max_steps, learning_rate" in printed
 
 
-def test_checkpoints_hold_plain_data_only(straight):
+def test_checkpoints_hold_plain_data_and_no_option(straight):
     folder = straight / "checkpoints" / "step-000002"
     assert {path.name for path in folder.iterdir()} == {"model", "state.pt", "config.yaml"}
     assert (folder / "model" / "model.safetensors").exists()
     state = load_state(folder)  # weights_only=True
+    assert state.keys() == {"step", "optimizer", "position", "random"}
     assert (state["step"], state["position"]) == (2, 8)
+    # An option among these would have the old run's value after a resume.
+    for moments in state["optimizer"].values():
+        assert moments.keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "step", "max_steps"),
+    [*((name, 6, 8) for name in LR_SCHEDULERS), ("cosine", 2, 3)],
+)
+def test_the_optimizer_has_the_new_options(straight, tmp_path, scheduler, step, max_steps, capsys):
+    changes = {
+        "output_dir": str(tmp_path),
+        "resume_from_checkpoint": str(straight / f"checkpoints/step-{step:06d}"),
+        "max_steps": max_steps,
+        "learning_rate": 3e-3,
+        "weight_decay": 0.25,
+        "lr_scheduler_type": scheduler,
+        "warmup_steps": 0 if scheduler == "constant" else 5,
+    }
+    used = []
+
+    def record(optimizer, *_):
+        (group,) = optimizer.param_groups
+        used.append({key: value for key, value in group.items() if key != "params"})
+
+    hook = register_optimizer_step_pre_hook(record)
+    try:
+        train(make_config(run_options(straight.parent, **changes)))
+    finally:
+        hook.remove()
+    fresh = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=3e-3, weight_decay=0.25)
+    schedule = get_scheduler(scheduler, fresh, changes["warmup_steps"], max_steps)
+    expected = []
+    for _ in range(max_steps):
+        (group,) = fresh.param_groups
+        expected.append({key: group[key] for key in group.keys() - {"params", "initial_lr"}})
+        fresh.step()
+        schedule.step()
+    assert used == expected[step:]
+    assert [row["lr"] for row in rows(tmp_path)] == [group["lr"] for group in used]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "the checkpoint's: max_steps, learning_rate, " in printed
+
+
+def test_a_new_seed_is_in_effect(straight, tmp_path):
+    path = str(straight / "checkpoints/step-000002")
+    changes = {"output_dir": str(tmp_path), "resume_from_checkpoint": path, "max_steps": 3}
+    train(make_config(run_options(straight.parent, seed=7, **changes)))
+    assert torch.initial_seed() == 7
 
 
 def test_a_failed_write_leaves_the_old_folder(tmp_path):
