@@ -3,18 +3,29 @@
 A checkpoint is `checkpoints/step-000123/`:
 
     model/       the student and its tokenizer, as `transformers` saves them (safetensors)
-    state.pt     moments of the optimizer, random states, data position; tensors and plain values
-                 only, so that it loads with `weights_only=True`
+    state.pt     the run's identity, steps done, the optimizer's moments, random states, data
+                 position; tensors and plain values only, so that it loads with `weights_only=True`
     config.yaml  the options of the run
+
+That is all that is restored: a resumed run takes everything else from its own options.
+
+A folder holds one run, whose identity is in `run_id` and in each checkpoint, and which goes on from
+its last checkpoint only. A checkpoint of another folder starts a new run.
 """
 
+import fcntl
 import json
 import os
+import pickle
 import random
 import re
 import shutil
+import socket
+import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +37,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from train.config import TrainConfig, UserError
 
 _NAME = re.compile(r"step-(\d{6,})")
+_FILES = ("model", "state.pt", "config.yaml")
+_STATE = ("run_id", "step", "optimizer", "position", "random")
+# Options that don't affect the numbers of a run.
+_HARMLESS = ("output_dir", "resume_from_checkpoint", "save_steps", "logging_steps", "report_to")
+# Options that a resumed run can't change.
+_FROM_CHECKPOINT = ("student",)
 
 
 @contextmanager
@@ -68,6 +85,39 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Keeps other processes out of a run's folder. The lock ends with this process, if killed.
+
+    Raises:
+        UserError: another process has the lock, or the folder can't be written.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        file = (output / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output_dir: can't write to {str(output)!r}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(
+                f"output_dir: {str(output)!r} is in use by {file.read() or 'another process'}; "
+                "wait for its end, or choose another folder"
+            ) from error
+        except OSError as error:
+            warnings.warn(
+                f"output_dir: the file system of {str(output)!r} has no locks ({error.strerror}); "
+                "don't start a second run there",
+                stacklevel=3,
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
 def save_checkpoint(
     config: TrainConfig,
     step: int,
@@ -78,9 +128,10 @@ def save_checkpoint(
     """Writes `checkpoints/step-<step>` completely or not at all.
 
     Args:
-        state: tensors, numbers, strings and containers of them; the random states are added here.
+        state: tensors, numbers, strings and containers of them; the step and the random states are
+            added here.
     """
-    target = Path(config.output_dir) / "checkpoints" / f"step-{step:06d}"
+    target = _path(Path(config.output_dir), step)
     with atomic_directory(target) as folder:
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
@@ -89,41 +140,135 @@ def save_checkpoint(
     return target
 
 
-def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The folder that `resume_from_checkpoint` names; None for a run from scratch.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run resumes from.
+
+    Attributes:
+        folder: `checkpoints/step-<step>` of some run.
+        state: what `save_checkpoint` was given, with `step` and `random`.
+        own: whether it is of the run in `output_dir`, which goes on; else a new run starts there.
+        changed: the options that affect the numbers of a run and differ from the checkpoint's.
+    """
+
+    folder: Path
+    state: dict[str, Any]
+    own: bool
+    changed: list[str]
+
+    @property
+    def step(self) -> int:
+        """How many steps are done."""
+        return self.state["step"]
+
+    def differences(self, config: TrainConfig) -> list[str]:
+        """Says of the changed options whether they have an effect."""
+        texts = []
+        if kept := [name for name in self.changed if name in _FROM_CHECKPOINT]:
+            texts.append(
+                f"{', '.join(kept)}: differs from the checkpoint's, and has no effect: the weights "
+                "are the checkpoint's"
+            )
+        if new := [name for name in self.changed if name not in _FROM_CHECKPOINT]:
+            outcome = (
+                "the run continues with the new ones and may not repeat the old run exactly"
+                if self.step < config.max_steps
+                else "that has no effect, because all steps are done"
+            )
+            texts.append(f"these options differ from the checkpoint's: {', '.join(new)}; {outcome}")
+        return texts
+
+
+def find_checkpoint(config: TrainConfig) -> Checkpoint | None:
+    """The checkpoint that `resume_from_checkpoint` names; None for a run from scratch.
 
     `latest` without any checkpoint is a run from scratch, too, so that the same command restarts a
     run that was killed before its first checkpoint.
 
     Raises:
-        UserError: a path that is not a checkpoint.
+        UserError: no checkpoint, or one from which no run in `output_dir` can go on.
     """
-    option = config.resume_from_checkpoint
+    output, option = Path(config.output_dir), config.resume_from_checkpoint
+    metrics, final = output / "metrics.jsonl", output / "final"
+    has_steps = metrics.exists() and metrics.stat().st_size > 0
+    folders = [path for path in _path(output, 0).parent.glob("*") if _NAME.fullmatch(path.name)]
+    last = max(folders, key=lambda path: int(path.name[5:]), default=None)
+    holds_run = has_steps or last is not None or final.exists()
     if option is None:
+        if holds_run:
+            raise UserError(
+                f"output_dir: {config.output_dir!r} holds a run already; continue it with "
+                "resume_from_checkpoint=latest, or choose another folder"
+            )
         return None
-    if option == "latest":
-        folders = (Path(config.output_dir) / "checkpoints").glob("step-*")
-        complete = [folder for folder in folders if _NAME.fullmatch(folder.name)]
-        return max(complete, key=lambda folder: int(folder.name[5:]), default=None)
-    if not (Path(option) / "state.pt").is_file():
+    folder = last if option == "latest" else Path(option)
+    found, done = None, 0
+    if folder is not None:
+        own = last is not None and folder.resolve() == last.resolve()
+        found = _read(folder, own, config)
+        done = found.step
+        if holds_run and not own:
+            raise UserError(
+                f"resume_from_checkpoint: {option!r} is not the last checkpoint of the run in "
+                f"{config.output_dir!r}, and a folder holds one run. Start a new run from it in "
+                "another output_dir. (To take back the last steps of a run, first move the "
+                "checkpoints after them away.)"
+            )
+        identity = output / "run_id"
+        saved_here = identity.exists() and identity.read_text().strip() == found.state["run_id"]
+        if own and not (saved_here and last == _path(output, done)):
+            raise UserError(
+                f"resume_from_checkpoint: {str(last)!r} was not saved by the run in "
+                f"{config.output_dir!r}. Move it away, or choose another output_dir"
+            )
+    summary = output / "summary.json"
+    if final.exists() and summary.exists() and json.loads(summary.read_text())["steps"] > done:
         raise UserError(
-            f"resume_from_checkpoint: {option!r} is not a checkpoint; give a folder such as "
+            f"resume_from_checkpoint: {str(final)!r} is the end of a run whose last checkpoint is "
+            f"missing. Start a new run from it with student={final} in another output_dir, or "
+            "first move it away"
+        )
+    if done > config.max_steps or (done == config.max_steps and not has_steps):
+        raise UserError(
+            f"max_steps: got {config.max_steps}, but the checkpoint was saved after {done} steps; "
+            "ask for more"
+        )
+    return found
+
+
+def run_id(output: Path, resumed: Checkpoint | None) -> str:
+    """The identity of the run that goes on, or of a new one, which is written to its folder."""
+    if resumed is not None and resumed.own:
+        return resumed.state["run_id"]
+    identity = uuid.uuid4().hex
+    write_atomically(output / "run_id", identity + "\n")
+    return identity
+
+
+def _path(output: Path, step: int) -> Path:
+    return output / "checkpoints" / f"step-{step:06d}"
+
+
+def _read(folder: Path, own: bool, config: TrainConfig) -> Checkpoint:
+    """Raises a UserError for a folder that `save_checkpoint` has not written."""
+    if not all((folder / name).exists() for name in _FILES):
+        raise UserError(
+            f"resume_from_checkpoint: {str(folder)!r} is not a checkpoint; give a folder such as "
             f"{config.output_dir}/checkpoints/step-000100, or latest"
         )
-    return Path(option)
-
-
-def load_state(folder: Path) -> dict[str, Any]:
-    """The state that `save_checkpoint` was given, `step` and `random` included."""
-    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-
-
-def changed_options(folder: Path, config: TrainConfig) -> list[str]:
-    """The options that affect the numbers of a run and differ from the checkpoint's."""
+    try:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"resume_from_checkpoint: can't read {str(folder)!r}: {error}") from error
+    if missing := [key for key in _STATE if key not in state]:
+        raise UserError(
+            f"resume_from_checkpoint: {str(folder)!r} lacks {', '.join(missing)}: another version "
+            f"of this code has written it. Start a new run with student={folder}/model"
+        )
     saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    harmless = {"output_dir", "resume_from_checkpoint", "save_steps", "logging_steps", "report_to"}
     current = config.as_options()
-    return [key for key in current if key not in harmless and current[key] != saved.get(key)]
+    differing = [key for key in current if current[key] != saved.get(key)]
+    return Checkpoint(folder, state, own, [key for key in differing if key not in _HARMLESS])
 
 
 def _random_state() -> dict[str, Any]:

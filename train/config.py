@@ -83,11 +83,11 @@ class TrainConfig:
     """
 
     output_dir: str
-    student: str  # a local `transformers` directory or a hub name
+    student: str  # a local `transformers` directory or a hub name; where a new run begins
     teachers: list[TeacherConfig]  # `teacher: path` is short for one
     train_file: str  # JSONL: `prompt` (text, or chat messages) and the columns of the rewards
     eval_file: str | None = None  # held-out prompts; None skips every evaluation
-    setup: str | None = None  # `module:function`, called once with {output_dir}/assets to fill it
+    setup: str | None = None  # `module:function`, called with {output_dir}/assets to fill it, once
 
     # The objective: KL(student || teacher) - reward_weight * reward.
     rewards: list[RewardConfig] = field(default_factory=list)
@@ -139,7 +139,9 @@ class TrainConfig:
     eval_steps: int = option(0, at_least=0)  # 0: only before and after the run
     per_device_eval_batch_size: int = option(64, at_least=1)
     save_steps: int = option(0, at_least=0)  # 0: only at the end
-    resume_from_checkpoint: str | None = None  # a checkpoint's folder, or `latest`
+    # `latest`, or a checkpoint's folder: the last one of output_dir, whose run goes on, or one from
+    # elsewhere, with which a new run starts. All options are the new ones, `student` excepted.
+    resume_from_checkpoint: str | None = None
     report_to: str = "tensorboard"  # any tracker that accelerate knows, or `none`
 
     def as_options(self) -> dict[str, Any]:

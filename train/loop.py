@@ -43,15 +43,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     if accelerator.num_processes > 1:
         raise UserError("several processes are not yet supported; start one")
+    with checkpoint.locked(Path(config.output_dir)):
+        return _run(config, accelerator)
+
+
+def _run(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """`train`, with the folder to itself."""
     output = Path(config.output_dir)
-    resumed_from = checkpoint.find_checkpoint(config)
-    report.check_output_folder(config, resumed_from)
-    if config.setup is not None and not (output / "assets").exists():
-        with checkpoint.atomic_directory(output / "assets") as folder:
-            load_function("setup", config.setup)(folder)
+    resumed = checkpoint.find_checkpoint(config)
+    done = resumed.step if resumed else 0
+    if config.setup is not None:
+        _fill_assets(config.setup, output / "assets")
 
     set_seed(config.seed)
-    models = load_models(config, resumed_from / "model" if resumed_from else config.student)
+    models = load_models(config, resumed.folder / "model" if resumed else config.student)
     rewards = Scorer("rewards", config.rewards)
     metrics = Scorer("eval_metrics", config.eval_metrics)
     examples = read_examples("train_file", config.train_file, models.tokenizer)
@@ -69,23 +74,22 @@ def train(config: TrainConfig) -> dict[str, Any]:
         torch.nn.Module.to(teacher, accelerator.device)
     models.student, optimizer = accelerator.prepare(models.student, optimizer)
 
-    done, changed = 0, []
-    if resumed_from is not None:
-        state = checkpoint.load_state(resumed_from)
-        done = state["step"]
-        if done >= config.max_steps and not (output / "metrics.jsonl").exists():
-            raise UserError(
-                f"max_steps: got {config.max_steps}, but the checkpoint was saved after {done} "
-                "steps; ask for more"
-            )
-        # Moments alone; everything else is as the config has it now.
+    if resumed is not None:
+        # Moments and counters alone; everything else is as the config has it now.
         settings = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": settings})
-        prompts.position = state["position"]
-        changed = checkpoint.changed_options(resumed_from, config)
-        if "seed" not in changed:
-            checkpoint.restore_random_state(state["random"])
-    log = report.RunLog(config, accelerator, done, resumed_from, changed)
+        moments = resumed.state["optimizer"]
+        optimizer.load_state_dict({"state": moments, "param_groups": settings})
+        prompts.position = resumed.state["position"]
+        if "seed" not in resumed.changed:
+            checkpoint.restore_random_state(resumed.state["random"])
+    run_id = checkpoint.run_id(output, resumed)
+    log = report.RunLog(config, accelerator, resumed)
+
+    def save(step: int) -> None:
+        moments = optimizer.state_dict()["state"]
+        state = {"run_id": run_id, "optimizer": moments, "position": prompts.position}
+        student = accelerator.unwrap_model(models.student)
+        checkpoint.save_checkpoint(config, step, student, models.tokenizer, state)
 
     def run_evaluation(step: int) -> None:
         if held_out:
@@ -95,8 +99,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
             log.evaluation(step, result, rows)
 
     with log:
-        if done == 0:
+        if resumed is None:
             run_evaluation(0)
+        elif not resumed.own:
+            # Without it, a run killed before its first checkpoint would start over from `student`.
+            save(done)
         for step in range(done + 1, config.max_steps + 1):
             started = time.perf_counter()
             is_last = step == config.max_steps
@@ -142,12 +149,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if evaluates:
                 run_evaluation(step)
             if saves:
-                state = {
-                    "optimizer": optimizer.state_dict()["state"],
-                    "position": prompts.position,
-                }
-                student = accelerator.unwrap_model(models.student)
-                checkpoint.save_checkpoint(config, step, student, models.tokenizer, state)
+                save(step)
 
     with checkpoint.atomic_directory(output / "final") as folder:
         accelerator.unwrap_model(models.student).save_pretrained(folder)
@@ -155,3 +157,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
     summary = log.finish()
     accelerator.end_training()
     return summary
+
+
+def _fill_assets(setup: str, assets: Path) -> None:
+    """Calls the function of the option `setup`, unless it has filled the folder already."""
+    record = assets / ".setup"
+    if not assets.exists():
+        with checkpoint.atomic_directory(assets) as folder:
+            load_function("setup", setup)(folder)
+            (folder / record.name).write_text(setup, encoding="utf-8")
+    filled_by = record.read_text(encoding="utf-8") if record.exists() else None
+    if filled_by != setup:
+        raise UserError(
+            f"setup: got {setup!r}, but {str(assets)!r} was filled by {filled_by or 'hand'}; move "
+            "that folder away, or choose another output_dir"
+        )

@@ -18,66 +18,45 @@ from rich.table import Table
 
 import hybrid_kernels
 from train.batch import MicroBatch
-from train.checkpoint import write_atomically
-from train.config import ENVIRONMENT, TrainConfig, UserError
+from train.checkpoint import Checkpoint, write_atomically
+from train.config import ENVIRONMENT, TrainConfig
 
 SAMPLES_PER_EVALUATION = 8
 _RECORDS = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
-
-
-def check_output_folder(config: TrainConfig, resumed_from: Path | None) -> None:
-    """Checks that a new run does not write into the files of an old one.
-
-    Raises:
-        UserError: the folder holds a run that this one does not continue.
-    """
-    starts_over = resumed_from is None and config.resume_from_checkpoint != "latest"
-    metrics = Path(config.output_dir) / "metrics.jsonl"
-    if starts_over and metrics.exists() and metrics.stat().st_size:
-        raise UserError(
-            f"output_dir: {config.output_dir!r} holds a run already; continue it with "
-            "resume_from_checkpoint=latest, or choose another folder"
-        )
 
 
 class RunLog:
     """Writes everything that a run writes except checkpoints.
 
     `metrics.jsonl` gets one object per step, `eval.jsonl` one per evaluation, and `samples.jsonl` a
-    few responses. A resumed run drops the lines after its checkpoint, because it repeats those
-    steps.
+    few responses. Lines about steps that are still to come are dropped: a killed run has left them.
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        done: int,
-        resumed_from: Path | None,
-        changed: Sequence[str],
+        self, config: TrainConfig, accelerator: Accelerator, resumed: Checkpoint | None
     ) -> None:
         self.console = Console(soft_wrap=True)
         self._config = config
         self._accelerator = accelerator
         self._output = Path(config.output_dir)
-        self._output.mkdir(parents=True, exist_ok=True)
-        for name in _RECORDS:
-            _drop_after(self._output / name, done)
+        done = resumed.step if resumed else 0
+        # The first step of which records will be added; 0 is the evaluation before the run.
+        first = done + 1 if resumed and resumed.own else 0
+        dropped = [_drop_from(self._output / name, first) for name in _RECORDS]
         self._files = {name: (self._output / name).open("a", encoding="utf-8") for name in _RECORDS}
         text = yaml.safe_dump({**config.as_options(), ENVIRONMENT: environment()}, sort_keys=False)
         write_atomically(self._output / "config.yaml", text)
         if config.report_to != "none":
-            options = {"tensorboard": {"purge_step": done + 1}} if done else {}
+            options = {"tensorboard": {"purge_step": first}}
             accelerator.init_trackers("train", init_kwargs=options)
-        if resumed_from is not None:
-            self.console.print(f"resumed from {resumed_from}, {done} steps done", highlight=False)
+        if resumed is not None:
+            self.console.print(f"resumed from {resumed.folder}, {done} steps done", highlight=False)
         elif config.resume_from_checkpoint:
             self.console.print("no checkpoint yet: starting from scratch")
-        if changed:
-            self.warn(
-                f"these options differ from the checkpoint's: {', '.join(changed)}; the run "
-                "continues with the new ones and will not repeat the old run exactly"
-            )
+        if dropped[0]:
+            self.console.print(f"dropped the records of {dropped[0]} later steps")
+        for text in resumed.differences(config) if resumed else ():
+            self.warn(text)
         if config.top_k or config.top_p < 1:
             self.warn(
                 f"top_k={config.top_k}, top_p={config.top_p:g}: responses are drawn from a "
@@ -197,12 +176,13 @@ def summarise(config: TrainConfig, metrics: list[dict], evaluations: list[dict])
         if config.eval_metrics:
             name = "eval_" + config.eval_metrics[0].function.rpartition(":")[2]
         reward = summary["train"]["reward"]
-        before, after = evaluations[0][name], evaluations[-1][name]
-        if reward["last"] > reward["first"] and after < before:
+        # A resumed run may have other metrics than before.
+        values = [row[name] for row in evaluations if name in row]
+        if reward["last"] > reward["first"] and values and values[-1] < values[0]:
             summary["warnings"].append(
                 f"The training reward rose ({reward['first']:.3f} to {reward['last']:.3f}) while "
-                f"the held-out {name[5:]} fell ({before:.3f} to {after:.3f}): the student may be "
-                "exploiting the reward, or memorising the prompts."
+                f"the held-out {name[5:]} fell ({values[0]:.3f} to {values[-1]:.3f}): the student "
+                "may be exploiting the reward, or memorising the prompts."
             )
     forbidden = sum(row["teacher_forbidden"] for row in metrics)
     if forbidden:
@@ -276,16 +256,23 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Drops the lines of later steps, and a last line that a crash cut short."""
+def _drop_from(path: Path, step: int) -> int:
+    """Drops the lines of this step and later ones, and a last line that a crash cut short.
+
+    Returns:
+        how many complete lines that were.
+    """
     if not path.exists():
-        return
-    earlier = []
+        return 0
+    earlier, dropped = [], 0
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if row["step"] <= step:
+        if row["step"] < step:
             earlier.append(line + "\n")
+        else:
+            dropped += 1
     write_atomically(path, "".join(earlier))
+    return dropped

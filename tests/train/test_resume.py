@@ -1,10 +1,17 @@
-"""A run that is stopped and resumed equals a run that was never stopped, bit for bit."""
+"""A run that is stopped and resumed equals a run that was never stopped, bit for bit.
 
+Its options are the new ones, and its folder holds one run.
+"""
+
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +21,10 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import get_scheduler
 
+from train import checkpoint, report
 from train.__main__ import main
-from train.checkpoint import atomic_directory, find_checkpoint, load_state
-from train.config import LR_SCHEDULERS, UserError, make_config
+from train.checkpoint import atomic_directory, find_checkpoint
+from train.config import LR_SCHEDULERS, TrainConfig, UserError, make_config
 from train.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +84,16 @@ def test_a_checkpoint_is_resumed_in_another_folder(tmp_path, straight):
     torch.rand(7)
     path = str(straight / "checkpoints/step-000002")
     assert train(make_config(run_options(tmp_path, resume_from_checkpoint=path)))["steps"] == 6
-    assert rows(tmp_path / "run") == rows(straight)[2:]
+    run = tmp_path / "run"
+    assert rows(run) == rows(straight)[2:]
+    # It is another run, which has its first checkpoint from the start.
+    assert (run / "run_id").read_text() != (straight / "run_id").read_text()
+    for name in ("step-000004", "step-000006"):
+        shutil.rmtree(run / "checkpoints" / name)
+    shutil.rmtree(run / "final")
+    found = find_checkpoint(make_config(run_options(tmp_path, resume_from_checkpoint="latest")))
+    assert found.step == 2
+    assert found.changed == []
 
 
 def test_kill_and_resume(tmp_path, straight, capsys):
@@ -116,15 +133,21 @@ def test_kill_and_resume(tmp_path, straight, capsys):
 
 
 def test_latest_without_a_checkpoint_starts_from_scratch(tmp_path):
-    run = config(tmp_path, resume_from_checkpoint="latest")
+    held_out = str(write_prompts(tmp_path / "eval.jsonl"))
+    run = config(tmp_path, resume_from_checkpoint="latest", eval_file=held_out)
     folder = tmp_path / "run" / "checkpoints" / ".partial-step-000005"
     folder.mkdir(parents=True)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "from": "a killed run"}\n')
+    (tmp_path / "run" / "eval.jsonl").write_text(
+        '{"step": 0, "eval_reward": 9, "from": "a killed run"}\n'
+    )
     assert find_checkpoint(run) is None
     train(run)
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2]
-    assert all("from" not in row for row in metrics)
+    evaluations = read_lines(tmp_path / "run" / "eval.jsonl")
+    assert [row["step"] for row in evaluations] == [0, 2]
+    assert all("from" not in row for row in metrics + evaluations)
 
 
 def test_a_wrong_checkpoint_is_named(tmp_path):
@@ -132,24 +155,96 @@ def test_a_wrong_checkpoint_is_named(tmp_path):
         train(config(tmp_path, resume_from_checkpoint="nowhere"))
 
 
-def test_changed_options_are_reported(straight, tmp_path, capsys):
-    changes = {"output_dir": str(tmp_path), "max_steps": 3, "learning_rate": 0.5}
-    path = str(straight / "checkpoints/step-000002")
-    train(make_config(run_options(straight.parent, resume_from_checkpoint=path, **changes)))
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "these options differ from the checkpoint's: max_steps, learning_rate" in printed
-
-
 def test_checkpoints_hold_plain_data_and_no_option(straight):
     folder = straight / "checkpoints" / "step-000002"
     assert {path.name for path in folder.iterdir()} == {"model", "state.pt", "config.yaml"}
     assert (folder / "model" / "model.safetensors").exists()
-    state = load_state(folder)  # weights_only=True
-    assert state.keys() == {"step", "optimizer", "position", "random"}
+    state = torch.load(folder / "state.pt", weights_only=True)
+    assert state.keys() == {"run_id", "step", "optimizer", "position", "random"}
     assert (state["step"], state["position"]) == (2, 8)
     # An option among these would have the old run's value after a resume.
     for moments in state["optimizer"].values():
         assert moments.keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+# A new value for each option. A resumed run continues with these ...
+IN_EFFECT = {
+    "teachers": [{"model": "elsewhere", "weight": 2}],
+    "train_file": "other.jsonl",
+    "eval_file": None,
+    "setup": "a:b",
+    "rewards": ["a:b"],
+    "eval_metrics": ["a:b"],
+    "reward_weight": 3,
+    "gamma": 0.5,
+    "dense_weight": 0.5,
+    "sampled_kl": False,
+    "entropy_weight": 0.1,
+    "divergence": "forward_kl",
+    "baseline": "none",
+    "cost_clip": 5,
+    "teacher_floor": -30,
+    "vocab_size": 20,
+    "top_k_teacher": 3,
+    "top_k_support": "union",
+    "tail": "mask",
+    "fused_linear": False,
+    "num_generations": 2,
+    "max_completion_length": 3,
+    "temperature": 0.5,
+    "teacher_temperature": 2,
+    "top_p": 0.5,
+    "top_k": 3,
+    "mask_truncated_completions": True,
+    "max_steps": 9,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0.5,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 1,
+    "weight_decay": 0.5,
+    "max_grad_norm": 0,
+    "bf16": True,
+    "seed": 7,
+    "eval_steps": 1,
+    "per_device_eval_batch_size": 1,
+}
+# ... and with these, which are not worth a word ...
+HARMLESS = {
+    "output_dir": "elsewhere",
+    "resume_from_checkpoint": None,
+    "logging_steps": 2,
+    "save_steps": 1,
+    "report_to": "tensorboard",
+}
+# ... but not with these, as it says.
+NO_EFFECT = {"student": "elsewhere"}
+
+
+def test_every_option_is_in_effect_or_named(straight, tmp_path):
+    assert IN_EFFECT.keys() | HARMLESS.keys() | NO_EFFECT.keys() == {
+        spec.name for spec in fields(TrainConfig)
+    }
+    same = {"output_dir": str(tmp_path)}
+    same["resume_from_checkpoint"] = str(straight / "checkpoints/step-000002")
+
+    def differences(**changes):
+        run = make_config(run_options(straight.parent, **{**same, **changes}))
+        return find_checkpoint(run).differences(run)
+
+    assert differences() == []
+    (text,) = differences(**IN_EFFECT, teacher=None)
+    named, outcome = text.removeprefix("these options differ from the checkpoint's: ").split("; ")
+    assert set(named.split(", ")) == IN_EFFECT.keys()
+    assert outcome.startswith("the run continues with the new ones")
+    assert differences(**{name: HARMLESS[name] for name in HARMLESS.keys() - same.keys()}) == []
+    (text,) = differences(**NO_EFFECT)
+    assert text.startswith("student: differs from the checkpoint's, and has no effect")
+    # Nothing has an effect on a run that is over.
+    (text,) = differences(
+        output_dir=str(straight), resume_from_checkpoint="latest", learning_rate=0.5
+    )
+    assert text.endswith("learning_rate; that has no effect, because all steps are done")
 
 
 @pytest.mark.parametrize(
@@ -196,6 +291,216 @@ def test_a_new_seed_is_in_effect(straight, tmp_path):
     changes = {"output_dir": str(tmp_path), "resume_from_checkpoint": path, "max_steps": 3}
     train(make_config(run_options(straight.parent, seed=7, **changes)))
     assert torch.initial_seed() == 7
+
+
+def test_assets_are_those_of_the_setup(tmp_path):
+    (tmp_path / "fill.py").write_text("def one(folder):\n    pass\n\n\ntwo = one\n")
+    one, two = (f"{tmp_path}/fill.py:{name}" for name in ("one", "two"))
+    for _ in range(2):  # the second time, they are there
+        with pytest.raises(UserError, match="student: can't load"):
+            train(config(tmp_path, setup=one, student=str(tmp_path / "none")))
+    with pytest.raises(UserError, match=rf"setup: got '{two}', but .* was filled by {one}; move"):
+        train(config(tmp_path, setup=two))
+
+
+def later(output):
+    """What comes after step 4 of a run of 6."""
+    return output / "checkpoints/step-000006", output / "final"
+
+
+def test_the_last_steps_are_taken_back(straight, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    for folder in later(run):
+        shutil.rmtree(folder)
+    # As if a first attempt was killed while it dropped records.
+    metrics = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(metrics[:5]))
+    changes = {"learning_rate": 0, "weight_decay": 0.5, "max_steps": 5}
+    path = str(run / "checkpoints/step-000004")
+    train(make_config(run_options(tmp_path, resume_from_checkpoint=path, **changes)))
+    assert "dropped the records of 1 later steps" in capsys.readouterr().out
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5]
+    assert rows(run)[:4] == rows(straight)[:4]
+    assert [row["step"] for row in rows(run, "eval")] == [0, 5]
+    assert {row["step"] for row in rows(run, "samples")} == {0, 1, 2, 3, 4, 5}
+    before, after = (
+        load_file(file)
+        for file in (f"{path}/model/model.safetensors", run / "final/model.safetensors")
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("option", "step"), [(None, 0), ("{straight}/checkpoints/step-000006", 0), ("latest", 7)]
+)
+def test_tensorboard_drops_the_same_steps(straight, tmp_path, option, step):
+    option = option and option.format(straight=straight)
+    changes = {"resume_from_checkpoint": option, "report_to": "tensorboard", "max_steps": 8}
+    run = make_config(run_options(tmp_path, **changes))
+    if option == "latest":
+        shutil.copytree(straight, run.output_dir)
+    called = []
+    accelerator = SimpleNamespace(init_trackers=lambda *_, **given: called.append(given))
+    resumed = find_checkpoint(run)
+    with checkpoint.locked(Path(run.output_dir)), report.RunLog(run, accelerator, resumed):
+        pass
+    assert called == [{"init_kwargs": {"tensorboard": {"purge_step": step}}}]
+
+
+def test_a_copied_folder_goes_on(straight, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    changes = {"resume_from_checkpoint": "latest", "eval_metrics": ["train.rewards:exact_match"]}
+    assert train(make_config(run_options(tmp_path, **changes)))["steps"] == 6  # nothing to do
+    assert rows(run) == rows(straight)
+    summary = train(make_config(run_options(tmp_path, max_steps=7, **changes)))
+    assert rows(run)[:6] == rows(straight)
+    assert summary["steps"] == 7
+    assert "eval_exact_match" in summary["after"]
+
+
+@pytest.mark.parametrize("spelling", ["{run}/{last}/", "run/{last}", "link/{last}", "last"])
+def test_the_last_checkpoint_by_any_path(straight, tmp_path, spelling, monkeypatch):
+    run, last = tmp_path / "run", "checkpoints/step-000006"
+    shutil.copytree(straight, run)
+    (tmp_path / "link").symlink_to(run)
+    (tmp_path / "last").symlink_to(run / last)
+    monkeypatch.chdir(tmp_path)
+    path = spelling.format(run=run, last=last)
+    found = find_checkpoint(make_config(run_options(tmp_path, resume_from_checkpoint=path)))
+    assert found.own
+    assert found.step == 6
+
+
+def remove(*names):
+    def tamper(run, other):
+        for name in names:
+            path = run / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return tamper
+
+
+def rename(run, other):
+    (run / "checkpoints/step-000006").rename(run / "checkpoints/step-000010")
+
+
+def copy_from_another(run, other):
+    shutil.copytree(other / "checkpoints/step-000002", run / "checkpoints/step-000008")
+
+
+def age(run, other):
+    file = run / "checkpoints/step-000006/state.pt"
+    state = torch.load(file, weights_only=True)
+    del state["run_id"]
+    torch.save(state, file)
+
+
+def break_state(run, other):
+    (run / "checkpoints/step-000006/state.pt").write_text("no state")
+
+
+NOT_LAST = "is not the last checkpoint of the run in"
+NOT_OURS = "was not saved by the run in"
+REFUSED = {
+    "another run's": (None, "{other}/checkpoints/step-000002", NOT_LAST),
+    "an earlier one": (None, "{run}/checkpoints/step-000004", NOT_LAST),
+    "another run's, no checkpoint here": (
+        remove("checkpoints", "final"),
+        "{other}/checkpoints/step-000002",
+        NOT_LAST,
+    ),
+    "another run's, copied": (copy_from_another, "latest", NOT_OURS),
+    "under another name": (rename, "latest", NOT_OURS),
+    "without an identity here": (remove("run_id"), "latest", NOT_OURS),
+    "only the weights are left": (remove("checkpoints"), "latest", "'{run}/final' is the end of"),
+    "the last one is gone": (
+        remove("checkpoints/step-000006"),
+        "latest",
+        "'{run}/final' is the end of a run whose last checkpoint is missing. Start a new run",
+    ),
+    "only checkpoints are left": (
+        remove("metrics.jsonl", "final", "run_id"),
+        None,
+        "output_dir: '{run}' holds a run already",
+    ),
+    "too many steps": (
+        remove("final"),
+        "latest",
+        "max_steps: got 5, but the checkpoint was saved after 6 steps; ask for more",
+    ),
+    "nothing to do": (
+        remove("metrics.jsonl", "final"),
+        "latest",
+        "max_steps: got 6, but the checkpoint was saved after 6 steps; ask for more",
+    ),
+    "older code's": (age, "latest", "lacks run_id: another version of this code has written it"),
+    "broken": (break_state, "latest", "resume_from_checkpoint: can't read '{run}/checkpoints/step"),
+    "incomplete": (remove("checkpoints/step-000006/model"), "latest", "is not a checkpoint; give"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_folder_holds_one_run(straight, tmp_path, case, capsys):
+    run, other = tmp_path / "run", straight
+    tamper, option, message = REFUSED[case]
+    shutil.copytree(straight, run)
+    if tamper is not None:
+        tamper(run, other)
+    if "{other}" in str(option) or tamper is copy_from_another:
+        (run / "run_id").write_text("another")
+    changes = {"max_steps": 5 if case == "too many steps" else 6}
+    changes["resume_from_checkpoint"] = option and option.format(run=run, other=other)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(run_options(tmp_path, **changes)))
+
+    def content():
+        files = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock"]
+        return {path: path.read_bytes() for path in files}
+
+    before = content()
+    assert main(["--config", str(file)]) == 2
+    assert message.format(run=run) in capsys.readouterr().err
+    assert content() == before
+
+
+def test_a_folder_is_for_one_process(tmp_path, monkeypatch):
+    run = config(tmp_path, setup="no:where", max_steps=1)
+    (tmp_path / "run").mkdir()
+    holder = (
+        "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
+        "print('process 1 on moon', end='', file=file, flush=True); print(flush=True); "
+        "time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path / "run/.lock")], stdout=subprocess.PIPE
+    )
+    process.stdout.readline()
+    try:
+        with pytest.raises(UserError, match=r"output_dir: '.*' is in use by process 1 on moon"):
+            train(run)
+    finally:
+        process.kill()
+        process.communicate()
+    for _ in range(2):  # a run that fails lets go
+        with pytest.raises(UserError, match="setup: can't import 'no'"):
+            train(run)
+    with checkpoint.locked(tmp_path / "run"):
+        content = (tmp_path / "run/.lock").read_text()
+        assert content.startswith(f"process {os.getpid()} on ")
+        with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on "):
+            train(run)
+
+    def without_locks(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", without_locks)
+    with pytest.warns(match="has no locks"), checkpoint.locked(tmp_path / "run"):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="output_dir: can't write to"):
+        train(config(tmp_path, output_dir=str(tmp_path / "file")))
 
 
 def test_a_failed_write_leaves_the_old_folder(tmp_path):
