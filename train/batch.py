@@ -9,7 +9,7 @@ from train.config import TrainConfig
 from train.data import Example, PromptStream
 from train.models import Models
 from train.rewards import Scorer
-from train.rollout import Rollout, Sampler, decode, generate
+from train.rollout import Rollout, Sampler, completion_ids, decode, generate
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class MicroBatch:
         rollout: the responses as tokens.
         mask: `[B, T]` bool, the tokens that are trained: those of the rollout, without truncated
             responses if `mask_truncated_completions` is set.
-        scores: name -> `[B]` fp32, not weighted.
-        reward: `[B]` fp32, the weighted sum of the scores.
+        scores: name -> `[B]` fp32, not weighted; NaN where a response could not be scored.
+        reward: `[B]` fp32, the weighted sum of the scores that are there; NaN if none is.
     """
 
     examples: list[Example]
@@ -42,17 +42,21 @@ def collect(
     drawn = prompts.take(config.per_device_train_batch_size // group_size)
     examples = [example for example in drawn for _ in range(group_size)]
     rollout = generate(models.student, examples, sampler)
-    completions = decode(models.tokenizer, rollout)
+    ids = completion_ids(rollout)
+    completions = decode(models.tokenizer, ids)
     mask = rollout.mask
     if config.mask_truncated_completions:
         mask = mask & ~rollout.truncated[:, None]
-    scores = rewards.score(examples, completions)
-    device = mask.device
+    scores = rewards.score(examples, completions, ids)
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=mask.device)
+
     return MicroBatch(
         examples=examples,
         completions=completions,
         rollout=rollout,
         mask=mask,
-        scores={name: torch.tensor(values, device=device) for name, values in scores.items()},
-        reward=torch.tensor(rewards.total(scores, len(examples)), device=device),
+        scores={name: column(values) for name, values in scores.items()},
+        reward=column(rewards.total(scores, len(examples))),
     )

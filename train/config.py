@@ -54,12 +54,18 @@ class RewardConfig:
     """One reward: where its function is, and its weight in the sum.
 
     Attributes:
-        function: `package.module:function` or `path/to/file.py:function`.
+        function: `package.module:function` or `path/to/file.py:function`; `train/rewards.py` says
+            how it is called.
         weight: the factor of its value.
     """
 
     function: str
     weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The function's name, under which logs have its values."""
+        return self.function.rpartition(":")[2]
 
 
 @dataclass(frozen=True)

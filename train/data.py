@@ -12,6 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from train.config import UserError
 
+# What rewards get besides the columns of the file.
+GIVEN_TO_REWARDS = ("prompts", "completions", "completion_ids")
+
 
 @dataclass(frozen=True)
 class Example:
@@ -64,7 +67,7 @@ def _example(where: str, line: str, tokenizer: PreTrainedTokenizerBase) -> Examp
     if not isinstance(row, dict) or "prompt" not in row:
         raise UserError(f"{where}: expected an object with the key `prompt`")
     prompt = row.pop("prompt")
-    for reserved in ("prompts", "completions"):
+    for reserved in GIVEN_TO_REWARDS:
         if reserved in row:
             raise UserError(f"{where}: {reserved!r} is what rewards receive; rename the column")
     if isinstance(prompt, str):

@@ -8,7 +8,7 @@ import torch
 from train.data import Example
 from train.models import Models
 from train.rewards import Scorer
-from train.rollout import Sampler, decode, generate
+from train.rollout import Sampler, completion_ids, decode, generate
 
 
 @torch.no_grad()
@@ -40,12 +40,13 @@ def evaluate(
         kl += float(terms.divergence.sum())
         entropy += float(terms.entropy.sum())
         truncated += int(rollout.truncated.sum())
-        completions = decode(models.tokenizer, rollout)
-        scores = rewards.score(batch, completions)
+        ids = completion_ids(rollout)
+        completions = decode(models.tokenizer, ids)
+        scores = rewards.score(batch, completions, ids)
         columns = {
             "reward": rewards.total(scores, len(batch)),
             **scores,
-            **metrics.score(batch, completions),
+            **metrics.score(batch, completions, ids),
         }
         for row, (example, completion) in enumerate(zip(batch, completions, strict=True)):
             values = {name: column[row] for name, column in columns.items()}

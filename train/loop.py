@@ -63,6 +63,9 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     held_out: list[Example] = []
     if config.eval_file is not None:
         held_out = read_examples("eval_file", config.eval_file, models.tokenizer)
+        for scorer in (rewards, metrics):
+            scorer.check("eval_file", held_out)
+    rewards.check("train_file", examples)
     check_lengths(config, examples + held_out, models.student, *models.teachers)
     prompts = PromptStream(examples, config.seed)
     sampler = Sampler.create(config, models.student, models.tokenizer, models.vocab_size)

@@ -1,92 +1,147 @@
-"""Rewards: any Python callable `(prompts, completions, **columns) -> one number each`.
+"""Rewards: any Python callable that returns one number for each completion.
 
-`prompts` are the examples' prompts as in the file, `completions` are texts, and each other column
-of the file is passed as a keyword argument, a list in the same order. A function gets only the
-columns that it names as parameters, or all of them if it has `**columns`.
+It is called by name, and gets what its parameters name (all of it, if it takes `**kwargs`):
+
+- `prompts`: the prompts as in the file, texts or chat messages,
+- `completions`: texts, also where the prompts are chat messages,
+- `completion_ids`: each completion's token ids, up to and including its EOS,
+- every other column of the file by its name,
+
+each a list with one entry per completion. Reward functions of TRL have these parameters, too, and
+may be `async`.
+
+It returns a list, tensor or array of numbers in the order of the completions. None or NaN says that
+a completion could not be scored: it counts in no mean, and this reward neither favours nor
+disfavours it.
 """
 
+import asyncio
+import copy
+import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import math
+import numbers
 import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from train.config import RewardConfig, UserError
-from train.data import Example
+from train.data import GIVEN_TO_REWARDS, Example
 
 _NUMBER = re.compile(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?")
 
 
 def exact_match(prompts: Sequence, completions: Sequence[str], answer: Sequence) -> list[float]:
-    """1 if the completion equals the `answer` column up to surrounding white space, else 0."""
+    """1 if the completion equals the `answer` column up to surrounding white space, else 0.
+
+    NaN where the column is None.
+    """
     return [
-        float(text.strip() == str(expected).strip())
+        math.nan if expected is None else float(text.strip() == str(expected).strip())
         for text, expected in zip(completions, answer, strict=True)
     ]
 
 
 def numeric_answer(prompts: Sequence, completions: Sequence[str], answer: Sequence) -> list[float]:
-    """1 if the last number in the completion equals the last one in the `answer` column, else 0."""
+    """1 if the last number in the completion equals the last one in the `answer` column, else 0.
+
+    NaN where the column is None.
+    """
     return [
-        float(_last_number(text) is not None and _last_number(text) == _last_number(str(expected)))
+        math.nan if expected is None else float(_same_number(text, str(expected)))
         for text, expected in zip(completions, answer, strict=True)
     ]
 
 
-def _last_number(text: str) -> float | None:
-    numbers = _NUMBER.findall(text)
-    return float(numbers[-1].replace(",", "")) if numbers else None
+def _same_number(text: str, expected: str) -> bool:
+    number = _last_number(text)
+    return number is not None and number == _last_number(expected)
+
+
+def _last_number(text: str) -> Decimal | None:
+    found = _NUMBER.findall(text)
+    return Decimal(found[-1].replace(",", "")) if found else None
 
 
 class Scorer:
     """Several rewards with their names and weights."""
 
     def __init__(self, option: str, specs: Sequence[RewardConfig]) -> None:
-        self._functions: dict[str, tuple[Callable, float]] = {}
+        self._functions: dict[str, Callable] = {}
+        self._weights: dict[str, float] = {}
         for spec in specs:
-            name = spec.function.rpartition(":")[2]
-            if name in self._functions:
-                raise UserError(f"{option}: two functions named {name!r}; rename one")
-            self._functions[name] = (load_function(option, spec.function), spec.weight)
+            if spec.name in self._functions:
+                raise UserError(f"{option}: two functions named {spec.name!r}; rename one")
+            self._functions[spec.name] = _load_reward(option, spec.function)
+            self._weights[spec.name] = spec.weight
 
-    @property
-    def weights(self) -> dict[str, float]:
-        return {name: weight for name, (_, weight) in self._functions.items()}
+    def check(self, option: str, examples: Sequence[Example]) -> None:
+        """Checks that the rewards can be called with the columns of a file.
+
+        Args:
+            option: the option that names the file, for error messages.
+
+        Raises:
+            UserError: a reward needs a parameter that is neither given nor a column.
+        """
+        names = dict.fromkeys((*GIVEN_TO_REWARDS, *examples[0].columns))
+        for name, function in self._functions.items():
+            _arguments(name, function, names, option)
 
     def score(
-        self, examples: Sequence[Example], completions: Sequence[str]
+        self,
+        examples: Sequence[Example],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
     ) -> dict[str, list[float]]:
         """Each reward of each completion.
 
         Args:
             examples: the example behind each completion.
             completions: texts, without special tokens.
+            completion_ids: the tokens of each, including its EOS.
 
         Returns:
-            name -> one finite number per completion, not weighted.
+            name -> one number per completion, not weighted; NaN where it could not be scored.
 
         Raises:
-            UserError: a reward needs a column that the data lacks, or does not return that.
+            UserError: a reward can't be called, raises an exception, or returns something else.
         """
-        columns = {
-            key: [example.columns.get(key) for example in examples] for key in examples[0].columns
-        }
-        prompts = [example.prompt for example in examples]
         scores = {}
-        for name, (function, _) in self._functions.items():
-            values = function(prompts, list(completions), **_columns_for(name, function, columns))
-            scores[name] = _checked(name, values, len(completions))
+        for name, function in self._functions.items():
+            # Made anew for each reward, so that none can change what another one gets.
+            given = {
+                "prompts": [copy.deepcopy(example.prompt) for example in examples],
+                "completions": list(completions),
+                "completion_ids": [list(ids) for ids in completion_ids],
+            }
+            for key in examples[0].columns:
+                given[key] = [copy.deepcopy(example.columns.get(key)) for example in examples]
+            positional, by_name = _arguments(name, function, given, "the data")
+            values = _call(name, function, positional, by_name)
+            scores[name] = _checked(name, values, examples)
         return scores
 
     def total(self, scores: dict[str, list[float]], count: int) -> list[float]:
-        """The weighted sum of the scores of `count` completions; 0 if there are no rewards."""
-        weights = self.weights
-        return [sum(weights[name] * scores[name][i] for name in weights) for i in range(count)]
+        """The weighted sum of the scores of each of `count` completions.
+
+        A score of NaN is left out. The sum is NaN if all are, and 0 if there are no rewards.
+        """
+        totals = []
+        for i in range(count):
+            scored = [name for name in scores if not math.isnan(scores[name][i])]
+            total = sum(self._weights[name] * scores[name][i] for name in scored)
+            totals.append(total if scored or not scores else math.nan)
+        return totals
 
 
 def load_function(option: str, path: str) -> Callable[..., Any]:
@@ -134,31 +189,114 @@ def _module_from_file(option: str, file: Path) -> Any:
     return module
 
 
-def _columns_for(name: str, function: Callable, columns: dict[str, list]) -> dict[str, list]:
-    parameters = list(inspect.signature(function).parameters.values())[2:]
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return columns
-    required = {parameter.name: parameter.default is parameter.empty for parameter in parameters}
-    for column in required:
-        if required[column] and column not in columns:
-            available = ", ".join(columns) or "none"
-            raise UserError(
-                f"reward {name}: wants the column {column!r}, which the data lacks (it has: "
-                f"{available})"
-            )
-    return {key: value for key, value in columns.items() if key in required}
-
-
-def _checked(name: str, values: Any, count: int) -> list[float]:
+def _load_reward(option: str, path: str) -> Callable[..., Any]:
+    function = load_function(option, path)
+    if inspect.isclass(function):
+        raise UserError(f"{option}: {path!r} is a class; name a function, or an instance of it")
     try:
-        numbers = [float(value) for value in values]
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"reward {name}: returned {values!r}, expected a list of {count} numbers"
+            f"{option}: {path!r} does not say which parameters it has; call it in a function of "
+            "your own, such as `def reward(completions, answer)`"
         ) from error
-    if len(numbers) != count:
-        raise UserError(f"reward {name}: returned {len(numbers)} numbers for {count} completions")
-    for value in numbers:
-        if not math.isfinite(value):
-            raise UserError(f"reward {name}: returned {value}, expected finite numbers")
-    return numbers
+    kinds = {parameter.kind for parameter in parameters}
+    if inspect.Parameter.VAR_POSITIONAL in kinds and inspect.Parameter.VAR_KEYWORD not in kinds:
+        raise UserError(
+            f"{option}: {path!r} takes *args, but rewards are called by name; list its parameters, "
+            "or add **kwargs"
+        )
+    return function
+
+
+def _arguments(
+    name: str, function: Callable, given: dict[str, Any], source: str
+) -> tuple[list, dict[str, Any]]:
+    """The arguments of a reward by position, for parameters that have no other way, and by name."""
+    bound = function.keywords if isinstance(function, functools.partial) else {}
+    for key in bound:
+        if key in given:
+            raise UserError(
+                f"reward {name}: {key!r} is set by functools.partial, but the loop and {source} "
+                f"have lists of {', '.join(given)}; rename one of the two"
+            )
+    positional: list[Any] = []
+    by_name: dict[str, Any] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            by_name = given | by_name
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            continue
+        elif parameter.name not in given and parameter.default is parameter.empty:
+            raise UserError(
+                f"reward {name}: nothing to give to its parameter {parameter.name!r}; the loop and "
+                f"{source} have lists of {', '.join(given)}. Rename the parameter, give it a "
+                "default, or add a column"
+            )
+        elif parameter.kind is parameter.POSITIONAL_ONLY:
+            positional.append(given.get(parameter.name, parameter.default))
+        elif parameter.name in given:
+            by_name[parameter.name] = given[parameter.name]
+    return positional, by_name
+
+
+def _call(name: str, function: Callable, positional: list, by_name: dict[str, Any]) -> Any:
+    try:
+        values = function(*positional, **by_name)
+        if inspect.iscoroutine(values):
+            values = asyncio.run(values)
+        # What a generator raises belongs here, too.
+        return list(values) if isinstance(values, Iterator) else values
+    except Exception as error:
+        own = error.__traceback__.tb_next if error.__traceback__ else None
+        lines = traceback.format_exception(type(error), error, own)
+        raise UserError(
+            f"reward {name}: raised {type(error).__name__}: {error} (each argument is a list; "
+            f"completions are texts, not messages)\n{''.join(lines).rstrip()}"
+        ) from error
+
+
+def _checked(name: str, values: Any, examples: Sequence[Example]) -> list[float]:
+    """What a reward returned as finite numbers, or NaN for what could not be scored."""
+    count = len(examples)
+    listed = _plain(values)
+    # These can be iterated over, but not into numbers in the order of the completions.
+    other = isinstance(listed, (str, bytes, bytearray, Mapping, Set))
+    if other or not isinstance(listed, Iterable):
+        raise UserError(
+            f"reward {name}: returned {values!r:.200} ({type(values).__name__}), expected a list "
+            f"of {count} numbers"
+        )
+    entries = list(listed)
+    if len(entries) != count:
+        raise UserError(f"reward {name}: returned {len(entries)} numbers for {count} completions")
+    scores = []
+    for index, entry in enumerate(entries):
+        score = _number(entry)
+        if score is None:
+            raise UserError(
+                f"reward {name}: returned {entry!r:.200} for completion {index}, of the prompt "
+                f"{examples[index].prompt!r:.200}; expected a number within the range of fp32, or "
+                "None if it can't be scored"
+            )
+        scores.append(score)
+    return scores
+
+
+def _number(entry: Any) -> float | None:
+    """An entry as a finite fp32 number, NaN for None, or None for anything else."""
+    entry = _plain(entry)
+    if entry is None:
+        return math.nan
+    if not isinstance(entry, numbers.Number):
+        return None
+    try:
+        score = float(entry)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError, OverflowError):  # complex numbers, huge integers
+        return None
+    return None if abs(score) > torch.finfo(torch.float32).max else score
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and arrays as lists of lists, or as numbers if they have no dimension."""
+    return value.tolist() if hasattr(value, "tolist") else value

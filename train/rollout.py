@@ -137,7 +137,7 @@ def completion_mask(tokens: Tensor, eos_ids: Sequence[int]) -> tuple[Tensor, Ten
     Returns:
         the mask `[B, T]` bool, true up to and including the first EOS; truncated `[B]` bool.
     """
-    ends = torch.isin(tokens, torch.tensor(list(eos_ids), device=tokens.device))
+    ends = torch.isin(tokens, torch.tensor(eos_ids, dtype=tokens.dtype, device=tokens.device))
     ended_before = ends.cumsum(1) - ends.long() > 0
     return ~ended_before, ~ends.any(1)
 
@@ -147,10 +147,15 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
+def completion_ids(rollout: Rollout) -> list[list[int]]:
+    """The responses' tokens, up to and including their first EOS."""
+    rows = zip(rollout.tokens.cpu(), rollout.mask.cpu(), strict=True)
+    return [tokens[mask].tolist() for tokens, mask in rows]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> list[str]:
     """The responses as texts, without special tokens."""
-    rows = zip(rollout.tokens, rollout.mask, strict=True)
-    return [str(tokenizer.decode(tokens[mask], skip_special_tokens=True)) for tokens, mask in rows]
+    return [str(tokenizer.decode(list(row), skip_special_tokens=True)) for row in ids]
 
 
 @torch.no_grad()

@@ -1,0 +1,338 @@
+"""Rewards: how they are called, what they may return, and what becomes of a missing score."""
+
+import functools
+import math
+import sys
+import types
+from dataclasses import replace
+from decimal import Decimal
+
+import numpy as np
+import pytest
+import torch
+from helpers import config, make_tokenizer, prepared, write_prompts
+
+from train.config import RewardConfig, UserError
+from train.data import Example, read_examples
+from train.loop import train
+from train.objective import ScheduledWeights, micro_batch_loss
+from train.rewards import Scorer, exact_match, numeric_answer
+
+NAN = math.nan
+MODULE = types.ModuleType("rewards_under_test")
+sys.modules[MODULE.__name__] = MODULE
+
+
+def paths(**functions):
+    """Options for these functions, the first with the weight 1, the second with 2, and so on."""
+    for name, function in functions.items():
+        setattr(MODULE, name, function)
+    names = [f"{MODULE.__name__}:{name}" for name in functions]
+    return [{"function": name, "weight": weight} for weight, name in enumerate(names, start=1)]
+
+
+def scorer(**functions):
+    return Scorer("rewards", [RewardConfig(**path) for path in paths(**functions)])
+
+
+TEXTS = ["a", "bb", "ccc"]
+IDS = [[4, 2], [5, 5, 2], [6, 6, 6, 2]]
+ANSWERS = ["a", "", "c"]
+
+
+def examples():
+    rows = [{"answer": answer, "tags": [answer]} for answer in ANSWERS]
+    return [Example(f"prompt {row}", [1], columns) for row, columns in enumerate(rows)]
+
+
+def score(function):
+    return scorer(f=function).score(examples(), TEXTS, IDS)["f"]
+
+
+def lengths(values):
+    return [len(value) for value in values]
+
+
+def swapped(completions, prompts):
+    return lengths(completions)
+
+
+def keyword_only(*, answer, completions):
+    return [len(text + right) for text, right in zip(completions, answer, strict=True)]
+
+
+def positional_only(completions, prompts, absent=7, answer=None, /):
+    return [absent + len(right) for right in answer]
+
+
+async def waiting(completions, **kwargs):
+    return lengths(completions)
+
+
+@functools.wraps(swapped)
+def wrapper(*args, **kwargs):
+    return swapped(*args, **kwargs)
+
+
+class Lengths:
+    def __call__(self, completions, **kwargs):
+        return lengths(completions)
+
+    def method(self, completions, prompts):
+        return lengths(completions)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda prompts, completions, answer: lengths(map(str.__add__, completions, answer)), 224),
+        (swapped, 123),
+        (lambda completions, **kwargs: lengths(completions), 123),
+        (lambda completions, answer, **kwargs: lengths(answer), 101),
+        (lambda completion_ids, **kwargs: lengths(completion_ids), 234),
+        (lambda **kwargs: lengths(kwargs["completion_ids"]), 234),
+        (lambda **kwargs: [len(kwargs)] * 3, 555),
+        (lambda *args, **kwargs: [len(args) + len(kwargs)] * 3, 555),
+        (lambda completions, answer=None, absent=5: [absent + len(a) for a in answer], 656),
+        (lambda completions, trainer_state=None, log_metric=None: lengths(completions), 123),
+        (keyword_only, 224),
+        (positional_only, 878),
+        (waiting, 123),
+        (wrapper, 123),
+        (Lengths(), 123),
+        (Lengths().method, 123),
+        (functools.partial(lambda scale, completions: [scale] * len(completions), 4), 444),
+        (functools.partial(lambda completions, scale: [scale] * len(completions), scale=4), 444),
+    ],
+)
+def test_rewards_are_called_by_name(function, expected):
+    assert score(function) == [int(digit) for digit in str(expected)]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda data_source, solution_str, ground_truth, extra_info=None: 1.0, "'data_source'"),
+        (lambda queries, prompts, labels: [1.0] * 3, "'queries'"),
+        (lambda prompt, completions: [1.0] * 3, "'prompt'"),
+        (lambda completions, log_metric, **kwargs: [1.0] * 3, "'log_metric'"),
+        (len, "'obj'; the loop and eval_file have lists of prompts, completions, completion_ids, "),
+        (lambda completions, *columns: [1.0] * 3, "rewards: 'rewards_under_test:f' takes *args"),
+        (Lengths, "rewards: 'rewards_under_test:f' is a class; name a function, or an instance"),
+        (max, "rewards: 'rewards_under_test:f' does not say which parameters it has"),
+        (functools.partial(lambda answer: answer, answer=[]), "'answer' is set by functools.part"),
+    ],
+)
+def test_other_signatures_are_named_before_a_run(function, message):
+    with pytest.raises(UserError) as error:
+        scorer(f=function).check("eval_file", examples())
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["train_file", "eval_file", "eval_metrics"])
+def test_signatures_are_checked_before_the_first_response(tmp_path, option, monkeypatch):
+    monkeypatch.setattr("train.batch.generate", None)
+    monkeypatch.setattr("train.evaluate.generate", None)
+    wanting = paths(f=lambda completions, answer: lengths(completions))
+    kinds = {"rewards": wanting} if option != "eval_metrics" else {"eval_metrics": wanting}
+    run = config(tmp_path, **{"rewards": [], **kinds})
+    without_answers = write_prompts(tmp_path / "other.jsonl", [{"prompt": "a"}])
+    source = "train_file" if option == "train_file" else "eval_file"
+    run = replace(run, **{source: str(without_answers)})
+    with pytest.raises(UserError, match=f"reward f: .* 'answer'; the loop and {source} have lists"):
+        train(run)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ((1, 2.5, True), [1, 2.5, 1]),
+        ((value for value in (1, 2, 3)), [1, 2, 3]),
+        ({"a": 1, "b": 2, "c": 3}.values(), [1, 2, 3]),
+        (torch.tensor([1, 2, 3], dtype=torch.bfloat16), [1, 2, 3]),
+        (torch.tensor([1.0, 2.0, 3.0], requires_grad=True), [1, 2, 3]),
+        (np.array([True, False, True]), [1, 0, 1]),
+        ([torch.tensor(1.0), np.float32(2), np.bool_(True)], [1, 2, 1]),
+        ([Decimal("0.5"), -3e38, None], [0.5, -3e38, NAN]),
+        ([NAN, None, np.float64(NAN)], [NAN, NAN, NAN]),
+    ],
+)
+def test_numbers_that_come_back(values, expected):
+    scores = score(lambda completions: values)
+    assert scores == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
+    assert {type(value) for value in scores} == {float}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({0: 1.0, 1: 2.0, 2: 3.0}, "returned {0: 1.0, 1: 2.0, 2: 3.0} (dict), expected a list of"),
+        ({0: 1.0, 1: 2.0, 2: 3.0}.keys(), "(dict_keys), expected a list of 3 numbers"),
+        ({3.0, 1.0, 2.0}, "(set), expected a list of 3 numbers"),
+        ("123", "returned '123' (str), expected a list of 3 numbers"),
+        (b"123", "(bytes), expected a list of 3 numbers"),
+        (None, "returned None (NoneType), expected a list of 3 numbers"),
+        (1.0, "returned 1.0 (float), expected a list of 3 numbers"),
+        (torch.tensor(1.0), "returned tensor(1.) (Tensor), expected a list of 3 numbers"),
+        ([1.0], "returned 1 numbers for 3 completions"),
+        (torch.ones(3, 1), "returned [1.0] for completion 0, of the prompt 'prompt 0'"),
+        (np.ones((3, 1)), "returned [1.0] for completion 0, of the prompt 'prompt 0'"),
+        (np.ones(3) + 1j, "returned (1+1j) for completion 0"),
+        (
+            [1.0, torch.ones(1), 1.0],
+            "returned tensor([1.]) for completion 1, of the prompt 'prompt 1",
+        ),
+        (
+            [1.0, 2.0, "3"],
+            "returned '3' for completion 2, of the prompt 'prompt 2'; expected a numb",
+        ),
+        ([1.0, b"2", 3.0], "returned b'2' for completion 1"),
+        ([1j, 2.0, 3.0], "returned 1j for completion 0"),
+        ([1.0, math.inf, 2.0], "returned inf for completion 1"),
+        ([1.0, -1e39, 2.0], "returned -1e+39 for completion 1"),
+        ([1, 2, 10**400], "returned 1000"),
+    ],
+)
+def test_what_is_not_a_number_for_each_completion_is_named(values, message):
+    with pytest.raises(UserError, match=r"^reward f: ") as error:
+        score(lambda completions: values)
+    assert message in str(error.value)
+
+
+def test_an_exception_in_a_reward_is_named_with_its_place():
+    def of_messages(completions, **kwargs):
+        return [float(messages[0]["content"] == "x") for messages in completions]
+
+    def late(completions):
+        yield 1.0
+        raise KeyError("missing")
+
+    with pytest.raises(
+        UserError, match=r"reward f: raised TypeError: .* texts, not messages"
+    ) as error:
+        score(of_messages)
+    assert isinstance(error.value.__cause__, TypeError)
+    assert 'test_rewards.py", line' in str(error.value)
+    assert 'messages[0]["content"]' in str(error.value)
+    with pytest.raises(UserError, match="reward f: raised KeyError: 'missing'"):
+        score(late)
+
+
+def test_rewards_do_not_change_what_others_get():
+    def changing(prompts, completions, completion_ids, answer, tags):
+        prompts[0][0]["content"] = "changed"
+        tags[0].append("changed")
+        for values in (prompts, completions, completion_ids, answer, *completion_ids):
+            values.clear()
+        return [1.0] * 3
+
+    seen = []
+
+    def looking(**kwargs):
+        seen.append(kwargs)
+        return [1.0] * 3
+
+    data = [replace(e, prompt=[{"role": "user", "content": e.prompt}]) for e in examples()]
+    ids = [list(row) for row in IDS]
+    rewards = scorer(changing=changing, looking=looking)
+    for _ in range(2):
+        rewards.score(data, TEXTS, ids)
+    for kwargs in seen:
+        assert kwargs == {
+            "prompts": [[{"role": "user", "content": f"prompt {row}"}] for row in range(3)],
+            "completions": ["a", "bb", "ccc"],
+            "completion_ids": [[4, 2], [5, 5, 2], [6, 6, 6, 2]],
+            "answer": ["a", "", "c"],
+            "tags": [["a"], [""], ["c"]],
+        }
+
+
+def test_responses_to_one_prompt_do_not_share_a_value():
+    def changing(completions, tags):
+        tags[0].append("changed")
+        return lengths(tags)
+
+    rewards = scorer(changing=changing)
+    assert rewards.score([examples()[0]] * 3, TEXTS, IDS) == {"changing": [2, 1, 1]}
+
+
+def test_totals_leave_out_what_could_not_be_scored():
+    rewards = scorer(a=lambda completions: [1, None, None], b=lambda completions: [4, 5, None])
+    scores = rewards.score(examples(), TEXTS, IDS)
+    assert rewards.total(scores, 3) == pytest.approx([9, 10, NAN], nan_ok=True)
+    assert Scorer("rewards", []).total({}, 2) == [0, 0]
+
+
+def test_answer_rewards():
+    texts = ["42", " 42\n", "43", "so 1,042.5", "none", "None"]
+    exact = exact_match([""] * 6, texts, ["42", "42", 42, "x", "", None])
+    assert exact == pytest.approx([1, 1, 0, 0, 0, NAN], nan_ok=True)
+    answers = [42, "42.0", "42", "= 1042.5", "7", None]
+    numeric = numeric_answer([""] * 6, texts, answers)
+    assert numeric == pytest.approx([1, 1, 0, 1, 0, NAN], nan_ok=True)
+    # In float64, these are equal.
+    assert numeric_answer([""] * 2, [str(2**53 + 1), "1" * 400], [2**53, "2" * 400]) == [0, 0]
+
+
+def test_user_rewards_from_a_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def named(prompts, completions, level):\n    return level\n")
+    path = write_prompts(tmp_path / "x.jsonl", [{"prompt": "a", "level": 1}, {"prompt": "c"}])
+    data = read_examples("train_file", str(path), make_tokenizer())
+    rewards = Scorer("rewards", [RewardConfig(f"{file}:named")])
+    scores = rewards.score(data, TEXTS[:2], IDS[:2])
+    assert scores == {"named": pytest.approx([1, NAN], nan_ok=True)}
+
+
+def test_wrong_reward_paths_are_named(tmp_path):
+    (tmp_path / "empty.py").touch()
+    for path, message in [
+        ("no_colon", "expected `module:function`"),
+        ("no.such.module:f", "can't import 'no.such.module'"),
+        ("no/such.py:f", "there is no file 'no/such.py'"),
+        (f"{tmp_path}/empty.py:nothing", "has no function 'nothing'"),
+    ]:
+        with pytest.raises(UserError) as error:
+            Scorer("rewards", [RewardConfig(path)])
+        assert message in str(error.value)
+    with pytest.raises(UserError, match="two functions named 'exact_match'"):
+        Scorer("rewards", [RewardConfig("train.rewards:exact_match")] * 2)
+
+
+def test_rewards_of_a_micro_batch(tmp_path):
+    seen = []
+
+    def ids(completion_ids, completions):
+        seen.extend(completion_ids)
+        return [None if row % 3 == 0 else row for row in range(len(completions))]
+
+    _, _, batch = prepared(tmp_path, rewards=paths(zero=lambda prompts: [0] * 8, ids=ids))
+    tokens, lengths = batch.rollout.tokens.tolist(), batch.rollout.mask.sum(1).tolist()
+    assert seen == [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+    assert len(set(lengths)) > 1
+    expected = torch.tensor([NAN, 1, 2, NAN, 4, 5, NAN, 7])
+    torch.testing.assert_close(batch.scores["ids"], expected, equal_nan=True)
+    torch.testing.assert_close(batch.reward, 2 * expected.nan_to_num(), equal_nan=True)
+
+
+@pytest.fixture
+def default_dtype():
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(tmp_path, dtype, default_dtype):
+    rewards = paths(third=lambda completions: [len(text) / 3 for text in completions])
+    losses, batches = [], []
+    for each in (torch.float32, dtype):  # the first writes the checkpoints
+        default_dtype(each)
+        run, models, batch = prepared(tmp_path, rewards=rewards)
+        result = micro_batch_loss(run, models, batch, ScheduledWeights(2.0, 0.9, 0.7), 10)
+        losses.append(result.loss.detach())
+        batches.append(batch)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
+    assert batches[1].scores["third"].dtype == torch.float32
+    assert torch.equal(batches[1].scores["third"], batches[0].scores["third"])
+    assert batches[1].reward.dtype == torch.float32
+    assert torch.equal(batches[1].reward, batches[0].reward)
