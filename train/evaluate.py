@@ -1,5 +1,6 @@
 """Evaluation on the held-out prompts: rewards and metrics of greedy responses, and the KL."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,9 +24,11 @@ def evaluate(
     """Evaluates greedy responses to all examples. Draws no random numbers.
 
     Returns:
-        the figures, and one row `{prompt, completion, reward, <name>...}` for each response. The
-        figures are means over the examples: `eval_reward` (the weighted sum), `eval_<name>` for
-        each reward and metric, `eval_truncated` (share), `eval_completion_length` (tokens); and
+        the figures, and one row `{prompt, completion, reward, <name>...}` for each response, NaN
+        where it could not be scored. The figures are means over the examples that could be scored:
+        `eval_reward` (the weighted sum), `eval_<name>` for each reward and metric (NaN if there is
+        none); means over all examples: `eval_truncated` (share), `eval_completion_length`
+        (tokens), `eval_unscored` (the share of rewards and metrics that could not be scored); and
         means over the tokens of the responses: `eval_kl` = KL(student || teacher) and
         `eval_entropy`, in nats.
     """
@@ -44,16 +47,21 @@ def evaluate(
         completions = decode(models.tokenizer, ids)
         scores = rewards.score(batch, completions, ids)
         columns = {
-            "reward": rewards.total(scores, len(batch)),
             **scores,
             **metrics.score(batch, completions, ids),
+            "reward": rewards.total(scores, len(batch)),
         }
         for row, (example, completion) in enumerate(zip(batch, completions, strict=True)):
             values = {name: column[row] for name, column in columns.items()}
             per_example.append({"prompt": example.prompt, "completion": completion, **values})
     names = [name for name in per_example[0] if name not in ("prompt", "completion")]
     count = len(per_example)
-    result = {f"eval_{name}": sum(row[name] for row in per_example) / count for name in names}
+    result = {}
+    for name in names:
+        scored = [row[name] for row in per_example if not math.isnan(row[name])]
+        result[f"eval_{name}"] = sum(scored) / len(scored) if scored else math.nan
+    cells = [row[name] for row in per_example for name in names if name != "reward"]
+    result["eval_unscored"] = sum(map(math.isnan, cells)) / max(1, len(cells))
     result["eval_kl"] = kl / tokens
     result["eval_entropy"] = entropy / tokens
     result["eval_completion_length"] = tokens / count

@@ -54,12 +54,14 @@ class StepStatistics:
             "sequences": torch.tensor(len(batch.examples), device=mask.device),
             "completion_length": batch.rollout.mask.sum(),
             "truncated": batch.rollout.truncated.sum(),
-            "reward": batch.reward.sum(),
         }
         if result.student_mass is not None and result.teacher_mass is not None:
             sums["student_mass"] = result.student_mass.sum()
             sums["teacher_mass"] = result.teacher_mass.sum()
-        sums |= {f"reward/{name}": values.sum() for name, values in batch.scores.items()}
+        scores = {f"reward/{name}": values for name, values in batch.scores.items()}
+        for name, values in {"reward": batch.reward, **scores}.items():
+            sums[name] = values.nansum()
+            sums[f"scored {name}"] = (~values.isnan()).sum()
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.double()
         self._largest_mismatches.append(mismatch.max())
@@ -70,25 +72,35 @@ class StepStatistics:
         - Per trained token: kl, divergence and entropy (nats), sampler_mismatch (nats, the absolute
           difference between the sampler's and the trainer's log-probability), costs_clipped
           (share), and, for top-K teachers, student_mass and teacher_mass on the support.
-        - Per response: reward, reward/<name>, completion_length (tokens), truncated (share), and
-          objective (nats): J = KL - lambda * reward at the final lambda of the schedule, so that
-          all steps are comparable.
+        - Per response: completion_length (tokens), truncated (share), and objective (nats):
+          J = KL - lambda * reward at the final lambda of the schedule, so that all steps are
+          comparable.
+        - Per response that could be scored: reward, reward/<name>; NaN if there is none.
+        - Per response and reward: unscored, the share of those that could not be scored.
         - For the step: loss, sampler_mismatch_max (nats), and the counts tokens and
           teacher_forbidden.
         """
         config = self._config
         sums = dict(zip(self._sums, torch.stack(list(self._sums.values())).tolist(), strict=True))
         tokens, sequences = max(1.0, sums["tokens"]), sums.pop("sequences")
-        final_weight = config.reward_weight.at(config.max_steps - 1, config.max_steps)
-        objective = (sums["kl"] - final_weight * sums["reward"]) / sequences
+        rewards = [name for name in sums if f"scored {name}" in sums]
+        scored = {name: sums.pop(f"scored {name}") for name in rewards}
+        kl = sums["kl"] / sequences
         for name in sums:
             if name in _PER_TOKEN + _PER_TOKEN_OF_TOP_K:
                 sums[name] /= tokens
+            elif name in scored:
+                sums[name] = sums[name] / scored[name] if scored[name] else math.nan
             elif name != "loss" and name not in _COUNTS:
                 sums[name] /= sequences
         counts = {name: int(sums[name]) for name in _COUNTS}
+        final_weight = config.reward_weight.at(config.max_steps - 1, config.max_steps)
+        objective = kl - final_weight * sums["reward"]
+        each = [scored[name] for name in scored if name != "reward"]
+        unscored = 1.0 - sum(each) / (len(each) * sequences) if each else 0.0
         largest = float(torch.stack(self._largest_mismatches).max())
-        return sums | counts | {"sampler_mismatch_max": largest, "objective": objective}
+        others = {"sampler_mismatch_max": largest, "objective": objective, "unscored": unscored}
+        return sums | counts | others
 
 
 class NonFiniteError(FloatingPointError):

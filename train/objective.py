@@ -96,9 +96,11 @@ def advantages(
     costs = sampled_costs(terms, total_weight)
     if config.cost_clip is not None:
         costs = costs.clamp(-config.cost_clip, config.cost_clip)
+    # One by one, because a response that one of them could not score may still have the others.
+    scores = {spec.name: (batch.scores[spec.name], spec.weight) for spec in config.rewards}
     return sparse_advantages(
         costs,
-        batch.reward,
+        scores or batch.reward,
         batch.mask,
         reward_weight=weights.reward_weight,
         gamma=weights.gamma,

@@ -1,6 +1,7 @@
 """The output of a run: files, trackers, a progress bar, plots, and a summary at the end."""
 
 import json
+import math
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -104,7 +105,7 @@ class RunLog:
         )
         scores = {name: float(values[0]) for name, values in batch.scores.items()}
         sample = {"prompt": batch.examples[0].prompt, "completion": batch.completions[0]}
-        sample |= {"reward": float(batch.reward[0]), **scores}
+        sample |= {**scores, "reward": float(batch.reward[0])}
         self._append("samples.jsonl", {"step": row["step"], "split": "train", **sample})
 
     def evaluation(self, step: int, result: dict[str, float], rows: Sequence[dict]) -> None:
@@ -129,6 +130,11 @@ class RunLog:
         return summary
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
+        # JSON has no NaN, which is the reward of what could not be scored.
+        row = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
         self._files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
         self._files[name].flush()
 
@@ -153,11 +159,15 @@ def environment() -> dict[str, str]:
 
 
 def summarise(config: TrainConfig, metrics: list[dict], evaluations: list[dict]) -> dict[str, Any]:
-    """A few figures: evaluations before and after, means of the first and last tenth of steps."""
+    """A few figures: evaluations before and after, means of the first and last tenth of steps.
+
+    Steps without a value (None) are left out of the means; a mean of no value is None.
+    """
     tenth = max(1, len(metrics) // 10)
 
-    def mean(rows: list[dict], name: str) -> float:
-        return sum(row[name] for row in rows) / len(rows)
+    def mean(rows: list[dict], name: str) -> float | None:
+        values = [row[name] for row in rows if row[name] is not None]
+        return sum(values) / len(values) if values else None
 
     summary: dict[str, Any] = {
         "steps": metrics[-1]["step"],
@@ -174,13 +184,13 @@ def summarise(config: TrainConfig, metrics: list[dict], evaluations: list[dict])
     if evaluations:
         name = "eval_reward"
         if config.eval_metrics:
-            name = "eval_" + config.eval_metrics[0].function.rpartition(":")[2]
-        reward = summary["train"]["reward"]
-        # A resumed run may have other metrics than before.
-        values = [row[name] for row in evaluations if name in row]
-        if reward["last"] > reward["first"] and values and values[-1] < values[0]:
+            name = "eval_" + config.eval_metrics[0].name
+        first, last = summary["train"]["reward"].values()
+        # A resumed run may have other metrics than before, and a score may be missing.
+        values = [row[name] for row in evaluations if row.get(name) is not None]
+        if None not in (first, last) and last > first and values and values[-1] < values[0]:
             summary["warnings"].append(
-                f"The training reward rose ({reward['first']:.3f} to {reward['last']:.3f}) while "
+                f"The training reward rose ({first:.3f} to {last:.3f}) while "
                 f"the held-out {name[5:]} fell ({values[0]:.3f} to {values[-1]:.3f}): the student "
                 "may be exploiting the reward, or memorising the prompts."
             )
@@ -245,7 +255,8 @@ def _sample_table(samples: list[dict]) -> Table:
         prompt = row["prompt"]
         if not isinstance(prompt, str):
             prompt = str(prompt[-1].get("content"))
-        cells = (str(row["step"]), prompt[-60:], row["completion"][:80], f"{row['reward']:.2f}")
+        reward = "none" if row["reward"] is None else f"{row['reward']:.2f}"
+        cells = (str(row["step"]), prompt[-60:], row["completion"][:80], reward)
         # Square brackets in the texts would be taken for markup.
         table.add_row(*(cell.replace("[", "\\[") for cell in cells))
     return table

@@ -1,6 +1,7 @@
 """Rewards: how they are called, what they may return, and what becomes of a missing score."""
 
 import functools
+import json
 import math
 import sys
 import types
@@ -12,11 +13,16 @@ import pytest
 import torch
 from helpers import config, make_tokenizer, prepared, write_prompts
 
+from hybrid_kernels import sparse_advantages
+from train import objective, report
 from train.config import RewardConfig, UserError
 from train.data import Example, read_examples
+from train.evaluate import evaluate
 from train.loop import train
+from train.metrics import StepStatistics
 from train.objective import ScheduledWeights, micro_batch_loss
 from train.rewards import Scorer, exact_match, numeric_answer
+from train.rollout import Sampler
 
 NAN = math.nan
 MODULE = types.ModuleType("rewards_under_test")
@@ -336,3 +342,89 @@ def test_the_default_dtype_does_not_matter(tmp_path, dtype, default_dtype):
     assert torch.equal(batches[1].scores["third"], batches[0].scores["third"])
     assert batches[1].reward.dtype == torch.float32
     assert torch.equal(batches[1].reward, batches[0].reward)
+
+
+def test_advantages_get_each_reward_with_its_weight(tmp_path, monkeypatch):
+    given = []
+
+    def spy(costs, rewards, *rest, **options):
+        given.append(rewards)
+        return sparse_advantages(costs, torch.zeros(8), *rest, **options)
+
+    monkeypatch.setattr(objective, "sparse_advantages", spy)
+    two = paths(
+        some=lambda completions: [None] * 4 + [1] * 4, all=lambda completions: lengths(completions)
+    )
+    for rewards in (two, []):
+        run, models, batch = prepared(tmp_path, rewards=rewards)
+        micro_batch_loss(run, models, batch, ScheduledWeights(2.0, 1.0, 1.0), 10)
+    assert {name: weight for name, (_, weight) in given[0].items()} == {"some": 1, "all": 2}
+    assert given[0]["some"][0].isnan().tolist() == [True] * 4 + [False] * 4
+    assert given[0]["all"][0].isfinite().all()
+    assert torch.equal(given[1], torch.zeros(8, dtype=torch.float32))
+
+
+def test_metrics_are_means_over_what_could_be_scored(tmp_path):
+    run, models, batch = prepared(tmp_path, reward_weight=3.0)
+    result = micro_batch_loss(run, models, batch, ScheduledWeights(2.0, 1.0, 1.0), 10)
+    kl = float(result.divergence.sum()) / 8
+    for scored, mean in ((0, NAN), (2, (6 + 7) / 2), (8, 3.5)):
+        statistics = StepStatistics(run, models.total_weight)
+        # Two micro-batches; the second has no score, and leaves the mean alone.
+        for missing in (8 - scored, 8):
+            values = torch.arange(8.0)
+            values[:missing] = NAN
+            scores = {"some": values, "all": torch.ones(8)}
+            statistics.add(replace(batch, scores=scores, reward=values), result)
+        row = statistics.means()
+        assert row["reward/some"] == pytest.approx(mean, nan_ok=True)
+        assert row["reward"] == pytest.approx(mean, nan_ok=True)
+        assert row["reward/all"] == 1
+        assert row["unscored"] == (16 - scored) / 32
+        assert row["objective"] == pytest.approx(kl - 3 * mean, rel=1e-5, nan_ok=True)
+
+
+def test_evaluation_is_a_mean_over_what_could_be_scored(tmp_path):
+    run, models, _ = prepared(tmp_path)
+    data = read_examples("train_file", run.train_file, models.tokenizer)
+    sampler = Sampler.create(run, models.student, models.tokenizer, models.vocab_size)
+    rewards = scorer(even=lambda prompts: [None if len(text) % 4 == 1 else 2 for text in prompts])
+    metrics = scorer(never=lambda prompts: [None] * len(prompts))
+    result, rows = evaluate(models, data, sampler, rewards, metrics, batch_size=3)
+    missing = [len(example.prompt) % 4 == 1 for example in data]
+    assert 0 < sum(missing) < len(data)
+    assert [math.isnan(row["even"]) for row in rows] == missing
+    assert result["eval_even"] == result["eval_reward"] == 2
+    assert math.isnan(result["eval_never"])
+    assert result["eval_unscored"] == (sum(missing) + len(data)) / (2 * len(data))
+    assert (
+        evaluate(models, data, sampler, Scorer("", []), Scorer("", []), 8)[0]["eval_unscored"] == 0
+    )
+
+
+def strict(path):
+    """The rows of a JSONL file, which has nothing but JSON in it."""
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+def test_files_of_a_run_whose_metric_is_never_scored(tmp_path):
+    held_out = str(write_prompts(tmp_path / "eval.jsonl"))
+    never = paths(never=lambda completions: [None] * len(completions))
+    run = config(tmp_path, eval_file=held_out, eval_metrics=never, max_steps=1)
+    summary = train(run)
+    output = tmp_path / "run"
+    assert [row["eval_never"] for row in strict(output / "eval.jsonl")] == [None, None]
+    samples = [row for row in strict(output / "samples.jsonl") if row["split"] == "eval"]
+    assert {row["never"] for row in samples} == {None}
+    assert strict(output / "metrics.jsonl")[0]["unscored"] == 0
+    assert json.loads((output / "summary.json").read_text(), parse_constant=pytest.fail) == summary
+
+
+def test_the_summary_leaves_out_steps_without_a_reward(tmp_path):
+    rewards = [None, 1.0, *[None] * 16, None, None]
+    row = {"tokens": 1, "seconds": 1.0, "kl": 0, "entropy": 0, "teacher_forbidden": 0}
+    rows = [{**row, "step": i, "reward": r, "objective": r} for i, r in enumerate(rewards, start=1)]
+    held_out = [{"step": 0, "eval_reward": 1.0}, {"step": 20, "eval_reward": None}]
+    summary = report.summarise(config(tmp_path), rows, held_out)
+    assert summary["train"]["reward"] == {"first": 1.0, "last": None}
+    assert summary["warnings"] == []
