@@ -11,7 +11,7 @@ from decimal import Decimal
 import numpy as np
 import pytest
 import torch
-from helpers import config, make_tokenizer, prepared, write_prompts
+from helpers import config, gradient, make_tokenizer, prepared, write_prompts
 
 from hybrid_kernels import sparse_advantages
 from train import objective, report
@@ -428,3 +428,57 @@ def test_the_summary_leaves_out_steps_without_a_reward(tmp_path):
     summary = report.summarise(config(tmp_path), rows, held_out)
     assert summary["train"]["reward"] == {"first": 1.0, "last": None}
     assert summary["warnings"] == []
+
+
+def test_gradient_with_responses_that_could_not_be_scored(tmp_path):
+    """Compares with autograd of advantages from their definition, w_j s_ij (r_ij - m_ij)."""
+    missing = [[0, 1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 0]]
+    first, second = (
+        lambda completions, row=row: [
+            None if absent else len(text) for text, absent in zip(completions, row, strict=True)
+        ]
+        for row in missing
+    )
+    run, models, batch = prepared(tmp_path, rewards=paths(first=first, second=second))
+    weights, count = ScheduledWeights(2.0, 1.0, 1.0), int(batch.mask.sum())
+    result = micro_batch_loss(run, models, batch, weights, count)
+    result.loss.backward()
+    got = gradient(models)
+
+    costs = (result.log_prob - result.teacher_log_prob).detach().double() * batch.mask
+    texts = [len(text) for text in batch.completions]
+    total = torch.zeros(8, dtype=torch.float64)
+    for weight, row in enumerate(missing, start=1):
+        for i in range(8):
+            group = range(i // 4 * 4, i // 4 * 4 + 4)
+            others = [texts[k] for k in group if k != i and not row[k]]
+            mean = sum(others) / len(others) if others else 0.0
+            total[i] += 0.0 if row[i] else weight * (texts[i] - mean)
+    cost = costs.sum(1)
+    others = (cost.view(2, 4).sum(1, keepdim=True) - cost.view(2, 4)) / 3
+    future = costs.flip(1).cumsum(1).flip(1) - costs
+    advantage = 2.0 * total[:, None] - future + others.view(8, 1)
+    inputs = replace(models, heads=()).loss_inputs(batch.rollout)
+    log_p, log_q = (x.double().log_softmax(-1) for x in (inputs.student[0], inputs.teacher))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    log_prob = log_p.gather(2, batch.rollout.tokens[..., None]).squeeze(2)
+    (((kl - advantage * log_prob) * batch.mask).sum() / count).backward()
+    torch.testing.assert_close(got, gradient(models), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("share", ["some", "none"])
+def test_a_run_with_responses_that_could_not_be_scored(tmp_path, share, capsys):
+    def some(completions):
+        return [None if share == "none" or row % 3 else row for row in range(len(completions))]
+
+    held_out = str(write_prompts(tmp_path / "eval.jsonl"))
+    run = config(tmp_path, rewards=paths(some=some), eval_file=held_out, eval_steps=1)
+    summary = train(run)
+    rows = strict(tmp_path / "run/metrics.jsonl")
+    expected = None if share == "none" else 3.0  # the mean of 0, 3 and 6
+    assert [row["reward"] for row in rows] == [expected] * 2
+    assert [row["unscored"] for row in rows] == [1.0 if share == "none" else 5 / 8] * 2
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert summary["train"]["reward"] == {"first": expected, "last": expected}
+    assert None in {row["reward"] for row in strict(tmp_path / "run/samples.jsonl")}
+    assert "none" in capsys.readouterr().out
