@@ -343,13 +343,10 @@ def _check_saved(student: str, *bags: NamedTuple) -> None:
 
 
 def _teacher_head(teacher: LinearTeacher, vocabulary: int) -> Head:
-    """The tensors of a teacher's output layer."""
+    """The tensors of a teacher's output layer, detached."""
     name = "teacher: LinearTeacher."
-    for field, tensor in (("weight", teacher.weight), ("bias", teacher.bias)):
-        if isinstance(tensor, Tensor):
-            validate.no_grad_wanted(name + field, tensor)
     with torch.no_grad():
-        head = Head.of(name, teacher)
+        head = Head.of(name, teacher).detached()
     validate.same_vocabulary(head.weights[0], vocabulary)
     if len(head.weights) > 1:
         raise ValueError(

@@ -200,9 +200,10 @@ class LinearTeacher:
     for Granite, give the reciprocal of `logits_scaling`.
 
     Attributes:
-        hidden: `[..., D_t]`, the input of the output layer (after the last norm).
+        hidden: `[..., D_t]`, the input of the output layer (after the last norm), computed under
+            `torch.no_grad()`.
         weight: `[V, D_t]`, or the output layer itself (like `student_weight` in
-            `linear_hybrid_loss`).
+            `linear_hybrid_loss`). It may be the student's: a teacher gives it no gradient.
         bias: `[V]` or None.
         softcap: above 0, or None.
         logit_scale: factor on the logits.

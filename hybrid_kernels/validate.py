@@ -280,9 +280,10 @@ def support_values(
 def no_grad_wanted(name: str, tensor: Tensor) -> None:
     if tensor.requires_grad:
         expression = name.rpartition(" ")[2]
+        action = "run the teacher" if name.startswith("teacher") else "compute it"
         raise ValueError(
-            f"{name}: requires a gradient, but gets none here; pass {expression}.detach(), or "
-            "compute it under torch.no_grad()"
+            f"{name}: requires a gradient, but gets none here; {action} under torch.no_grad(), or "
+            f"pass {expression}.detach()"
         )
 
 

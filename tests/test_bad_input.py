@@ -86,6 +86,7 @@ SHARED = {
     "teacher with gradient": (
         {"teacher": TEACHER.clone().requires_grad_()},
         "teacher: requires a gradient",
+        "run the teacher under torch.no_grad()",
         "teacher.detach()",
     ),
     "teacher linear": (
@@ -105,9 +106,10 @@ SHARED = {
         "(7, 3)",
     ),
     "teacher linear with a gradient": (
-        {"teacher": LinearTeacher(HIDDEN, torch.nn.Parameter(WEIGHT))},
-        "teacher: LinearTeacher.weight: requires a gradient",
-        ".detach()",
+        {"teacher": LinearTeacher(HIDDEN.clone().requires_grad_(), WEIGHT)},
+        "teacher: LinearTeacher.hidden: requires a gradient",
+        "run the teacher under torch.no_grad()",
+        "LinearTeacher.hidden.detach()",
     ),
     "teacher linear softcap": (
         {"teacher": LinearTeacher(HIDDEN, WEIGHT, softcap=0.0)},

@@ -10,6 +10,7 @@ from torch import nn
 from cases import DTYPES, LINEAR_TEACHERS, every_divergence, in_runs, make_linear
 from hybrid_kernels import (
     LinearTeacher,
+    Mixture,
     hybrid_loss,
     linear_hybrid_loss,
     linear_token_terms,
@@ -167,6 +168,36 @@ def test_a_linear_teacher_of_a_student_by_logits(backend, device):
         got = function(logits, given, case.token_ids, backend=backend)
         expected = function(logits, plain, case.token_ids, backend=backend)
         torch.testing.assert_close(got.divergence, expected.divergence)
+
+
+@pytest.mark.parametrize("function", [hybrid_loss, linear_hybrid_loss])
+@pytest.mark.parametrize("given", ["layer", "tensors", "mixture"])
+def test_a_teacher_with_the_students_own_layer(given, function, backend, device):
+    """As in self-distillation: the layer gets the student's part of the gradient alone."""
+    case = make_linear(bias=True, device=device)
+    layer = nn.Linear(case.hidden.shape[-1], len(case.head.weight), device=device)
+    layer.load_state_dict({"weight": case.head.weight, "bias": case.head.bias})
+    teacher_hidden = case.hidden.flip(0)
+    layers = {"layer": (layer,), "tensors": (layer.weight, layer.bias)}
+    teacher = LinearTeacher(teacher_hidden, *layers.get(given, (layer,)))
+    if given == "mixture":
+        teacher = Mixture([(1.0, teacher)])
+    hidden, weight, bias = case.leaves(torch.float64)
+    teacher_logits = case.head.logits(teacher_hidden, torch.float64)
+    reference.hybrid_loss(hidden @ weight.T + bias, teacher_logits).loss.backward()
+    if function is hybrid_loss:
+        loss = function(layer(case.hidden), teacher, backend=backend).loss
+    else:
+        loss = function(case.hidden, layer, teacher, backend=backend).loss
+    loss.backward()
+    for got, expected in ((layer.weight.grad, weight.grad), (layer.bias.grad, bias.grad)):
+        torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-6)
+    # Nor does it make a loss differentiable whose student is frozen.
+    if function is hybrid_loss:
+        loss = function(layer(case.hidden).detach(), teacher, backend=backend).loss
+    else:
+        loss = function(case.hidden, case.head.weight, teacher, backend=backend).loss
+    assert not loss.requires_grad
 
 
 @pytest.mark.parametrize("backward", ["loss", "terms"])

@@ -95,6 +95,11 @@ class Head(NamedTuple):
         hiddens = [states.contiguous() for states in hiddens]
         return cls(hiddens, weights, bias, float(side.logit_scale), float(side.softcap or 0.0))
 
+    def detached(self) -> "Head":
+        """The same layer without a gradient, though its parameters may be trained elsewhere."""
+        bias = None if self.bias is None else self.bias.detach()
+        return self._replace(weights=[weight.detach() for weight in self.weights], bias=bias)
+
 
 def _is_autocast(device: str) -> bool:
     """Whether autocast is on; some devices ("meta") have none."""
