@@ -231,7 +231,10 @@ def linear_hybrid_loss(
             - a DTensor, which is taken to be FSDP2's: gathered once, its gradients averaged over
               its mesh;
             - the output layer itself: a linear layer, or one that PEFT has wrapped, whose LoRA
-              adapters then cost two GEMMs of their rank.
+              adapters then cost two GEMMs of their rank. It is not called, so one that may compute
+              anything else is refused: with a forward of its own, hooks (but for those of FSDP2,
+              ZeRO-3 and FlopCounterMode), adapters of other kinds, or dropout in an adapter in
+              training mode.
         teacher: `LinearTeacher`, logits `[..., V]`, `TopK`, `Mixture` of these, or None.
         advantages: as in `hybrid_loss`. A function is called once, with the statistics of all rows;
             the logits are then computed twice (six GEMMs), unless one chunk holds them all.

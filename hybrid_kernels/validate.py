@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hybrid_kernels.divergences import Divergence
 from hybrid_kernels.types import LinearTeacher, Mixture, TopK
@@ -150,6 +151,7 @@ def head(name: str, weight: Tensor, bias: Tensor | None, states: Tensor) -> None
             "them, or use torch.autocast"
         )
     _same_device(f"{name}weight", weight, states.device)
+    _plain(f"{name}weight", weight)
     if bias is None:
         return
     if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
@@ -158,6 +160,7 @@ def head(name: str, weight: Tensor, bias: Tensor | None, states: Tensor) -> None
     if not bias.is_floating_point():
         raise ValueError(f"{name}bias: expected a floating tensor, got {bias.dtype}")
     _same_device(f"{name}bias", bias, states.device)
+    _plain(f"{name}bias", bias)
 
 
 def same_vocabulary(teacher_weight: Tensor, vocabulary: int) -> None:
@@ -577,6 +580,15 @@ def _tensor(name: str, value: object, expected: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected {expected}, got {type(value).__name__}")
     return value
+
+
+def _plain(name: str, tensor: Tensor) -> None:
+    """Rejects sparse tensors and those that hold others, as quantised ones do."""
+    if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
+        raise ValueError(
+            f"{name}: a {type(tensor).__name__} of layout {tensor.layout}, expected a plain dense "
+            "tensor; use its .dequantize() or .to_dense(), or give the logits"
+        )
 
 
 def _supported_dtype(name: str, tensor: Tensor) -> None:

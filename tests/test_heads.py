@@ -5,8 +5,18 @@ from importlib.util import find_spec
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, weight_norm
+from torch.nn.utils.prune import l1_unstructured
+from torch.utils.flop_counter import FlopCounterMode
 
-from hybrid_kernels import LinearTeacher, hybrid_loss, linear_hybrid_loss
+from hybrid_kernels import (
+    LinearTeacher,
+    Mixture,
+    hybrid_loss,
+    linear_hybrid_loss,
+    linear_token_terms,
+    token_terms,
+)
 from ranks import on_ranks, two_ranks
 
 D, V = 16, 61
@@ -40,7 +50,7 @@ def lora_head(bias=False, **options):
     settings = {"r": 4, "lora_alpha": 6, "target_modules": targets, "modules_to_save": saved}
     if saved:
         settings["target_modules"] = ["other"]
-    model = peft.get_peft_model(Model(), peft.LoraConfig(**settings, **options))
+    model = peft.get_peft_model(Model(), peft.LoraConfig(**settings | options))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter, std=0.3)
@@ -131,23 +141,298 @@ def test_a_head_to_save():
     assert any("modules_to_save" in name for name in gradients)
 
 
-def test_other_adapters_and_layers_are_refused():
-    model, head = lora_head(use_dora=True)
+@pytest.mark.parametrize(
+    "options", [{"use_rslora": True}, {"rank_pattern": {"lm_head": 2}}], ids=str
+)
+def test_settings_that_change_an_adapters_scaling(options):
+    model, head = lora_head(**options)
+    assert_same(outcomes(model, head))
+
+
+def test_adapters_that_are_refused():
     hidden, teacher, _, _ = inputs()
-    with pytest.raises(ValueError, match=r"student_weight: the adapter 'default' is a variant"):
-        linear_hybrid_loss(hidden, head, teacher)
-
-    class Cosine(nn.Linear):
-        def forward(self, hidden):
-            return nn.functional.linear(hidden, nn.functional.normalize(self.weight))
-
-    with pytest.raises(ValueError, match=r"student_weight: a Cosine, of which only"):
-        linear_hybrid_loss(hidden, Cosine(D, V), teacher)
+    for options, message in (
+        ({"use_dora": True}, "the adapter 'default' is a variant of LoRA"),
+        ({"lora_bias": True, "bias": True}, "a LoRA adapter with biases"),
+    ):
+        _, head = lora_head(**options)
+        with pytest.raises(ValueError, match=f"student_weight: {message}"):
+            linear_hybrid_loss(hidden, head, teacher)
     model, head = lora_head()
     with pytest.raises(ValueError, match=r"LinearTeacher.weight: has a LoRA adapter"):
         linear_hybrid_loss(hidden, torch.randn(V, D), LinearTeacher(hidden, head))
     with model.disable_adapter():
         linear_hybrid_loss(hidden, torch.randn(V, D), LinearTeacher(hidden, head))
+
+
+def test_an_adapter_of_a_weight():
+    model, _ = lora_head(target_modules=None, target_parameters=["lm_head.weight"])
+    gradients = assert_same(outcomes(model, model.base_model.model.lm_head))
+    assert len([name for name in gradients if "lora_" in name]) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("AdaLoraConfig", {"total_step": 9}), ("IA3Config", {"feedforward_modules": []})],
+)
+def test_adapters_of_other_kinds_are_refused(kind, options):
+    peft = pytest.importorskip("peft", reason="needs PEFT")
+    config = getattr(peft, kind)(target_modules=["0"], **options)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(D, V)), config)
+    hidden, teacher, _, _ = inputs()
+    with pytest.raises(ValueError, match=r"student_weight: a .*whose adapter is not plain LoRA"):
+        linear_hybrid_loss(hidden, model.base_model.model[0], teacher)
+
+
+@pytest.mark.parametrize(("p", "training"), [(0.5, True), (0.5, False), (0.0, True)])
+def test_dropout_of_an_adapter(p, training):
+    model, head = lora_head(lora_dropout=p)
+    model.train(training)
+    if p and training:
+        with pytest.raises(ValueError, match=r"'default' has dropout \(p=0.5\) in training mode"):
+            outcomes(model, head)
+        head.lora_dropout.eval()
+    assert_same(outcomes(model, head))
+
+
+# -- layers whose call is more than a product ---------------------------------------------------
+
+
+def patch(layer):
+    forward = layer.forward
+    layer.forward = lambda hidden: 0.25 * forward(hidden)
+
+
+def another_layers_forward(layer):
+    layer.forward = nn.Linear(layer.in_features, layer.out_features).forward
+
+
+def offload(layer):
+    hooks = pytest.importorskip("accelerate.hooks", reason="needs accelerate")
+    hooks.add_hook_to_module(layer, hooks.AlignDevicesHook("cpu", offload=True))
+
+
+def move_what_is_patched(layer):
+    patch(layer)
+    move(layer)
+
+
+def prune(layer):
+    l1_unstructured(layer, "weight", amount=0.5)
+
+
+REPLACED = "whose `forward` has been replaced"
+CHANGES = {
+    "forward": (patch, REPLACED),
+    "moved, after a patch": (move_what_is_patched, REPLACED),
+    "hook": (lambda m: m.register_forward_hook(lambda *_: 0.25 * _[2]), "_forward_hooks"),
+    "pre-hook": (
+        lambda m: m.register_forward_pre_hook(lambda _, args: (0.25 * args[0],)),
+        "_forward_pre_hooks",
+    ),
+    "backward hook": (
+        lambda m: m.register_full_backward_hook(lambda _, dh, dz: (0.25 * dh[0],)),
+        "_backward_hooks",
+    ),
+    "backward pre-hook": (
+        lambda m: m.register_full_backward_pre_hook(lambda _, dz: (0.25 * dz[0],)),
+        "_backward_pre_hooks",
+    ),
+}
+OF_A_LAYER = {
+    "another layer's forward": (another_layers_forward, REPLACED),
+    "offloaded": (offload, REPLACED),
+    # A weight that a pre-hook makes is that of the last forward.
+    "weight norm": (weight_norm, "WeightNorm in `_forward_pre_hooks`"),
+    "pruned": (prune, "L1Unstructured in `_forward_pre_hooks`"),
+}
+PLACES = {
+    "layer": lambda head: head.base_layer,
+    "wrapper": lambda head: head,
+    "A": lambda head: head.lora_A["default"],
+    "B": lambda head: head.lora_B["default"],
+    "dropout": lambda head: head.lora_dropout["default"],
+}
+
+
+def assert_refused_after(change, head, part):
+    hidden, teacher, _, _ = inputs()
+    linear_hybrid_loss(hidden, head, teacher)
+    apply, message = change
+    apply(part)
+    with pytest.raises(ValueError, match=f"student_weight: .*{message}"):
+        linear_hybrid_loss(hidden, head, teacher)
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *OF_A_LAYER])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_a_layer_that_changes_values_is_refused(change):
+    layer = nn.Linear(D, V)
+    assert_refused_after((CHANGES | OF_A_LAYER)[change], layer, layer)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_part_of_a_layer_with_an_adapter_is_looked_at(change, place):
+    _, head = lora_head()
+    assert_refused_after(CHANGES[change], head, PLACES[place](head))
+
+
+@pytest.mark.parametrize("where", ["terms", "teacher", "mixture", "logits"])
+def test_wherever_a_layer_is_taken(where):
+    """`logits`: the teacher of a student that is given by logits."""
+    hidden, teacher, _, _ = inputs()
+    layer, weight = nn.Linear(D, V), torch.randn(V, D)
+    patch(layer)
+    given = LinearTeacher(hidden, layer)
+    calls = {
+        "terms": lambda: linear_token_terms(hidden, layer),
+        "teacher": lambda: linear_hybrid_loss(hidden, weight, given),
+        "mixture": lambda: linear_hybrid_loss(hidden, weight, Mixture([(1, teacher), (2, given)])),
+        "logits": lambda: token_terms(hidden @ weight.T, given),
+    }
+    name = "student_weight" if where == "terms" else "teacher: LinearTeacher.weight"
+    with pytest.raises(ValueError, match=f"^{name}: a Linear {REPLACED}"):
+        calls[where]()
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_hook_of_all_modules_is_refused(kind):
+    hidden, teacher, _, _ = inputs()
+    handle = getattr(nn.modules.module, f"register_module_{kind}_hook")(lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match="student_weight: a Linear with a hook"):
+            linear_hybrid_loss(hidden, nn.Linear(D, V), teacher)
+    finally:
+        handle.remove()
+
+
+class Cosine(nn.Linear):
+    def forward(self, hidden):
+        return nn.functional.linear(hidden, nn.functional.normalize(self.weight))
+
+
+class Called(nn.Linear):
+    def __call__(self, hidden):
+        return 0.25 * super().__call__(hidden)
+
+
+@pytest.mark.parametrize("layer", [Cosine(D, V), Called(D, V), nn.Embedding(V, D)], ids=type)
+def test_classes_of_layers_that_are_refused(layer):
+    hidden, teacher, _, _ = inputs()
+    message = f"student_weight: a {type(layer).__name__}, of which only a linear layer's forward"
+    with pytest.raises(ValueError, match=message):
+        linear_hybrid_loss(hidden, layer, teacher)
+
+
+def test_a_forward_replaced_in_the_class_is_refused(monkeypatch):
+    hidden, teacher, _, _ = inputs()
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda layer, states: 0.25 * forward(layer, states))
+    with pytest.raises(ValueError, match=f"student_weight: a Linear {REPLACED}"):
+        linear_hybrid_loss(hidden, nn.Linear(D, V), teacher)
+
+
+class Renamed(nn.Linear):
+    """Does what a linear layer does."""
+
+
+def move(layer):
+    hooks = pytest.importorskip("accelerate.hooks", reason="needs accelerate")
+    hooks.add_hook_to_module(layer, hooks.AlignDevicesHook("cpu"))
+
+
+def move_twice(layer):
+    hooks = pytest.importorskip("accelerate.hooks", reason="needs accelerate")
+    move(layer)
+    hooks.add_hook_to_module(layer, hooks.AlignDevicesHook("cpu"), append=True)
+
+
+def move_no_more(layer):
+    hooks = pytest.importorskip("accelerate.hooks", reason="needs accelerate")
+    move(layer)
+    hooks.remove_hook_from_module(layer)
+
+
+def gather(layer):
+    def hook(*_):
+        return None
+
+    hook.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    layer.register_forward_pre_hook(hook)
+
+
+SAME = {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": lambda layer: parametrizations.spectral_norm(layer).eval(),
+    "accelerate": move,
+    "accelerate twice": move_twice,
+    "accelerate no more": move_no_more,
+    "ZeRO-3": gather,
+    "class": lambda layer: setattr(layer, "__class__", Renamed),
+}
+
+
+@pytest.mark.parametrize("change", SAME)
+def test_layers_that_compute_a_product_with_their_weight(change):
+    layer = nn.Linear(D, V)
+    SAME[change](layer)
+    assert len(assert_same(outcomes(layer, layer))) == (4 if change == "weight norm" else 3)
+
+
+def test_flops_are_counted_with_a_layer():
+    hidden, teacher, _, _ = inputs()
+    with FlopCounterMode(display=False):
+        linear_hybrid_loss(hidden, nn.Linear(D, V), teacher)
+
+
+@pytest.mark.native
+def test_a_layer_compiles_without_a_break():
+    _, head = lora_head()
+    hidden, teacher, ids, advantages = inputs()
+
+    def compute(hidden):
+        return linear_hybrid_loss(hidden, head, teacher, ids, advantages).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(compute, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(hidden), compute(hidden), rtol=1e-6, atol=1e-7)
+    torch._dynamo.reset()
+
+
+class Quantised(torch.Tensor):
+    """8-bit numbers and a scale for each row, which torch is told to treat as one tensor."""
+
+    def __new__(cls, numbers, scales):
+        return cls._make_wrapper_subclass(cls, numbers.shape, dtype=scales.dtype)
+
+    def __init__(self, numbers, scales):
+        self.numbers, self.scales = numbers, scales
+
+    def __tensor_flatten__(self):
+        return ["numbers", "scales"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, *_):
+        return cls(**inner)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, *_):
+        raise NotImplementedError(func)
+
+
+@pytest.mark.parametrize("field", ["weight", "bias"])
+@pytest.mark.parametrize("kind", ["quantised", "sparse"])
+def test_tensors_that_are_not_plain_are_refused(kind, field):
+    hidden, teacher, _, _ = inputs()
+    layer = {"weight": torch.randn(V, D), "bias": torch.randn(V)}
+    if kind == "quantised":
+        numbers = layer[field].to(torch.int8)
+        layer[field] = Quantised(numbers, torch.ones(V))
+    else:
+        layer[field] = layer[field].to_sparse()
+    with pytest.raises(ValueError, match=f"student_{field}: .* expected a plain dense tensor"):
+        linear_hybrid_loss(hidden, layer["weight"], teacher, student_bias=layer["bias"])
 
 
 def test_autocast_casts_as_a_linear_layer_does():

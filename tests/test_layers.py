@@ -112,7 +112,8 @@ ALLOWED = {
     "objective": {"types", "rows", "validate"},
     "ops": {"rows", "validate", "autograd", "objective", "backends"},
     "linear": set(),
-    "linear.heads": {"types", "validate"},
+    "linear.layers": set(),
+    "linear.heads": {"types", "validate", "linear.layers"},
     "linear.rows": {"rows", "linear.heads"},
     "linear.gemm": {"linear.heads"},
     "linear.chunks": {

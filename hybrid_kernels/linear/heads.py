@@ -8,12 +8,13 @@ it needs no gradient.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hybrid_kernels import validate
+from hybrid_kernels.linear.layers import unwrapped
 from hybrid_kernels.types import LinearTeacher
 
 
@@ -64,7 +65,7 @@ class Head(NamedTuple):
         hidden = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
         hiddens, weights = [hidden], []
         if isinstance(weight, nn.Module):
-            module, adapters = _unwrapped(name, weight)
+            module, adapters = unwrapped(name, weight)
             layer_bias = getattr(module, "bias", None)
             if layer_bias is not None and bias is not None:
                 raise ValueError(f"{name}bias: given, but the layer has one; leave it out")
@@ -73,14 +74,9 @@ class Head(NamedTuple):
             masked = hidden
             if adapters and valid is not None:
                 masked = hidden.masked_fill(~valid.reshape(-1, 1), 0.0)
-            for down, up, scaling, dropout in adapters:
-                if up.bias is not None or down.bias is not None:
-                    raise ValueError(
-                        f"{name}weight: a LoRA adapter with biases (lora_bias=True) is not "
-                        "supported; merge the adapter"
-                    )
+            for down, up, scaling in adapters:
                 factor = _whole(down.weight, None)
-                low = nn.functional.linear(dropout(masked.to(factor.dtype)), factor)
+                low = nn.functional.linear(masked.to(factor.dtype), factor)
                 hiddens.append((low * scaling).to(dtype))
                 weights.append(_whole(up.weight, dtype))
         if not isinstance(weight, Tensor):
@@ -106,52 +102,6 @@ def _is_autocast(device: str) -> bool:
     # torch 2.10's compiler can't trace `is_autocast_available`.
     exists = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     return exists and torch.is_autocast_enabled(device)
-
-
-def _unwrapped(name: str, module: nn.Module) -> tuple[Any, list[tuple[Any, Any, float, Any]]]:
-    """The layer below PEFT's wrappers, and the LoRA adapters on it: (A, B, scaling, dropout).
-
-    Wrappers are recognised by their attributes, since PEFT need not be installed.
-    """
-    wrapped: Any = module
-    if hasattr(wrapped, "modules_to_save"):
-        if getattr(wrapped, "disable_adapters", False) or not wrapped.active_adapters:
-            return _unwrapped(name, wrapped.original_module)
-        return _unwrapped(name, wrapped.modules_to_save[wrapped.active_adapters[0]])
-    if not hasattr(wrapped, "base_layer"):
-        if type(wrapped).forward is not nn.Linear.forward:
-            raise ValueError(
-                f"{name}weight: a {type(module).__name__}, of which only a linear layer's forward "
-                "is known here; give the [V, D] weight that it multiplies by"
-            )
-        return wrapped, []
-    if not hasattr(wrapped, "lora_A"):
-        raise ValueError(
-            f"{name}weight: a {type(module).__name__}, whose adapter is not LoRA; merge the "
-            "adapter, or give the resulting weight"
-        )
-    layer, adapters = wrapped.base_layer, []
-    if wrapped.disable_adapters != wrapped.merged:
-        # Merged adapters are part of the weight already; disabled ones, not merged, have no effect.
-        return _unwrapped(name, layer)
-    if wrapped.merged:
-        raise ValueError(
-            f"{name}weight: its adapters are merged into the weight and disabled; unmerge them"
-        )
-    for adapter in wrapped.active_adapters:
-        if adapter not in wrapped.lora_A:
-            continue
-        if adapter in getattr(wrapped, "lora_variant", {}) or getattr(wrapped, "use_dora", {}).get(
-            adapter
-        ):
-            raise ValueError(
-                f"{name}weight: the adapter {adapter!r} is a variant of LoRA (DoRA or another); "
-                "merge it, or use plain LoRA"
-            )
-        parts = wrapped.lora_A[adapter], wrapped.lora_B[adapter]
-        adapters.append((*parts, wrapped.scaling[adapter], wrapped.lora_dropout[adapter]))
-    base, inner_adapters = _unwrapped(name, layer)
-    return base, inner_adapters + adapters
 
 
 def _check_partition(name: str, weight: Tensor) -> None:
