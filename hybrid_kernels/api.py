@@ -13,7 +13,7 @@ from hybrid_kernels.divergences import Divergence
 from hybrid_kernels.linear.heads import LinearStudent
 from hybrid_kernels.linear.rows import Chunking
 from hybrid_kernels.objective import Objective
-from hybrid_kernels.types import HybridLoss, Teacher, TokenTerms
+from hybrid_kernels.types import HybridLoss, OutputLayer, Teacher, TokenTerms
 
 
 def hybrid_loss(
@@ -187,7 +187,7 @@ def token_terms(
 
 def linear_hybrid_loss(
     student_hidden: Tensor,
-    student_weight: Tensor | torch.nn.Module,
+    student_weight: Tensor | torch.nn.Module | OutputLayer,
     teacher: Teacher | None,
     token_ids: Tensor | None = None,
     advantages: float | Tensor | Callable[[TokenTerms], float | Tensor] | None = None,
@@ -234,7 +234,8 @@ def linear_hybrid_loss(
               adapters then cost two GEMMs of their rank. It is not called, so one that may compute
               anything else is refused: with a forward of its own, hooks (but for those of FSDP2,
               ZeRO-3 and FlopCounterMode), adapters of other kinds, or dropout in an adapter in
-              training mode.
+              training mode;
+            - an `OutputLayer`, which brings bias, softcap and scale (see `output_layer`).
         teacher: `LinearTeacher`, logits `[..., V]`, `TopK`, `Mixture` of these, or None.
         advantages: as in `hybrid_loss`. A function is called once, with the statistics of all rows;
             the logits are then computed twice (six GEMMs), unless one chunk holds them all.
@@ -294,7 +295,7 @@ def linear_hybrid_loss(
 
 def linear_token_terms(
     student_hidden: Tensor,
-    student_weight: Tensor | torch.nn.Module,
+    student_weight: Tensor | torch.nn.Module | OutputLayer,
     teacher: Teacher | None = None,
     token_ids: Tensor | None = None,
     *,

@@ -268,11 +268,10 @@ class LinearCall(Call):
     ) -> None:
         hidden = student.hidden
         validate.hidden("student_hidden", hidden)
-        validate.head_options("", student.softcap, student.logit_scale)
         chunking = Chunking(*validate.linear_options(*chunking))
         shape = validate.CallShape(hidden.shape[:-1], hidden.device)
         valid = context.valid_rows(shape)
-        head = Head.of("student_", student, valid)
+        head = Head.of("student_", "", student, valid)
         sharded = context.process_group is not None
         shape = shape._replace(vocabulary=head.weights[0].shape[0], sharded=sharded)
         super().__init__(shape, valid, comparison, context)
@@ -346,7 +345,7 @@ def _teacher_head(teacher: LinearTeacher, vocabulary: int) -> Head:
     """The tensors of a teacher's output layer, detached."""
     name = "teacher: LinearTeacher."
     with torch.no_grad():
-        head = Head.of(name, teacher).detached()
+        head = Head.of(name, name, teacher).detached()
     validate.same_vocabulary(head.weights[0], vocabulary)
     if len(head.weights) > 1:
         raise ValueError(

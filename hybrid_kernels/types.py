@@ -1,6 +1,6 @@
 """The values that go into and come out of the public functions.
 
-Everything here is plain data; only `TopK.from_logits` computes anything.
+Everything here is data; only `TopK.from_logits` computes anything.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _ROWS = 64  # how many rows `TopK.from_logits` works on at once
 IGNORED_TOKEN = -100  # the token id of a masked row, as in transformers
@@ -190,27 +190,67 @@ def _log_probs(logits: Tensor, ids: Tensor, temperatures: Tensor) -> Tensor:
     return log_probs.masked_fill(ids < 0, -math.inf)
 
 
+class OutputLayer:
+    """How a model makes logits of its last hidden states: with x = hidden weight^T + bias,
+
+        z = softcap tanh(logit_scale x / softcap),   or logit_scale x without a softcap
+
+    The linear functions and `LinearTeacher` take it in place of a weight. `output_layer` finds that
+    of a model.
+
+    Args:
+        weight: `[V, D]`, or the layer itself, as in `linear_hybrid_loss`.
+        bias: `[V]` or None; not for a layer, which has its own.
+        softcap: above 0, or None (`final_logit_softcapping` of Gemma).
+        logit_scale: factor on the logits (of Cohere; 1 / `logits_scaling` of Granite).
+
+    Attributes:
+        layer: the layer or, where there is none, the weight.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | nn.Module,
+        bias: Tensor | None = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+    ) -> None:
+        if isinstance(weight, nn.Module) and bias is not None:
+            raise ValueError("bias: given with a layer, which has its own; leave it out")
+        self.layer, self._bias = weight, bias
+        self.softcap, self.logit_scale = softcap, logit_scale
+
+    @property
+    def weight(self) -> Tensor | nn.Module:
+        """`[V, D]`, read anew each time, since FSDP2 replaces parameters. Of a layer that PEFT has
+        wrapped it is the layer itself, whose adapters are in no weight."""
+        return self.layer.weight if isinstance(self.layer, nn.Linear) else self.layer
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`[V]`; None where there is none, and where `weight` is a layer and brings it."""
+        return self.layer.bias if isinstance(self.layer, nn.Linear) else self._bias
+
+
 @dataclass(frozen=True)
 class LinearTeacher:
     """A teacher given by hidden states and its output layer: with x = hidden weight^T + bias,
 
         w = softcap tanh(logit_scale x / softcap),   or logit_scale x without a softcap
 
-    Gemma's configs call the softcap `final_logit_softcapping`, Cohere's the scale `logit_scale`;
-    for Granite, give the reciprocal of `logits_scaling`.
-
     Attributes:
         hidden: `[..., D_t]`, the input of the output layer (after the last norm), computed under
             `torch.no_grad()`.
-        weight: `[V, D_t]`, or the output layer itself (like `student_weight` in
-            `linear_hybrid_loss`). It may be the student's: a teacher gives it no gradient.
+        weight: `[V, D_t]`, a layer, or an `OutputLayer`, which brings all that follows (like
+            `student_weight` in `linear_hybrid_loss`). It may be the student's: a teacher gives it
+            no gradient.
         bias: `[V]` or None.
         softcap: above 0, or None.
         logit_scale: factor on the logits.
     """
 
     hidden: Tensor
-    weight: Tensor | torch.nn.Module
+    weight: Tensor | nn.Module | OutputLayer
     bias: Tensor | None = None
     softcap: float | None = None
     logit_scale: float = 1.0

@@ -120,7 +120,6 @@ def _linear_teacher(value: LinearTeacher, shape: CallShape) -> None:
     _same_rows("teacher: LinearTeacher.hidden", value.hidden.shape[:-1], shape)
     _same_device("teacher: LinearTeacher.hidden", value.hidden, shape.device)
     no_grad_wanted("teacher: LinearTeacher.hidden", value.hidden)
-    head_options("teacher: LinearTeacher.", value.softcap, value.logit_scale)
 
 
 def hidden(name: str, value: object) -> None:
@@ -135,6 +134,21 @@ def head_options(prefix: str, softcap: object, logit_scale: object) -> None:
     if softcap is not None:
         number(f"{prefix}softcap", softcap, low=0.0, open_low=True)
     number(f"{prefix}logit_scale", logit_scale)
+
+
+def not_twice(name: str, options: str, bias: object, softcap: object, logit_scale: object) -> None:
+    """Checks that nothing is given next to an `OutputLayer` that it brings."""
+    given = {
+        f"{name}bias": bias is not None,
+        f"{options}softcap": softcap is not None,
+        f"{options}logit_scale": logit_scale != 1.0,
+    }
+    for argument, is_given in given.items():
+        if is_given:
+            raise ValueError(
+                f"{argument}: given twice, since {name}weight is an OutputLayer, which brings it; "
+                "leave it out"
+            )
 
 
 def head(name: str, weight: Tensor, bias: Tensor | None, states: Tensor) -> None:

@@ -10,6 +10,7 @@ from hybrid_kernels import (
     Divergence,
     LinearTeacher,
     Mixture,
+    OutputLayer,
     TopK,
     hybrid_loss,
     linear_hybrid_loss,
@@ -114,6 +115,10 @@ SHARED = {
     "teacher linear softcap": (
         {"teacher": LinearTeacher(HIDDEN, WEIGHT, softcap=0.0)},
         "teacher: LinearTeacher.softcap: 0.0 is not in (0, inf)",
+    ),
+    "teacher linear twice": (
+        {"teacher": LinearTeacher(HIDDEN, OutputLayer(WEIGHT), softcap=2.0)},
+        "teacher: LinearTeacher.softcap: given twice",
     ),
     "mixture of nothing": ({"teacher": Mixture([])}, "teacher: a Mixture without members"),
     "mixture of a tensor": (
@@ -418,6 +423,27 @@ LINEAR = {
         {"student_weight": torch.nn.Linear(4, V), "student_bias": WEIGHT[:, 0]},
         "student_bias: given, but the layer has one",
     ),
+    "output layer and bias": (
+        {"student_weight": OutputLayer(WEIGHT), "student_bias": WEIGHT[:, 0]},
+        "student_bias: given twice, since student_weight is an OutputLayer",
+    ),
+    "output layer and softcap": (
+        {"student_weight": OutputLayer(torch.nn.Linear(4, V)), "softcap": 1.0},
+        "softcap: given twice",
+    ),
+    "output layer and scale": (
+        {"student_weight": OutputLayer(WEIGHT, logit_scale=2.0), "logit_scale": 2.0},
+        "logit_scale: given twice",
+    ),
+    "output layer of nothing": (
+        {"student_weight": OutputLayer(None)},
+        "student_weight: expected a [V, D] tensor",
+        "NoneType",
+    ),
+    "output layer softcap": (
+        {"student_weight": OutputLayer(WEIGHT, softcap=0.0)},
+        "student_weight: OutputLayer.softcap: 0.0 is not in (0, inf)",
+    ),
     "softcap": ({"softcap": -1.0}, "softcap: -1.0 is not in (0, inf)"),
     "logit scale": ({"logit_scale": "1"}, "logit_scale: expected a number, got str"),
     "chunk rows": ({"chunk_rows": 0}, "chunk_rows: got 0, expected a whole number above 0"),
@@ -450,6 +476,11 @@ def test_hidden_states(bad, function):
     }
     function(**good)
     assert_refuses(parts, function, **(good | change))
+
+
+def test_a_bias_beside_a_layer_is_refused():
+    parts = ("bias: given with a layer, which has its own",)
+    assert_refuses(parts, OutputLayer, torch.nn.Linear(4, V), WEIGHT[:, 0])
 
 
 def test_a_partitioned_weight_is_refused():

@@ -12,9 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from hybrid_kernels import (
     LinearTeacher,
     Mixture,
+    OutputLayer,
     hybrid_loss,
     linear_hybrid_loss,
     linear_token_terms,
+    output_layer,
     token_terms,
 )
 from ranks import on_ranks, two_ranks
@@ -388,11 +390,12 @@ def test_flops_are_counted_with_a_layer():
 
 @pytest.mark.native
 def test_a_layer_compiles_without_a_break():
-    _, head = lora_head()
-    hidden, teacher, ids, advantages = inputs()
+    layer, teacher_layer = OutputLayer(lora_head()[1], softcap=3.0), OutputLayer(nn.Linear(D, V))
+    hidden, _, ids, advantages = inputs()
 
     def compute(hidden):
-        return linear_hybrid_loss(hidden, head, teacher, ids, advantages).loss
+        teacher = LinearTeacher(hidden.flip(0), teacher_layer)
+        return linear_hybrid_loss(hidden, layer, teacher, ids, advantages).loss
 
     torch._dynamo.reset()
     compiled = torch.compile(compute, fullgraph=True, backend="eager")
@@ -477,15 +480,15 @@ def demo_model(tied):
     return Qwen2ForCausalLM(config)
 
 
-def train_steps(model, batches):
+def train_steps(model, head, batches):
     """Trains by SGD on `linear_hybrid_loss`; returns losses and the types of the weights."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     losses, kinds, states = [], [], []
     model.model.register_forward_hook(lambda *args: states.append(args[2][0]))
     for ids, hidden, weight, advantages in batches:
         model(input_ids=ids, logits_to_keep=1)
-        head, teacher = model.lm_head.weight, LinearTeacher(hidden, weight)
-        kinds.append(type(head).__name__)
+        teacher = LinearTeacher(hidden, weight)
+        kinds.append(type(head.weight).__name__)
         # Ranks average their gradients, so each divides by the number of its own tokens.
         loss = linear_hybrid_loss(states.pop(), head, teacher, ids, advantages).loss
         loss.backward()
@@ -505,33 +508,44 @@ def batches():
 
 
 @pytest.mark.parametrize(
-    ("tied", "units", "kind"),
-    [(False, [], "Parameter"), (False, ["lm_head"], "DTensor"), (True, [], "Parameter")],
-    ids=["root", "head", "tied"],
+    ("tied", "unit", "kind"),
+    [
+        (False, [], "Parameter"),
+        (False, ["lm_head"], "DTensor"),
+        (False, ["model.norm", "lm_head"], "Parameter"),
+        (True, [], "Parameter"),
+    ],
+    ids=["root", "head", "norm and head", "tied"],
 )
+@pytest.mark.parametrize("found", ["before", "after"])
 @pytest.mark.native
 @pytest.mark.skipif(not find_spec("transformers"), reason="needs transformers")
 @two_ranks
 @on_ranks
-def test_fsdp2_trains_as_one_process_does(ranks, tied, units, kind):
-    """Compares two ranks, which have half of each batch and of the weights, with one process."""
+def test_fsdp2_trains_as_one_process_does(ranks, found, tied, unit, kind):
+    """Compares two ranks, which have half of each batch and of the weights, with one process. The
+    output layer is found before or after the model is sharded."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     alone = demo_model(tied)
-    expected_losses, _ = train_steps(alone, batches())
+    expected_losses, _ = train_steps(alone, OutputLayer(alone.lm_head.weight), batches())
     model = demo_model(tied)
+    head = output_layer(model) if found == "before" else None
     mesh = init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     # A layer that is a separate unit is sharded again by the time the loss needs its weight. Others
     # belong to the root, whose parameters stay whole until the backward.
-    for name in units:
-        fully_shard(model.get_submodule(name), mesh=mesh)
+    if unit:
+        modules = [model.get_submodule(name) for name in unit]
+        fully_shard(modules, mesh=mesh, reshard_after_forward=len(unit) < 2)
     fully_shard(model, mesh=mesh)
+    head = head or output_layer(model)
+    assert all(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
     half = slice(2 * ranks.rank, 2 * ranks.rank + 2)
     parts = ((ids[half], hidden[half], w, a[half]) for ids, hidden, w, a in batches())
-    losses, kinds = train_steps(model, parts)
+    losses, kinds = train_steps(model, head, parts)
     assert kinds == [kind] * STEPS
     torch.distributed.all_reduce(losses)
     torch.testing.assert_close(losses / 2, expected_losses, rtol=1e-5, atol=1e-6)

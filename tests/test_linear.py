@@ -11,6 +11,7 @@ from cases import DTYPES, LINEAR_TEACHERS, every_divergence, in_runs, make_linea
 from hybrid_kernels import (
     LinearTeacher,
     Mixture,
+    OutputLayer,
     hybrid_loss,
     linear_hybrid_loss,
     linear_token_terms,
@@ -157,6 +158,32 @@ def test_equals_the_gemm_and_hybrid_loss(backend, device):
     torch.testing.assert_close(got.divergence, whole.divergence, rtol=1e-5, atol=1e-6)
     for gradient, leaf in zip(gradients, (hidden, weight), strict=True):
         torch.testing.assert_close(gradient, leaf.grad * -1.7, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [False, True])
+@pytest.mark.parametrize("method", ["hybrid_loss", "token_terms"])
+def test_output_layers_bring_all_that_belongs_to_them(method, layer, backend, device):
+    case = make_linear(bias=True, softcap=3.0, logit_scale=0.4, masked=True, device=device)
+    _, expected = case.reference(torch.float64, method)
+
+    def output_layer(head):
+        if not layer:
+            return OutputLayer(head.weight, head.bias, head.softcap, head.logit_scale)
+        linear = nn.Linear(*head.weight.T.shape, device=device)
+        result = OutputLayer(linear, softcap=head.softcap, logit_scale=head.logit_scale)
+        # Parameters may be replaced later.
+        linear.weight, linear.bias = nn.Parameter(head.weight), nn.Parameter(head.bias)
+        return result
+
+    hidden, weight, bias = case.leaves(None)
+    given = output_layer(replace(case.head, weight=weight, bias=bias))
+    teacher = LinearTeacher(case.teacher_hidden, output_layer(case.teacher_head))
+    case = replace(case, fixed=Mixture([(1.0, teacher)]))
+    run = getattr(case, f"_{method}")
+    function = {"hybrid_loss": linear_hybrid_loss, "token_terms": linear_token_terms}[method]
+    run(function, hidden, given, case.given(None), backend=backend)
+    for got, gradient in zip((hidden, given.weight, given.bias), expected, strict=True):
+        torch.testing.assert_close(got.grad, gradient.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_linear_teacher_of_a_student_by_logits(backend, device):

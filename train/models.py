@@ -18,16 +18,17 @@ from hybrid_kernels import (
     HybridLoss,
     LinearTeacher,
     Mixture,
+    OutputLayer,
     TokenTerms,
     TopK,
     hybrid_loss,
     linear_hybrid_loss,
     linear_token_terms,
+    output_layer,
     token_terms,
 )
 from train.config import TrainConfig, UserError
 from train.data import Example
-from train.heads import OutputLayer, output_layer
 from train.rollout import Rollout, completion_hidden, completion_logits, vocabulary_of
 
 
@@ -37,25 +38,29 @@ class LossInputs:
 
     Attributes:
         student: logits `[B, T, V]` or, for the linear functions, hidden states `[B, T, D]` and the
-            output layer's weight `[V, D]`.
+            output layer.
         teacher: as the losses take it.
-        options: the temperature, and for the linear functions the rest of the student's output
-            layer.
-        linear: whether these are inputs of the linear functions.
+        temperature: that of the student.
     """
 
-    student: tuple[Tensor, ...]
+    student: tuple[Any, ...]
     teacher: Tensor | TopK | LinearTeacher | Mixture
-    options: dict[str, Any]
-    linear: bool
+    temperature: float
+
+    @property
+    def linear(self) -> bool:
+        """Whether these are inputs of the linear functions."""
+        return len(self.student) > 1
 
     def hybrid_loss(self, *arguments: Any, **options: Any) -> HybridLoss:
         function: Any = linear_hybrid_loss if self.linear else hybrid_loss
-        return function(*self.student, self.teacher, *arguments, **self.options, **options)
+        options["temperature"] = self.temperature
+        return function(*self.student, self.teacher, *arguments, **options)
 
     def token_terms(self, *arguments: Any, **options: Any) -> TokenTerms:
         function: Any = linear_token_terms if self.linear else token_terms
-        return function(*self.student, self.teacher, *arguments, **self.options, **options)
+        options["temperature"] = self.temperature
+        return function(*self.student, self.teacher, *arguments, **options)
 
 
 @dataclass
@@ -103,7 +108,6 @@ class Models:
             full: take the teachers on the whole vocabulary, even if `top_k` is set.
         """
         vocab_size = self.vocab_size
-        options: dict[str, Any] = {"temperature": self.temperature}
         # A loss divides the logits of both sides by the student's temperature.
         teacher_factor = self.temperature / self.teacher_temperature
         by_top_k = self.top_k is not None and not full
@@ -115,11 +119,10 @@ class Models:
             for model, head in zip(self.teachers, teacher_heads, strict=True):
                 with torch.no_grad():
                     hidden = completion_hidden(model, rollout)
-                parameters = head.parameters(vocab_size, teacher_factor)
-                teachers.append(LinearTeacher(hidden, *parameters))
-            weight, bias, softcap, scale = student_head.parameters(vocab_size)
-            options |= {"student_bias": bias, "softcap": softcap, "logit_scale": scale}
-            student = (completion_hidden(self.student, rollout), weight)
+                head = _scaled_prefix(head, vocab_size, teacher_factor)
+                teachers.append(LinearTeacher(hidden, head))
+            hidden = completion_hidden(self.student, rollout)
+            student = (hidden, _scaled_prefix(student_head, vocab_size))
         else:
             student = (completion_logits(self.student, rollout, vocab_size),)
             for model in self.teachers:
@@ -135,7 +138,7 @@ class Models:
         teacher = teachers[0]
         if self.weights != [1.0]:
             teacher = Mixture(list(zip(self.weights, teachers, strict=True)))
-        return LossInputs(student, teacher, options, linear)
+        return LossInputs(student, teacher, self.temperature)
 
     def _support(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """`[B, T, K]` token ids, the K best of one side; up to 2 K ids if both sides choose."""
@@ -147,6 +150,16 @@ class Models:
             every_token = torch.arange(self.vocab_size, device=student_logits.device)
             return every_token.expand(student_logits.shape).contiguous()
         return torch.cat([side.detach().topk(size, dim=-1).indices for side in chosen], -1)
+
+
+def _scaled_prefix(head: OutputLayer, vocab_size: int, factor: float = 1.0) -> OutputLayer:
+    """The layer of `factor` times the first `vocab_size` logits."""
+    weight, bias = head.weight, head.bias
+    assert isinstance(weight, Tensor)
+    softcap = None if head.softcap is None else head.softcap * factor
+    if len(weight) > vocab_size:
+        weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+    return OutputLayer(weight, bias, softcap, head.logit_scale * factor)
 
 
 def load_models(config: TrainConfig, student_path: str | Path) -> Models:

@@ -249,30 +249,15 @@ def completion_hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
     The whole model is called, because wrappers (mixed precision, sharding) hook into its forward.
     Its output layer is computed at one position only, if the model can do that.
     """
-    with captured_hidden(model) as states:
-        _forward(model, rollout, logits_to_keep=1)
-    return states[0][:, _positions(rollout)]
-
-
-@contextmanager
-def captured_hidden(model: PreTrainedModel, factor: float = 1.0) -> Iterator[list[Tensor]]:
-    """A list to which each forward pass of the model adds its last hidden states `[B, S, D]`.
-
-    They are multiplied by `factor`, in the list and as the input of the output layer.
-    """
     states: list[Tensor] = []
-
-    def capture(module: Any, inputs: Any, output: Any) -> Any:
-        if factor != 1.0:
-            output.last_hidden_state = output.last_hidden_state * factor
-        states.append(output.last_hidden_state)
-        return output
-
-    handle = model.base_model.register_forward_hook(capture)
+    handle = model.base_model.register_forward_hook(
+        lambda module, inputs, output: states.append(output.last_hidden_state)
+    )
     try:
-        yield states
+        _forward(model, rollout, logits_to_keep=1)
     finally:
         handle.remove()
+    return states[0][:, _positions(rollout)]
 
 
 def _positions(rollout: Rollout) -> slice:

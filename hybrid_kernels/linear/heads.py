@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from hybrid_kernels import validate
 from hybrid_kernels.linear.layers import unwrapped
-from hybrid_kernels.types import LinearTeacher
+from hybrid_kernels.types import LinearTeacher, OutputLayer
 
 
 class LinearStudent(NamedTuple):
     """The student as the caller passed it to a linear function."""
 
     hidden: Tensor
-    weight: Tensor | nn.Module
+    weight: Tensor | nn.Module | OutputLayer
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
@@ -47,17 +47,30 @@ class Head(NamedTuple):
 
     @classmethod
     def of(
-        cls, name: str, side: "LinearStudent | LinearTeacher", valid: Tensor | None = None
+        cls,
+        name: str,
+        options: str,
+        side: "LinearStudent | LinearTeacher",
+        valid: Tensor | None = None,
     ) -> "Head":
         """Checks an output layer and returns its tensors.
 
         Args:
             name: the prefix of the arguments' names in messages.
+            options: the same for softcap and scale.
             side: the hidden states, already checked, and the layer.
             valid: bool `[N]`, the rows that count. The others may hold NaN, which a GEMM would
                 spread into the gradient of an adapter.
         """
         hidden, weight, bias = side.hidden, side.weight, side.bias
+        softcap, logit_scale = side.softcap, side.logit_scale
+        if isinstance(weight, OutputLayer):
+            validate.not_twice(name, options, bias, softcap, logit_scale)
+            options = f"{name}weight: OutputLayer."
+            softcap, logit_scale = weight.softcap, weight.logit_scale
+            layer, bias = weight.layer, weight.bias
+            weight, bias = layer, None if isinstance(layer, nn.Module) else bias
+        validate.head_options(options, softcap, logit_scale)
         dtype, autocast = hidden.dtype, _is_autocast(hidden.device.type)
         if autocast:
             # A linear layer does the same.
@@ -89,7 +102,7 @@ class Head(NamedTuple):
         bias = None if bias is None else _whole(bias, None)
         validate.head(name, weights[0], bias, hidden)
         hiddens = [states.contiguous() for states in hiddens]
-        return cls(hiddens, weights, bias, float(side.logit_scale), float(side.softcap or 0.0))
+        return cls(hiddens, weights, bias, float(logit_scale), float(softcap or 0.0))
 
     def detached(self) -> "Head":
         """The same layer without a gradient, though its parameters may be trained elsewhere."""

@@ -1,7 +1,8 @@
-"""Losses from hidden states equal losses from the models' logits."""
+"""Output layers of models, and that losses from hidden states equal losses from the logits."""
 
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 from helpers import END, WORDS, config, gradient, make_model, prepared
@@ -14,9 +15,11 @@ from transformers import (
     GraniteForCausalLM,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
-from train.heads import output_layer
+from hybrid_kernels import LinearTeacher, linear_token_terms, output_layer, token_terms
 from train.models import load_models
 from train.objective import ScheduledWeights, gradient_norms, micro_batch_loss
 
@@ -46,6 +49,18 @@ FAMILIES = {
 }
 
 
+def assert_gives_the_logits_of(model, head, as_teacher=True):
+    """Asserts that log-probabilities are the model's, from the layer of a student and a teacher."""
+    ids = torch.randint(3, len(WORDS), (2, 6))
+    hidden, logits = model.base_model(ids).last_hidden_state.detach(), model(ids).logits.detach()
+    expected = logits.double().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    results = [linear_token_terms(hidden, head, token_ids=ids).log_prob]
+    if as_teacher:
+        results.append(token_terms(logits, LinearTeacher(hidden, head), ids).teacher_log_prob)
+    for got in results:
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_output_layer_of_a_family(family, monkeypatch):
     torch.manual_seed(0)
@@ -58,9 +73,7 @@ def test_the_output_layer_of_a_family(family, monkeypatch):
     expected = {"gemma2": (2.0, 1.0), "cohere2": (None, 0.3), "granite": (None, 0.25)}
     expected["recurrent_gemma"] = (30.0, 1.0)
     assert (head.softcap, head.logit_scale) == expected.get(family, (None, 1.0))
-    ids = torch.randint(3, len(WORDS), (2, 6))
-    hidden = model.base_model(ids).last_hidden_state
-    torch.testing.assert_close(head.logits(hidden), model(ids).logits, rtol=1e-5, atol=1e-5)
+    assert_gives_the_logits_of(model, head)
     # A model that does something else to its logits is recognised.
     forward = type(model).forward
 
@@ -84,6 +97,95 @@ def test_the_output_layer_of_a_family(family, monkeypatch):
         assert output_layer(model) is None
         model.config.logit_scale = None
         assert output_layer(model) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_output_layer_of_a_16_bit_model(dtype):
+    """Its hidden states reach 200, so that fp16 can't hold a thousand times as much."""
+    model = make_model("llama", 0)
+    torch.nn.init.constant_(model.model.norm.weight, 100)
+    model = model.to(dtype)
+    assert output_layer(model) is not None
+    model.config.logit_scale = 1.1  # which the model does not have
+    assert output_layer(model) is None
+
+
+ADAPTERS = {
+    "elsewhere": {"target_modules": ["q_proj"]},
+    "lora": {"target_modules": ["q_proj", "lm_head"]},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+def test_the_output_layer_of_a_model_with_adapters(adapter, tied):
+    model = make_model("llama", 0)
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.lm_head.weight = model.model.embed_tokens.weight
+    options = {"r": 2, "init_lora_weights": False, "lora_dropout": 0.5}
+    model = peft.get_peft_model(model, peft.LoraConfig(**options, **ADAPTERS[adapter]))
+    head = output_layer(model.train())
+    ids, plain = torch.tensor([[3, 4, 5]]), model.get_base_model()
+    if adapter == "lora":
+        assert head.weight is plain.lm_head
+        hidden = model.get_base_model().model(ids).last_hidden_state
+        with pytest.raises(ValueError, match=r"student_weight: the adapter .* training mode"):
+            linear_token_terms(hidden, head, token_ids=ids)
+    model.eval()
+    assert_gives_the_logits_of(plain, head, as_teacher=adapter != "lora")
+    with model.disable_adapter():
+        assert_gives_the_logits_of(plain, head)
+    model.merge_adapter()
+    assert_gives_the_logits_of(plain, head)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_is_left_as_it_was(fails, monkeypatch):
+    model = make_model("gpt2", 0, dropout=0.5).train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    random = torch.get_rng_state()
+    if fails:
+        monkeypatch.setattr(type(model.transformer.ln_f), "forward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            output_layer(model)
+    else:
+        assert output_layer(model) is not None
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_compiled_model_is_not_compiled_for_this():
+    def backend(*_):
+        raise AssertionError("compiled")
+
+    model = make_model("llama", 0)
+    assert output_layer(torch.compile(model, backend=backend)).layer is model.lm_head
+
+
+def test_models_whose_logits_are_made_in_another_way():
+    model = make_model("llama", 0)
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: 0.25 * forward(hidden)
+    assert output_layer(model) is None
+    assert output_layer(model.model) is None
+    dora = peft.LoraConfig(target_modules=["lm_head"], use_dora=True)
+    assert output_layer(peft.get_peft_model(make_model("llama", 0), dora)) is None
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    assert output_layer(T5ForConditionalGeneration(T5Config(vocab_size=20, **sizes))) is None
+
+
+def test_what_is_not_a_model_is_refused():
+    for wrong in (None, torch.nn.Linear(2, 3), torch.nn.DataParallel(make_model("llama", 0))):
+        with pytest.raises(ValueError, match=f"model: a {type(wrong).__name__}, expected a causal"):
+            output_layer(wrong)
+    with pytest.raises(ValueError, match="model: on the meta device"):
+        output_layer(make_model("llama", 0).to("meta"))
 
 
 @pytest.mark.parametrize("vocab_size", [None, 17])
