@@ -41,16 +41,16 @@ def saved(ctx) -> Any:
     return _replace_each(ctx.values, lambda value: next(tensors) if value is _TENSOR else value)
 
 
-def anchor(tensors: Iterable[Tensor | None]) -> Tensor | int:
-    """A 0 that depends on those tensors that want a gradient, without keeping their memory.
+def anchors(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """Empty tensors that depend on those that want a gradient, without keeping their memory.
 
     A gradient that is computed in the forward depends on tensors that the backward does not see.
-    This one stands for them when the gradient of that gradient is asked for.
+    These stand for them when the gradient of that gradient is asked for.
     """
     if torch.compiler.is_compiling():
-        return 0  # compiled functions have no second derivatives
+        return []  # compiled functions have no second derivatives
     with torch.enable_grad():
-        return sum(t[..., :0].sum() for t in tensors if t is not None and t.requires_grad)
+        return [t[..., :0].clone() for t in tensors if t is not None and t.requires_grad]
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -71,7 +71,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 def first_order(backward):
     """A backward whose results raise an error when they are differentiated again, with respect to
-    what `ctx.anchor` stands for or to the upstream gradients.
+    what `ctx.anchors` stand for or to the upstream gradients.
 
     Under create_graph=True they would otherwise count as constants, and nobody would notice.
     """
@@ -85,7 +85,7 @@ def first_order(backward):
             gradients = tuple(
                 None
                 if gradient is None
-                else _NoSecondDerivative.apply(gradient, ctx.anchor, *upstream)
+                else _NoSecondDerivative.apply(gradient, *ctx.anchors, *upstream)
                 for gradient in gradients
             )
         return gradients

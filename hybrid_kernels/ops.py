@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hybrid_kernels import backends, validate
 from hybrid_kernels.autograd import (
-    anchor,
+    anchors,
     first_order,
     graph_is_kept,
     row_upstream,
@@ -146,7 +146,7 @@ class TokenTermsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, rows):
-        ctx.anchor = anchor([student])
+        ctx.anchors = anchors([student])
         statistics = row_statistics(*rows)
         # Without log q(y), which would correct the gradient: this one is that of the value.
         save(ctx, rows._replace(token_log_prob=None), statistics)
@@ -180,7 +180,7 @@ class HybridLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, rows: Rows, loss: RowLoss, statistics, inplace):
         ctx.late = loss.summed and scales_late(student)
-        ctx.inplace, ctx.backend, ctx.anchor = inplace, rows.backend, anchor([student])
+        ctx.inplace, ctx.backend, ctx.anchors = inplace, rows.backend, anchors([student])
         coefficients = loss.coefficients()
         if ctx.late:
             statistics = row_statistics(*rows) if statistics is None else statistics

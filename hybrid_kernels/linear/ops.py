@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hybrid_kernels import ops
 from hybrid_kernels.autograd import (
-    anchor,
+    anchors,
     first_order,
     graph_is_kept,
     row_upstream,
@@ -138,7 +138,7 @@ class LinearTermsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, problem: LinearRows, statistics, *tensors):
-        ctx.anchor = anchor(tensors)
+        ctx.anchors = anchors(tensors)
         if statistics is None:
             statistics = linear_statistics(*problem.flat())
         else:
@@ -169,7 +169,7 @@ class LinearLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, problem: LinearRows, loss: RowLoss, statistics, logits, *tensors):
         ctx.wanted, ctx.backend = list(ctx.needs_input_grad[4:]), problem.rows.backend
-        ctx.anchor = anchor(tensors)
+        ctx.anchors = anchors(tensors)
         # The factor that waits for the upstream gradient, and the one that does not.
         late, scale = None, loss.scale
         if scales_late(*tensors[:-1]):  # all but the bias
