@@ -223,6 +223,7 @@ class LogitCall(Call):
         inplace: bool = False,
     ) -> None:
         validate.student(student_logits)
+        validate.no_tangents("student_logits", student_logits)
         shape = validate.CallShape(
             student_logits.shape[:-1],
             student_logits.device,
@@ -290,6 +291,7 @@ class LinearCall(Call):
         self.linear = LinearRows(self.rows, Heads.of(head, members), chunking)
         self.kept_logits: list[Tensor] = []
         tensors = [t for t in self.linear.differentiable() if t is not None]
+        validate.no_tangents("student_hidden or student_weight", *tensors)
         self.wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         # A gradient of the hidden states alone can wait for the upstream one of each row.
         self.only_hidden = not any(t.requires_grad for t in tensors[len(head.hiddens) :])

@@ -13,8 +13,9 @@ from hybrid_kernels.types import OutputLayer
 
 # The names under which configs have the softcap of the logits.
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# Hidden states are multiplied by these: large ones reveal a softcap or scale under another name.
-FACTORS = (1.0, 50.0, 1e3)
+# Hidden states are multiplied by these: large ones reveal a softcap or scale under another name, 0
+# what is added to the logits elsewhere.
+FACTORS = (1.0, 50.0, 1e3, 0.0)
 
 
 @torch.no_grad()
@@ -59,16 +60,17 @@ def output_layer(model: Any) -> OutputLayer | None:
     output = OutputLayer(
         layer, softcap=next((cap for cap in caps if cap), None), logit_scale=scale / divisor
     )
+    tokens = torch.arange(4) % options.vocab_size
     with _undisturbed(model):
-        return output if _is_right(output, model, body) else None
+        return output if _is_right(output, model, body, tokens[None]) else None
 
 
-def _is_right(output: OutputLayer, model: Any, body: nn.Module) -> bool:
+def _is_right(output: OutputLayer, model: Any, body: nn.Module, tokens: Tensor) -> bool:
     """Whether the linear functions compute the model's logits with this layer."""
     device = next((p.device for p in model.parameters() if not p.is_meta), None)
     if device is None:
         raise ValueError("model: on the meta device, where it can't be run; load its weights first")
-    tokens, largest = torch.arange(4, device=device)[None], torch.inf
+    tokens, largest = tokens.to(device), torch.inf
     for factor in FACTORS:
         factor = min(factor, largest)
         states, expected = _run(model, body, tokens, factor)
@@ -86,10 +88,11 @@ def _is_right(output: OutputLayer, model: Any, body: nn.Module) -> bool:
         allowed = 1e-4 if precision.bits >= 32 else 0.02
         error = (logits - expected[0].to(logits)).abs().max()
         size = expected.abs().max().to(logits)
-        if not (error <= allowed * size and size > 0):
+        # Logits of 0 would hide a scale, and infinite ones everything.
+        if not (error <= allowed * size < torch.inf) or (factor and not size):
             return False
         # What fp16 can hold of either.
-        largest = factor * precision.max / (4 * float(max(size, states[0].abs().max())))
+        largest = factor * precision.max / (4 * max(float(size), float(states[0].abs().max()), 1.0))
     return True
 
 

@@ -119,7 +119,8 @@ class TopK:
             ids: `[..., K]` int64, the entries to take.
             token_ids: `[...]` int64, the sampled tokens; fills `token_log_prob`. -100 marks rows
                 without one.
-            temperature: the loss's temperature, in any of its forms.
+            temperature: the loss's temperature: a number, a scalar tensor, `[...]`, or `[...]` with
+                its last dimension 1, where a value that is not above 0 and finite gives NaN.
 
         Raises:
             ValueError: neither `k` nor `ids`, `k` outside [1, V], or another bad argument.
@@ -137,10 +138,12 @@ class TopK:
                     f"temperature: shape {tuple(temperature.shape)}, expected {tuple(rows)}, the "
                     f"leading shape of teacher_logits, or {(*rows[:-1], 1)}"
                 )
-        elif not temperature > 0:
-            raise ValueError(f"temperature: {temperature!r} is not in (0, inf)")
+        elif not isinstance(temperature, numbers.Real) or not 0 < float(temperature) < math.inf:
+            raise ValueError(f"temperature: {temperature!r} is not a number in (0, inf)")
         options = {"dtype": torch.float32, "device": teacher_logits.device}
-        temperatures = torch.as_tensor(temperature, **options).expand(rows)[..., None]
+        given = torch.as_tensor(temperature, **options)
+        valid = torch.where((given > 0) & (given < math.inf), given, math.nan)
+        temperatures = valid.expand(rows)[..., None]
         vocabulary = teacher_logits.shape[-1]
         if k is None and ids is None:
             raise ValueError("k: neither k nor ids is given; give one of them, or both")
@@ -219,6 +222,10 @@ class OutputLayer:
             raise ValueError("bias: given with a layer, which has its own; leave it out")
         self.layer, self._bias = weight, bias
         self.softcap, self.logit_scale = softcap, logit_scale
+
+    def __repr__(self) -> str:
+        shape = tuple(self.layer.shape) if isinstance(self.layer, Tensor) else self.layer
+        return f"OutputLayer({shape}, softcap={self.softcap}, logit_scale={self.logit_scale})"
 
     @property
     def weight(self) -> Tensor | nn.Module:

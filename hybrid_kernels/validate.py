@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hybrid_kernels.divergences import Divergence
@@ -38,6 +39,18 @@ def is_readable(tensor: Tensor) -> bool:
 
 def student(logits: Tensor) -> None:
     _logits("student_logits", logits)
+
+
+def no_tangents(name: str, *tensors: Tensor | None) -> None:
+    """Rejects forward-mode differentiation, whose tangents operators would drop."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ValueError(
+                f"{name}: has a tangent, but there is no forward-mode derivative here; use reverse "
+                "mode, such as loss.backward()"
+            )
 
 
 class CallShape(NamedTuple):
@@ -337,14 +350,17 @@ def row_mask(mask: object, shape: CallShape) -> None:
     mask = _tensor("mask", mask, "a bool tensor, or one of 0 and 1")
     if mask.is_complex():
         raise ValueError(f"mask: expected bool, or numbers 0 and 1, got {mask.dtype}")
-    _same_rows("mask", mask.shape, shape)
+    if mask.shape != shape.leading:
+        raise ValueError(
+            f"mask: shape {tuple(mask.shape)}, expected {tuple(shape.leading)}, a value per token"
+        )
     _same_device("mask", mask, shape.device)
     if mask.dtype != torch.bool and is_readable(mask):
         wrong = (mask != 0) & (mask != 1)
         if bool(wrong.any()):
             raise ValueError(
-                f"mask: has {mask[wrong][0].item():g}, expected 0 and 1; weights of tokens are "
-                "dense_weight, advantages and entropy_weight"
+                f"mask: has {mask[wrong][0].item():g}, expected 0 and 1; weights of tokens belong "
+                "into other arguments"
             )
 
 
@@ -357,11 +373,11 @@ def row_values(
     that dimension share. The range is checked for numbers only, of which `[]` on a CPU is one.
     """
     if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise ValueError(f"{name}: expected a floating tensor, got {value.dtype}; use .float()")
         no_grad_wanted(name, value)
         if value.ndim == 0 and is_readable(value):
             value = value.item()
+        elif not value.is_floating_point():
+            raise ValueError(f"{name}: expected a floating tensor, got {value.dtype}; use .float()")
     if not isinstance(value, Tensor):
         kinds = "a number or a tensor"
         return number(name, value, low=low, open_low=open_low, expected=kinds)
@@ -470,7 +486,10 @@ def number(
     symbolic = isinstance(value, torch.SymInt | torch.SymFloat)
     if isinstance(value, bool) or not (symbolic or isinstance(value, numbers.Real)):
         raise ValueError(f"{name}: expected {expected}, got {type(value).__name__}")
-    result: Any = value if symbolic else float(value)
+    try:
+        result: Any = value if symbolic else float(value)
+    except OverflowError:
+        result = math.inf  # as far as any range here goes
     below = result <= low if open_low else result < low
     if below or result > high or result != result or result in (math.inf, -math.inf):
         left = "(" if open_low or low == -math.inf else "["

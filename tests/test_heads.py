@@ -1,7 +1,8 @@
 """Output layers: those that PEFT has wrapped, DTensors, mixed precision."""
 
-from importlib.util import find_spec
+from importlib.util import functools
 
+import find_spec
 import pytest
 import torch
 from torch import nn
@@ -327,10 +328,16 @@ def test_classes_of_layers_that_are_refused(layer):
         linear_hybrid_loss(hidden, layer, teacher)
 
 
-def test_a_forward_replaced_in_the_class_is_refused(monkeypatch):
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_forward_replaced_in_the_class_is_refused(wraps, monkeypatch):
     hidden, teacher, _, _ = inputs()
     forward = nn.Linear.forward
-    monkeypatch.setattr(nn.Linear, "forward", lambda layer, states: 0.25 * forward(layer, states))
+
+    def quarter(layer, states):
+        return 0.25 * forward(layer, states)
+
+    replacement = functools.wraps(forward)(quarter) if wraps else quarter
+    monkeypatch.setattr(nn.Linear, "forward", replacement)
     with pytest.raises(ValueError, match=f"student_weight: a Linear {REPLACED}"):
         linear_hybrid_loss(hidden, nn.Linear(D, V), teacher)
 

@@ -1,4 +1,4 @@
-"""Every way to ask for a second derivative is an error, and never a gradient of 0."""
+"""Every way to ask for a second or forward-mode derivative is an error, and never 0."""
 
 import itertools
 from collections.abc import Callable
@@ -113,3 +113,11 @@ def test_a_first_derivative_with_a_graph(backend, device):
         strict=True,
     ):
         assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_forward_mode_is_refused(function, backend, device):
+    of = differentiable(function, backend, device)
+    inputs = tuple(tensor.detach() for tensor in of.inputs)
+    with pytest.raises(ValueError, match="has a tangent, but there is no forward-mode derivative"):
+        torch.func.jvp(of.function, inputs, inputs)

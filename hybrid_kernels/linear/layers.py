@@ -111,7 +111,10 @@ def _kind(name: str, module: nn.Module) -> str:
     """
     classes = type(module).__mro__
     kind = next(c for c in classes if "forward" in vars(c) or "__call__" in vars(c))
-    if _is_replaced(module) or vars(kind).get("forward", kind).__module__ != kind.__module__:
+    forward = vars(kind).get("forward", kind)
+    # A function that stands for another one carries the other's name, but says so.
+    replaced = forward.__module__ != kind.__module__ or hasattr(forward, "__wrapped__")
+    if replaced or _is_replaced(module):
         raise ValueError(
             f"{name}weight: a {type(module).__name__} whose `forward` has been replaced, which "
             f"may change values; {MEND}"

@@ -49,6 +49,10 @@ FAMILIES = {
 }
 
 
+def forbid_one(logits):
+    return logits.index_fill(-1, torch.tensor(3), -torch.inf)
+
+
 def assert_gives_the_logits_of(model, head, as_teacher=True):
     """Asserts that log-probabilities are the model's, from the layer of a student and a teacher."""
     ids = torch.randint(3, len(WORDS), (2, 6))
@@ -85,7 +89,7 @@ def test_the_output_layer_of_a_family(family, monkeypatch):
 
         return call
 
-    changes = [lambda z: 1.01 * z, torch.zeros_like]
+    changes = [lambda z: 1.01 * z, torch.zeros_like, forbid_one]
     if head.softcap is None:  # next to a small softcap, a wide one changes almost nothing
         changes.append(lambda z: 500 * (z / 500).tanh())
     for change in changes:
@@ -107,6 +111,20 @@ def test_the_output_layer_of_a_16_bit_model(dtype):
     model = model.to(dtype)
     assert output_layer(model) is not None
     model.config.logit_scale = 1.1  # which the model does not have
+    assert output_layer(model) is None
+
+
+@pytest.mark.parametrize("change", [lambda z: z + 0.02, forbid_one], ids=["bias", "mask"])
+def test_what_is_added_to_the_logits_of_a_16_bit_model_is_seen(change, monkeypatch):
+    model = make_model("llama", 0).bfloat16()
+    forward = type(model).forward
+
+    def changed(self, *arguments, **options):
+        output = forward(self, *arguments, **options)
+        output.logits = change(output.logits)
+        return output
+
+    monkeypatch.setattr(type(model), "forward", changed)
     assert output_layer(model) is None
 
 
