@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 import hybrid_kernels
 from train.batch import MicroBatch
@@ -86,7 +87,8 @@ class RunLog:
             file.close()
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[bold yellow]warning:[/] {text}", highlight=False)
+        # As in the table of samples, `Text` prints square brackets as they are: no markup.
+        self.console.print("[bold yellow]warning:[/]", Text(text), highlight=False)
 
     def step(self, row: dict[str, Any], batch: MicroBatch) -> None:
         """Records a step, and shows every `logging_steps`th one."""
@@ -257,8 +259,8 @@ def _sample_table(samples: list[dict]) -> Table:
             prompt = str(prompt[-1].get("content"))
         reward = "none" if row["reward"] is None else f"{row['reward']:.2f}"
         cells = (str(row["step"]), prompt[-60:], row["completion"][:80], reward)
-        # Square brackets in the texts would be taken for markup.
-        table.add_row(*(cell.replace("[", "\\[") for cell in cells))
+        # Not markup: `[/x]`, `\[x\]` and `:x:` stay as they are.
+        table.add_row(*map(Text, cells))
     return table
 
 

@@ -1,5 +1,6 @@
 """The gradient and the metrics of a step, and the checks and files of a run."""
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -18,6 +19,7 @@ from helpers import (
     save,
     write_prompts,
 )
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_kernels import sparse_advantages
@@ -337,6 +339,24 @@ def test_a_rising_reward_with_a_falling_evaluation_is_warned_about(tmp_path):
     (warning,) = summary["warnings"]
     assert "rose (1.500 to 19.500) while the held-out reward fell (0.500 to 0.250)" in warning
     assert report.summarise(config(tmp_path), rows, held_out[::-1])["warnings"] == []
+
+
+def test_texts_from_outside_are_printed_as_they_are(tmp_path):
+    texts = [r"\[x\] [b]", "[/b] :x:", "\\[red] a", "[bold]"]
+    rows = [
+        {"step": 1, "split": "eval", "prompt": text, "completion": text, "reward": None}
+        for text in texts
+    ]
+    console = Console(file=io.StringIO(), width=100)
+    console.print(report._sample_table(rows))
+    log = object.__new__(report.RunLog)
+    log.console = console
+    for text in texts:
+        log.warn(text)
+    lines = console.file.getvalue().splitlines()
+    for text in texts:
+        assert sum(line.count(text) == 2 for line in lines) == 1
+        assert f"warning: {text}" in lines
 
 
 def test_truncated_sampling_is_warned_about(tmp_path, capsys):
