@@ -18,6 +18,12 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 SUPPORTS = ("student", "teacher", "union")
 TAILS = ("bucket", "renormalize", "mask")
 MAX_TOP_K = 512  # of each side; the kernels hold a union of twice as many
+# What eval.jsonl (after `eval_`) and samples.jsonl hold besides the scores, which have the names of
+# their functions.
+FIGURES = (
+    *("step", "split", "prompt", "completion", "reward", "unscored"),
+    *("kl", "entropy", "completion_length", "truncated"),
+)
 # A key in a run's config.yaml that informs the reader and is not an option.
 ENVIRONMENT = "environment"
 _ONE = Schedule(1.0)
@@ -64,7 +70,7 @@ class RewardConfig:
 
     @property
     def name(self) -> str:
-        """The function's name, under which logs have its values."""
+        """The function's name, under which logs have its values; not one of `FIGURES`."""
         return self.function.rpartition(":")[2]
 
 
@@ -294,6 +300,7 @@ def _check(config: TrainConfig) -> None:
             name = f"teachers: {spec.name} of {teacher.model}"
             _check_bounds(name, getattr(teacher, spec.name), spec, config.max_steps)
     parse_divergence(config.divergence)
+    _check_names(config)
     if config.per_device_train_batch_size % config.num_generations:
         raise UserError(
             f"per_device_train_batch_size: got {config.per_device_train_batch_size} completions, "
@@ -310,6 +317,27 @@ def _check(config: TrainConfig) -> None:
             f"num_generations: got 1, but baseline={config.baseline} compares responses to one "
             "prompt; use at least 2, or baseline=none"
         )
+
+
+def _check_names(config: TrainConfig) -> None:
+    """Checks that each name in the logs stands for one figure."""
+    taken: dict[str, tuple[str, str]] = {}
+    entries = [("rewards", spec) for spec in config.rewards]
+    entries += [("eval_metrics", spec) for spec in config.eval_metrics]
+    for option, spec in entries:
+        if spec.name in FIGURES:
+            raise UserError(
+                f"{option}: {spec.function!r} would be logged as {spec.name!r}, which is a figure "
+                f"of the run; rename the function (names in use: {', '.join(FIGURES)})"
+            )
+        other, function = taken.get(spec.name, (None, spec.function))
+        # A reward may be a metric, too: it is computed once.
+        if other == option or function != spec.function:
+            raise UserError(
+                f"{option}: two functions named {spec.name!r}, {function!r} of {other} and "
+                f"{spec.function!r}; rename one, or leave one out if they are the same"
+            )
+        taken[spec.name] = (option, spec.function)
 
 
 def _check_bounds(name: str, value: Any, spec: Field, max_steps: int) -> None:

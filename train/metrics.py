@@ -10,6 +10,7 @@ from hybrid_kernels import HybridLoss
 from train.batch import MicroBatch
 from train.config import TrainConfig, parse_divergence
 from train.objective import sampled_costs
+from train.rewards import mean_total
 
 # A token is counted as forbidden by the teacher if its log-probability (nats) is at most this.
 FORBIDDEN = -20.0
@@ -58,10 +59,9 @@ class StepStatistics:
         if result.student_mass is not None and result.teacher_mass is not None:
             sums["student_mass"] = result.student_mass.sum()
             sums["teacher_mass"] = result.teacher_mass.sum()
-        scores = {f"reward/{name}": values for name, values in batch.scores.items()}
-        for name, values in {"reward": batch.reward, **scores}.items():
-            sums[name] = values.nansum()
-            sums[f"scored {name}"] = (~values.isnan()).sum()
+        for name, values in batch.scores.items():
+            sums[f"reward/{name}"] = values.nansum()
+            sums[f"scored reward/{name}"] = (~values.isnan()).sum()
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.double()
         self._largest_mismatches.append(mismatch.max())
@@ -74,8 +74,9 @@ class StepStatistics:
           (share), and, for top-K teachers, student_mass and teacher_mass on the support.
         - Per response: completion_length (tokens), truncated (share), and objective (nats):
           J = KL - lambda * reward at the final lambda of the schedule, so that all steps are
-          comparable.
-        - Per response that could be scored: reward, reward/<name>; NaN if there is none.
+          comparable; the KL alone if that lambda is 0.
+        - Per response that could be scored: reward/<name>, NaN if there is none; and reward, the
+          weighted sum of these means.
         - Per response and reward: unscored, the share of those that could not be scored.
         - For the step: loss, sampler_mismatch_max (nats), and the counts tokens and
           teacher_forbidden.
@@ -94,13 +95,14 @@ class StepStatistics:
             elif name != "loss" and name not in _COUNTS:
                 sums[name] /= sequences
         counts = {name: int(sums[name]) for name in _COUNTS}
+        weights = {f"reward/{spec.name}": spec.weight for spec in config.rewards}
+        reward = mean_total(weights, sums)
         final_weight = config.reward_weight.at(config.max_steps - 1, config.max_steps)
-        objective = kl - final_weight * sums["reward"]
-        each = [scored[name] for name in scored if name != "reward"]
-        unscored = 1.0 - sum(each) / (len(each) * sequences) if each else 0.0
+        objective = kl - final_weight * reward if final_weight else kl
+        unscored = 1.0 - sum(scored.values()) / (len(scored) * sequences) if scored else 0.0
         largest = float(torch.stack(self._largest_mismatches).max())
         others = {"sampler_mismatch_max": largest, "objective": objective, "unscored": unscored}
-        return sums | counts | others
+        return sums | counts | {"reward": reward} | others
 
 
 class NonFiniteError(FloatingPointError):

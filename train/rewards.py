@@ -27,7 +27,7 @@ import numbers
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -77,12 +77,10 @@ class Scorer:
 
     def __init__(self, option: str, specs: Sequence[RewardConfig]) -> None:
         self._functions: dict[str, Callable] = {}
-        self._weights: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
         for spec in specs:
-            if spec.name in self._functions:
-                raise UserError(f"{option}: two functions named {spec.name!r}; rename one")
             self._functions[spec.name] = _load_reward(option, spec.function)
-            self._weights[spec.name] = spec.weight
+            self.weights[spec.name] = spec.weight
 
     def check(self, option: str, examples: Sequence[Example]) -> None:
         """Checks that the rewards can be called with the columns of a file.
@@ -102,6 +100,7 @@ class Scorer:
         examples: Sequence[Example],
         completions: Sequence[str],
         completion_ids: Sequence[Sequence[int]],
+        known: Collection[str] = (),
     ) -> dict[str, list[float]]:
         """Each reward of each completion.
 
@@ -109,6 +108,7 @@ class Scorer:
             examples: the example behind each completion.
             completions: texts, without special tokens.
             completion_ids: the tokens of each, including its EOS.
+            known: names of rewards that are left out.
 
         Returns:
             name -> one number per completion, not weighted; NaN where it could not be scored.
@@ -118,6 +118,8 @@ class Scorer:
         """
         scores = {}
         for name, function in self._functions.items():
+            if name in known:
+                continue
             # Made anew for each reward, so that none can change what another one gets.
             given = {
                 "prompts": [copy.deepcopy(example.prompt) for example in examples],
@@ -139,9 +141,18 @@ class Scorer:
         totals = []
         for i in range(count):
             scored = [name for name in scores if not math.isnan(scores[name][i])]
-            total = sum(self._weights[name] * scores[name][i] for name in scored)
+            total = sum(self.weights[name] * scores[name][i] for name in scored)
             totals.append(total if scored or not scores else math.nan)
         return totals
+
+
+def mean_total(weights: Mapping[str, float], means: Mapping[str, float]) -> float:
+    """The mean of the weighted sum, sum_j w_j m_j, with m_j over the responses that have reward j.
+
+    So a response that could not be scored counts in no mean; in the mean of the sums of what is
+    there, it would count as 0. NaN if a reward of nonzero weight has no mean.
+    """
+    return sum((weight * means[name] for name, weight in weights.items() if weight), 0.0)
 
 
 def load_function(option: str, path: str) -> Callable[..., Any]:
@@ -198,7 +209,7 @@ def _load_reward(option: str, path: str) -> Callable[..., Any]:
     except (TypeError, ValueError) as error:
         raise UserError(
             f"{option}: {path!r} does not say which parameters it has; call it in a function of "
-            "your own, such as `def reward(completions, answer)`"
+            "your own, such as `def is_right(completions, answer)`"
         ) from error
     kinds = {parameter.kind for parameter in parameters}
     if inspect.Parameter.VAR_POSITIONAL in kinds and inspect.Parameter.VAR_KEYWORD not in kinds:

@@ -15,7 +15,7 @@ from helpers import config, gradient, make_tokenizer, prepared, write_prompts
 
 from hybrid_kernels import sparse_advantages
 from train import objective, report
-from train.config import RewardConfig, UserError
+from train.config import FIGURES, RewardConfig, UserError
 from train.data import Example, read_examples
 from train.evaluate import evaluate
 from train.loop import train
@@ -301,8 +301,33 @@ def test_wrong_reward_paths_are_named(tmp_path):
         with pytest.raises(UserError) as error:
             Scorer("rewards", [RewardConfig(path)])
         assert message in str(error.value)
-    with pytest.raises(UserError, match="two functions named 'exact_match'"):
-        Scorer("rewards", [RewardConfig("train.rewards:exact_match")] * 2)
+
+
+SAME, OTHER = "train.rewards:exact_match", "mine.py:exact_match"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": [SAME, OTHER]}, f"rewards: two functions named 'exact_match', '{SAME}' of re"),
+        ({"rewards": [SAME, SAME]}, "rewards: two functions named 'exact_match'"),
+        ({"eval_metrics": [SAME, SAME]}, "eval_metrics: two functions named 'exact_match'"),
+        (
+            {"rewards": [SAME], "eval_metrics": [OTHER]},
+            f"'{SAME}' of rewards and '{OTHER}'; rename",
+        ),
+        *(
+            ({option: f"mine.py:{name}"}, f"{option}: 'mine.py:{name}' would be logged as '{name}'")
+            for name in ("reward", "kl", "completion_length")
+            for option in ("rewards", "eval_metrics")
+        ),
+    ],
+)
+def test_names_that_would_collide_in_the_logs_are_refused(tmp_path, changes, message):
+    with pytest.raises(UserError) as error:
+        config(tmp_path, **{"rewards": [], **changes})
+    assert message in str(error.value)
+    assert "rename" in str(error.value)
 
 
 def test_rewards_of_a_micro_batch(tmp_path):
@@ -365,7 +390,8 @@ def test_advantages_get_each_reward_with_its_weight(tmp_path, monkeypatch):
 
 
 def test_metrics_are_means_over_what_could_be_scored(tmp_path):
-    run, models, batch = prepared(tmp_path, reward_weight=3.0)
+    named = paths(some=lambda prompts: [1.0] * 8, all=lambda prompts: [1.0] * 8)
+    run, models, batch = prepared(tmp_path, rewards=named, reward_weight=3.0)
     result = micro_batch_loss(run, models, batch, ScheduledWeights(2.0, 1.0, 1.0), 10)
     kl = float(result.divergence.sum()) / 8
     for scored, mean in ((0, NAN), (2, (6 + 7) / 2), (8, 3.5)):
@@ -375,31 +401,76 @@ def test_metrics_are_means_over_what_could_be_scored(tmp_path):
             values = torch.arange(8.0)
             values[:missing] = NAN
             scores = {"some": values, "all": torch.ones(8)}
-            statistics.add(replace(batch, scores=scores, reward=values), result)
+            reward = values.nan_to_num() + 2
+            statistics.add(replace(batch, scores=scores, reward=reward), result)
         row = statistics.means()
         assert row["reward/some"] == pytest.approx(mean, nan_ok=True)
-        assert row["reward"] == pytest.approx(mean, nan_ok=True)
+        assert row["reward"] == pytest.approx(mean + 2, nan_ok=True)
         assert row["reward/all"] == 1
         assert row["unscored"] == (16 - scored) / 32
-        assert row["objective"] == pytest.approx(kl - 3 * mean, rel=1e-5, nan_ok=True)
+        assert row["objective"] == pytest.approx(kl - 3 * (mean + 2), rel=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("zero", ["reward_weight", "weight"])
+def test_zero_times_an_unknown_reward_is_zero(tmp_path, zero):
+    (never,) = paths(never=lambda completions: [None] * 8)
+    run, models, batch = prepared(
+        tmp_path,
+        rewards=[{**never, "weight": float(zero != "weight")}],
+        reward_weight=float(zero != "reward_weight"),
+    )
+    result = micro_batch_loss(run, models, batch, ScheduledWeights(0.0, 1.0, 1.0), 10)
+    statistics = StepStatistics(run, models.total_weight)
+    statistics.add(batch, result)
+    row = statistics.means()
+    assert row["objective"] == pytest.approx(float(result.divergence.sum()) / 8, rel=1e-5)
+    assert row["reward"] == pytest.approx(0.0 if zero == "weight" else NAN, nan_ok=True)
 
 
 def test_evaluation_is_a_mean_over_what_could_be_scored(tmp_path):
     run, models, _ = prepared(tmp_path)
     data = read_examples("train_file", run.train_file, models.tokenizer)
     sampler = Sampler.create(run, models.student, models.tokenizer, models.vocab_size)
-    rewards = scorer(even=lambda prompts: [None if len(text) % 4 == 1 else 2 for text in prompts])
+    rewards = scorer(
+        even=lambda prompts: [None if len(text) % 4 == 1 else 2 for text in prompts],
+        all=lambda prompts: [5] * len(prompts),
+    )
     metrics = scorer(never=lambda prompts: [None] * len(prompts))
     result, rows = evaluate(models, data, sampler, rewards, metrics, batch_size=3)
     missing = [len(example.prompt) % 4 == 1 for example in data]
     assert 0 < sum(missing) < len(data)
     assert [math.isnan(row["even"]) for row in rows] == missing
-    assert result["eval_even"] == result["eval_reward"] == 2
+    assert result["eval_even"] == 2
+    assert result["eval_reward"] == 2 + 2 * 5
+    assert [row["reward"] for row in rows] == [10 if absent else 12 for absent in missing]
     assert math.isnan(result["eval_never"])
-    assert result["eval_unscored"] == (sum(missing) + len(data)) / (2 * len(data))
+    assert result["eval_unscored"] == (sum(missing) + len(data)) / (3 * len(data))
     assert (
         evaluate(models, data, sampler, Scorer("", []), Scorer("", []), 8)[0]["eval_unscored"] == 0
     )
+
+
+def test_a_reward_that_is_a_metric_too_is_computed_once(tmp_path):
+    calls = []
+
+    def noisy(completions):
+        calls.append(completions)
+        return [len(calls)] * len(completions)
+
+    run, models, _ = prepared(tmp_path)
+    data = read_examples("train_file", run.train_file, models.tokenizer)
+    sampler = Sampler.create(run, models.student, models.tokenizer, models.vocab_size)
+    result, rows = evaluate(
+        models,
+        data,
+        sampler,
+        scorer(noisy=noisy),
+        scorer(noisy=noisy, none=lambda prompts: [None] * 8),
+        8,
+    )
+    assert result["eval_noisy"] == result["eval_reward"] == 1
+    assert result["eval_unscored"] == 1 / 2
+    assert {row["noisy"] for row in rows} == {row["reward"] for row in rows} == {1}
 
 
 def strict(path):
@@ -417,6 +488,10 @@ def test_files_of_a_run_whose_metric_is_never_scored(tmp_path):
     samples = [row for row in strict(output / "samples.jsonl") if row["split"] == "eval"]
     assert {row["never"] for row in samples} == {None}
     assert strict(output / "metrics.jsonl")[0]["unscored"] == 0
+    # No function has the name of another figure in these files.
+    evaluation, *_ = strict(output / "eval.jsonl")
+    names = {name.removeprefix("eval_") for name in evaluation}.union(*samples)
+    assert names == {*FIGURES, "never", "exact_match"}
     assert json.loads((output / "summary.json").read_text(), parse_constant=pytest.fail) == summary
 
 
