@@ -16,7 +16,6 @@ its last checkpoint only. A checkpoint of another folder starts a new run.
 import fcntl
 import json
 import os
-import pickle
 import random
 import re
 import shutil
@@ -38,9 +37,21 @@ from train.config import TrainConfig, UserError
 
 _NAME = re.compile(r"step-(\d{6,})")
 _FILES = ("model", "state.pt", "config.yaml")
+# How many steps the weights in `final/` have had.
+FINAL_STEPS = ".steps"
 _STATE = ("run_id", "step", "optimizer", "position", "random")
-# Options that don't affect the numbers of a run.
-_HARMLESS = ("output_dir", "resume_from_checkpoint", "save_steps", "logging_steps", "report_to")
+# Options that don't affect the numbers of the training. (`eval_file` doesn't either, but without a
+# word one would compare evaluations on different prompts.)
+_HARMLESS = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "save_steps",
+    "logging_steps",
+    "report_to",
+    "eval_steps",
+    "eval_metrics",
+    "per_device_eval_batch_size",
+)
 # Options that a resumed run can't change.
 _FROM_CHECKPOINT = ("student",)
 
@@ -87,7 +98,10 @@ def _fsync(path: Path) -> None:
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Keeps other processes out of a run's folder. The lock ends with this process, if killed.
+    """Keeps other processes out of a run's folder.
+
+    If this process is killed, the lock ends with it and with the processes that it forked, such as
+    workers of a reward.
 
     Raises:
         UserError: another process has the lock, or the folder can't be written.
@@ -103,8 +117,8 @@ def locked(output: Path) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             raise UserError(
-                f"output_dir: {str(output)!r} is in use by {file.read() or 'another process'}; "
-                "wait for its end, or choose another folder"
+                f"output_dir: {str(output)!r} is in use by {file.read() or 'another process'}, or "
+                "by a process that it started; wait for their end, or choose another folder"
             ) from error
         except OSError as error:
             warnings.warn(
@@ -135,7 +149,7 @@ def save_checkpoint(
     with atomic_directory(target) as folder:
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
-        torch.save({**state, "step": step, "random": _random_state()}, folder / "state.pt")
+        torch.save({**state, "step": step, "random": random_state()}, folder / "state.pt")
         (folder / "config.yaml").write_text(yaml.safe_dump(config.as_options(), sort_keys=False))
     return target
 
@@ -148,12 +162,15 @@ class Checkpoint:
         folder: `checkpoints/step-<step>` of some run.
         state: what `save_checkpoint` was given, with `step` and `random`.
         own: whether it is of the run in `output_dir`, which goes on; else a new run starts there.
-        changed: the options that affect the numbers of a run and differ from the checkpoint's.
+        student: where the run that saved it began, as the option says.
+        changed: the options that affect the numbers of the training and differ from the
+            checkpoint's.
     """
 
     folder: Path
     state: dict[str, Any]
     own: bool
+    student: str
     changed: list[str]
 
     @property
@@ -208,11 +225,14 @@ def find_checkpoint(config: TrainConfig) -> Checkpoint | None:
         found = _read(folder, own, config)
         done = found.step
         if holds_run and not own:
+            go_on = (
+                "to go on with the run there, use resume_from_checkpoint=latest; " if last else ""
+            )
             raise UserError(
                 f"resume_from_checkpoint: {option!r} is not the last checkpoint of the run in "
-                f"{config.output_dir!r}, and a folder holds one run. Start a new run from it in "
-                "another output_dir. (To take back the last steps of a run, first move the "
-                "checkpoints after them away.)"
+                f"{config.output_dir!r}, and a folder holds one run; {go_on}to start a new run "
+                "from it, use another output_dir. (To take back the last steps of a run, first "
+                "move the checkpoints after them away.)"
             )
         identity = output / "run_id"
         saved_here = identity.exists() and identity.read_text().strip() == found.state["run_id"]
@@ -221,8 +241,8 @@ def find_checkpoint(config: TrainConfig) -> Checkpoint | None:
                 f"resume_from_checkpoint: {str(last)!r} was not saved by the run in "
                 f"{config.output_dir!r}. Move it away, or choose another output_dir"
             )
-    summary = output / "summary.json"
-    if final.exists() and summary.exists() and json.loads(summary.read_text())["steps"] > done:
+    steps = final / FINAL_STEPS
+    if final.exists() and not (steps.exists() and int(steps.read_text()) <= done):
         raise UserError(
             f"resume_from_checkpoint: {str(final)!r} is the end of a run whose last checkpoint is "
             f"missing. Start a new run from it with student={final} in another output_dir, or "
@@ -256,22 +276,36 @@ def _read(folder: Path, own: bool, config: TrainConfig) -> Checkpoint:
             f"resume_from_checkpoint: {str(folder)!r} is not a checkpoint; give a folder such as "
             f"{config.output_dir}/checkpoints/step-000100, or latest"
         )
+    file = folder / "state.pt"
     try:
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"resume_from_checkpoint: can't read {str(folder)!r}: {error}") from error
+        state = dict(torch.load(file, map_location="cpu", weights_only=True))
+        file = folder / "config.yaml"
+        saved = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+        student = saved["student"]
+        old = _comparable(saved)
+    except Exception as error:  # of whatever type: that depends on the bytes in the file
+        raise UserError(
+            f"resume_from_checkpoint: {str(file)!r} is damaged or can't be read: {error!r}"
+        ) from error
     if missing := [key for key in _STATE if key not in state]:
         raise UserError(
             f"resume_from_checkpoint: {str(folder)!r} lacks {', '.join(missing)}: another version "
             f"of this code has written it. Start a new run with student={folder}/model"
         )
-    saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    current = config.as_options()
-    differing = [key for key in current if current[key] != saved.get(key)]
-    return Checkpoint(folder, state, own, [key for key in differing if key not in _HARMLESS])
+    new = _comparable(config.as_options())
+    changed = [key for key in new if key not in _HARMLESS and new[key].isdisjoint(old.get(key, ()))]
+    return Checkpoint(folder, state, own, student, changed)
 
 
-def _random_state() -> dict[str, Any]:
+def _comparable(options: dict[str, Any]) -> dict[str, set[str]]:
+    """Each option as text, as it is and with `{output_dir}` for that folder, which may move."""
+    folder = json.dumps(options["output_dir"])[:-1] + "/"
+    texts = {key: json.dumps(value, sort_keys=True) for key, value in options.items()}
+    return {key: {text, text.replace(folder, '"{output_dir}/')} for key, text in texts.items()}
+
+
+def random_state() -> dict[str, Any]:
+    """The states of the global generators of Python, NumPy and torch."""
     numpy_state = np.random.get_state()
     assert isinstance(numpy_state, tuple)  # get_state(legacy=False) would return a dict
     name, keys, position, has_gauss, gauss = numpy_state
@@ -281,16 +315,17 @@ def _random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        # Of the run's device only: the machine that resumes may have another number of them.
+        state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Sets the global generators of Python, NumPy and torch to what `_random_state` returned."""
+    """Sets the global generators of Python, NumPy and torch to what `random_state` returned."""
     version, keys, gauss = json.loads(state["python"])
     random.setstate((version, tuple(keys), gauss))
     name, numpy_keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(numpy_keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"])

@@ -5,6 +5,7 @@ Written with `accelerate`; one process for now.
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     output = Path(config.output_dir)
     resumed = checkpoint.find_checkpoint(config)
     done = resumed.step if resumed else 0
+    if resumed is not None and "student" in resumed.changed:
+        # The new one has no effect, and the records still say where the weights come from.
+        config = replace(config, student=resumed.student)
     if config.setup is not None:
         _fill_assets(config.setup, output / "assets")
 
@@ -97,16 +101,18 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     def run_evaluation(step: int) -> None:
         if held_out:
             batch_size = config.per_device_eval_batch_size
+            random_state = checkpoint.random_state()  # rewards and metrics may draw numbers
             with accelerator.autocast():
                 result, rows = evaluate(models, held_out, sampler, rewards, metrics, batch_size)
+            checkpoint.restore_random_state(random_state)
             log.evaluation(step, result, rows)
 
     with log:
-        if resumed is None:
-            run_evaluation(0)
-        elif not resumed.own:
+        if resumed is not None and not resumed.own:
             # Without it, a run killed before its first checkpoint would start over from `student`.
             save(done)
+        if done < config.max_steps and not log.has_evaluations:
+            run_evaluation(done)
         for step in range(done + 1, config.max_steps + 1):
             started = time.perf_counter()
             is_last = step == config.max_steps
@@ -157,6 +163,7 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     with checkpoint.atomic_directory(output / "final") as folder:
         accelerator.unwrap_model(models.student).save_pretrained(folder)
         models.tokenizer.save_pretrained(folder)
+        (folder / checkpoint.FINAL_STEPS).write_text(str(config.max_steps))
     summary = log.finish()
     accelerator.end_training()
     return summary

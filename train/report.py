@@ -46,8 +46,11 @@ class RunLog:
         first = done + 1 if resumed and resumed.own else 0
         dropped = [_drop_from(self._output / name, first) for name in _RECORDS]
         self._files = {name: (self._output / name).open("a", encoding="utf-8") for name in _RECORDS}
-        text = yaml.safe_dump({**config.as_options(), ENVIRONMENT: environment()}, sort_keys=False)
-        write_atomically(self._output / "config.yaml", text)
+        self.has_evaluations = (self._output / "eval.jsonl").stat().st_size > 0
+        if done < config.max_steps:  # else the options have no effect
+            options = {**config.as_options(), ENVIRONMENT: environment()}
+            text = yaml.safe_dump(options, sort_keys=False)
+            write_atomically(self._output / "config.yaml", text)
         if config.report_to != "none":
             options = {"tensorboard": {"purge_step": first}}
             accelerator.init_trackers("train", init_kwargs=options)
@@ -270,7 +273,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _drop_from(path: Path, step: int) -> int:
-    """Drops the lines of this step and later ones, and a last line that a crash cut short.
+    """Drops the lines of this step and later ones, and those that a crash cut short.
 
     Returns:
         how many complete lines that were.
@@ -278,12 +281,12 @@ def _drop_from(path: Path, step: int) -> int:
     if not path.exists():
         return 0
     earlier, dropped = [], 0
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            is_earlier = json.loads(line)["step"] < step
+        except (ValueError, TypeError, KeyError):
             continue
-        if row["step"] < step:
+        if is_earlier:
             earlier.append(line + "\n")
         else:
             dropped += 1

@@ -83,9 +83,15 @@ def straight(tmp_path_factory) -> Path:
 def test_a_checkpoint_is_resumed_in_another_folder(tmp_path, straight):
     torch.rand(7)
     path = str(straight / "checkpoints/step-000002")
-    assert train(make_config(run_options(tmp_path, resume_from_checkpoint=path)))["steps"] == 6
+    # The rewards of evaluations draw random numbers, of which the training knows nothing.
+    changes = {"eval_steps": 1, "per_device_eval_batch_size": 3}
+    summary = train(make_config(run_options(tmp_path, resume_from_checkpoint=path, **changes)))
+    assert summary["steps"] == 6
+    assert summary["before"]["step"] == 2
     run = tmp_path / "run"
-    assert rows(run) == rows(straight)[2:]
+    assert [row["step"] for row in rows(run, "eval")] == [2, 3, 4, 5, 6]
+    for row, expected in zip(rows(run), rows(straight)[2:], strict=True):
+        assert {key: row[key] for key in expected} == expected
     # It is another run, which has its first checkpoint from the start.
     assert (run / "run_id").read_text() != (straight / "run_id").read_text()
     for name in ("step-000004", "step-000006"):
@@ -93,7 +99,7 @@ def test_a_checkpoint_is_resumed_in_another_folder(tmp_path, straight):
     shutil.rmtree(run / "final")
     found = find_checkpoint(make_config(run_options(tmp_path, resume_from_checkpoint="latest")))
     assert found.step == 2
-    assert found.changed == []
+    assert found.changed == ["student"]  # the weights began with the one of the other run
 
 
 def test_kill_and_resume(tmp_path, straight, capsys):
@@ -174,7 +180,6 @@ IN_EFFECT = {
     "eval_file": None,
     "setup": "a:b",
     "rewards": ["a:b"],
-    "eval_metrics": ["a:b"],
     "reward_weight": 3,
     "gamma": 0.5,
     "dense_weight": 0.5,
@@ -206,8 +211,6 @@ IN_EFFECT = {
     "max_grad_norm": 0,
     "bf16": True,
     "seed": 7,
-    "eval_steps": 1,
-    "per_device_eval_batch_size": 1,
 }
 # ... and with these, which are not worth a word ...
 HARMLESS = {
@@ -216,6 +219,9 @@ HARMLESS = {
     "logging_steps": 2,
     "save_steps": 1,
     "report_to": "tensorboard",
+    "eval_steps": 1,
+    "eval_metrics": ["a:b"],
+    "per_device_eval_batch_size": 1,
 }
 # ... but not with these, as it says.
 NO_EFFECT = {"student": "elsewhere"}
@@ -373,6 +379,69 @@ def test_the_last_checkpoint_by_any_path(straight, tmp_path, spelling, monkeypat
     assert found.step == 6
 
 
+def test_a_folder_may_move(straight, tmp_path, monkeypatch):
+    assets = {"teacher": "{output_dir}/assets/teacher", "train_file": "{output_dir}/a.jsonl"}
+    run = make_config(run_options(straight.parent, output_dir=str(tmp_path / "old"), **assets))
+    shutil.copytree(straight, tmp_path / "new")
+    file = tmp_path / "new/checkpoints/step-000006/config.yaml"
+    file.write_text(yaml.safe_dump(run.as_options()))
+    monkeypatch.chdir(tmp_path)
+
+    def changed(**changes):
+        given = {"output_dir": "new", "resume_from_checkpoint": "latest", **assets, **changes}
+        return find_checkpoint(make_config(run_options(straight.parent, **given))).changed
+
+    assert changed() == changed(output_dir=str(tmp_path / "new")) == []
+    assert changed(train_file=run.train_file) == []
+    assert changed(train_file="{output_dir}/b.jsonl") == ["train_file"]
+
+
+def test_options_without_effect_are_not_recorded(straight, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    before = (run / "config.yaml").read_bytes()
+    changes = {"student": str(straight.parent / "teacher"), "resume_from_checkpoint": "latest"}
+    changed = make_config(run_options(tmp_path, learning_rate=0.5, **changes))
+    train(changed)
+    assert (run / "config.yaml").read_bytes() == before
+    train(make_config(run_options(tmp_path, max_steps=7, **changes)))
+    student = yaml.safe_load(before)["student"]
+    for file in (run / "config.yaml", run / "checkpoints/step-000007/config.yaml"):
+        saved = yaml.safe_load(file.read_text())
+        assert (saved["student"], saved["max_steps"]) == (student, 7)
+    assert (
+        "student" in find_checkpoint(make_config({**changed.as_options(), "max_steps": 8})).changed
+    )
+
+
+def test_an_extension_that_was_killed_goes_on(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    later = tmp_path / "run/checkpoints/step-000008"
+    shutil.copytree(straight / "checkpoints/step-000006", later)
+    state = torch.load(later / "state.pt", weights_only=True)
+    torch.save({**state, "step": 8}, later / "state.pt")
+    run = make_config(run_options(tmp_path, max_steps=9, resume_from_checkpoint="latest"))
+    assert find_checkpoint(run).step == 8
+
+
+def test_lines_that_were_cut_are_dropped(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    whole = '{"step": 1, "text": "é"}\n'.encode()
+    cut = whole.replace(b"1", b"2")[:-4]
+    file.write_bytes(whole + b'null\n{}\n[1]\n{"step": null}\n{"step": 2}\n' + cut)
+    assert report._drop_from(file, 2) == 1
+    assert file.read_bytes() == whole
+
+
+def test_random_states_are_those_of_one_gpu(monkeypatch):
+    state, given = torch.arange(3), []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_rng_state", lambda: state)
+    monkeypatch.setattr("torch.cuda.set_rng_state", given.append)
+    checkpoint.restore_random_state(checkpoint.random_state())
+    assert given == [state]
+
+
 def remove(*names):
     def tamper(run, other):
         for name in names:
@@ -401,15 +470,24 @@ def break_state(run, other):
     (run / "checkpoints/step-000006/state.pt").write_text("no state")
 
 
-NOT_LAST = "is not the last checkpoint of the run in"
+def break_text_state(run, other):
+    (run / "checkpoints/step-000006/state.pt").write_text("hello\n")
+
+
+def break_config(run, other):
+    (run / "checkpoints/step-000006/config.yaml").write_text("")
+
+
+NOT_LAST = "is not the last checkpoint of the run in '{run}', and a folder holds one run; to "
+LATEST = "go on with the run there, use resume_from_checkpoint=latest; "
 NOT_OURS = "was not saved by the run in"
 REFUSED = {
-    "another run's": (None, "{other}/checkpoints/step-000002", NOT_LAST),
-    "an earlier one": (None, "{run}/checkpoints/step-000004", NOT_LAST),
+    "another run's": (None, "{other}/checkpoints/step-000002", NOT_LAST + LATEST),
+    "an earlier one": (None, "{run}/checkpoints/step-000004", NOT_LAST + LATEST),
     "another run's, no checkpoint here": (
         remove("checkpoints", "final"),
         "{other}/checkpoints/step-000002",
-        NOT_LAST,
+        NOT_LAST + "start a new run",
     ),
     "another run's, copied": (copy_from_another, "latest", NOT_OURS),
     "under another name": (rename, "latest", NOT_OURS),
@@ -419,6 +497,11 @@ REFUSED = {
         remove("checkpoints/step-000006"),
         "latest",
         "'{run}/final' is the end of a run whose last checkpoint is missing. Start a new run",
+    ),
+    "no checkpoint and no summary": (
+        remove("checkpoints", "summary.json"),
+        "latest",
+        "'{run}/final' is the end of",
     ),
     "only checkpoints are left": (
         remove("metrics.jsonl", "final", "run_id"),
@@ -436,7 +519,9 @@ REFUSED = {
         "max_steps: got 6, but the checkpoint was saved after 6 steps; ask for more",
     ),
     "older code's": (age, "latest", "lacks run_id: another version of this code has written it"),
-    "broken": (break_state, "latest", "resume_from_checkpoint: can't read '{run}/checkpoints/step"),
+    "broken": (break_state, "latest", "{last}/state.pt' is damaged"),
+    "broken, text": (break_text_state, "latest", "{last}/state.pt' is damaged"),
+    "broken options": (break_config, "latest", "{last}/config.yaml' is damaged"),
     "incomplete": (remove("checkpoints/step-000006/model"), "latest", "is not a checkpoint; give"),
 }
 
@@ -461,7 +546,8 @@ def test_a_folder_holds_one_run(straight, tmp_path, case, capsys):
 
     before = content()
     assert main(["--config", str(file)]) == 2
-    assert message.format(run=run) in capsys.readouterr().err
+    last = "resume_from_checkpoint: '" + str(run / "checkpoints/step-000006")
+    assert message.format(run=run, last=last) in capsys.readouterr().err
     assert content() == before
 
 
@@ -478,7 +564,9 @@ def test_a_folder_is_for_one_process(tmp_path, monkeypatch):
     )
     process.stdout.readline()
     try:
-        with pytest.raises(UserError, match=r"output_dir: '.*' is in use by process 1 on moon"):
+        with pytest.raises(
+            UserError, match=r"output_dir: '.*' is in use by process 1 on moon, or by a"
+        ):
             train(run)
     finally:
         process.kill()
