@@ -55,7 +55,7 @@ class RunLog:
             options = {"tensorboard": {"purge_step": first}}
             accelerator.init_trackers("train", init_kwargs=options)
         if resumed is not None:
-            self.console.print(f"resumed from {resumed.folder}, {done} steps done", highlight=False)
+            self._say(f"resumed from {resumed.folder}, {done} steps done")
         elif config.resume_from_checkpoint:
             self.console.print("no checkpoint yet: starting from scratch")
         if dropped[0]:
@@ -89,6 +89,10 @@ class RunLog:
         for file in self._files.values():
             file.close()
 
+    def _say(self, text: str, style: str | None = None) -> None:
+        """Prints a text as it is, which may hold brackets from outside."""
+        self.console.print(Text(text), style=style, highlight=False)
+
     def warn(self, text: str) -> None:
         # As in the table of samples, `Text` prints square brackets as they are: no markup.
         self.console.print("[bold yellow]warning:[/]", Text(text), highlight=False)
@@ -120,7 +124,7 @@ class RunLog:
             self._append("samples.jsonl", {"step": step, "split": "eval", **row})
         self._accelerator.log(result, step=step)
         figures = "  ".join(f"{name[5:]} {value:.3f}" for name, value in result.items())
-        self.console.print(f"held out, after {step} steps: {figures}", highlight=False)
+        self._say(f"held out, after {step} steps: {figures}")
 
     def finish(self) -> dict[str, Any]:
         """Writes plots and `summary.json`, prints samples and warnings; after the `with` block."""
@@ -130,8 +134,8 @@ class RunLog:
         write_atomically(self._output / "summary.json", json.dumps(summary, indent=2) + "\n")
         self.console.print(_sample_table(samples))
         for text in summary["warnings"]:
-            self.console.print(f"[bold red]{text}[/]", highlight=False)
-        self.console.print(f"written to {self._output}", highlight=False)
+            self._say(text, style="bold red")
+        self._say(f"written to {self._output}")
         return summary
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
