@@ -1,8 +1,8 @@
 """Output layers: those that PEFT has wrapped, DTensors, mixed precision."""
 
-from importlib.util import functools
+import functools
+from importlib.util import find_spec
 
-import find_spec
 import pytest
 import torch
 from torch import nn

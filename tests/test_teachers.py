@@ -304,6 +304,21 @@ def test_padding_and_repetitions_do_not_count(tail, backend, device):
     torch.testing.assert_close(a.teacher_mass, b.teacher_mass)
 
 
+def test_an_entry_of_a_support_may_have_probability_zero(backend, device):
+    """Unlike padding, it is forbidden: a cost of infinity, or of the floor."""
+    student = cases.make(20, (1,), device=device).student
+    ids = torch.tensor([[1, 3, 5]], device=device)
+    log_probs = torch.tensor([[-1.0, -torch.inf, -2.0]], device=device)
+    for floor in (None, -20.0):
+        for divergence in ("reverse_kl", "jsd"):
+            options = {"divergence": divergence, "teacher_floor": floor}
+            teacher = TopK(ids, log_probs)
+            got = token_terms(student, teacher, backend=backend, **options).divergence
+            expected = reference.token_terms(student.double(), teacher, **options).divergence
+            assert expected.isinf().any() == (divergence == "reverse_kl" and floor is None)
+            torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_an_empty_support_has_no_gradient(backend, device):
     case = cases.make(60, (3,), device=device)
     top_k = TopK(torch.full((3, 2), -1, device=device), torch.zeros(3, 2, device=device))
