@@ -119,7 +119,14 @@ def test_reductions(reduction, num_tokens, masked, backend, device):
 
 # The forms in which weights and temperatures may be given.
 every_form = pytest.mark.parametrize(
-    "form", ["number", "numpy", "scalar tensor", "per sequence", "per token"]
+    "form",
+    [
+        pytest.param("number", marks=pytest.mark.native),
+        pytest.param("numpy", marks=pytest.mark.native),
+        pytest.param("scalar tensor", marks=pytest.mark.native),
+        "per sequence",
+        "per token",
+    ],
 )
 
 

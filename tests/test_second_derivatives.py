@@ -10,6 +10,8 @@ import torch
 import cases
 import hybrid_kernels
 
+pytestmark = pytest.mark.native  # it doesn't matter which backend computed the first derivative
+
 
 class Differentiable(NamedTuple):
     """A scalar function of tensors, each of which has a gradient."""
