@@ -166,7 +166,8 @@ def test_weights(reduction, form, backend, device):
 @pytest.mark.parametrize("method", ["hybrid_loss", "token_terms"])
 def test_temperatures(method, support, form, backend, device):
     case, values = with_a_masked_sequence(device)
-    temperature = in_form(form, values)
+    # Not so low that a support leaves a tail whose mass is a difference of fp32 numbers near 1.
+    temperature = in_form(form, 0.8 + values)
     case = cases.with_teachers(case, 1, support, temperature)
     assert_matches_reference(case, backend, method, temperature=temperature)
 
