@@ -117,9 +117,9 @@ def test_reductions(reduction, num_tokens, masked, backend, device):
     assert outcome.result.loss.shape == (case.token_ids.shape if reduction == "none" else ())
 
 
-# The forms in which weights and temperatures may be given.
-every_form = pytest.mark.parametrize(
-    "form",
+# In what kinds weights and temperatures may be given.
+every_kind = pytest.mark.parametrize(
+    "kind",
     [
         pytest.param("number", marks=pytest.mark.native),
         pytest.param("numpy", marks=pytest.mark.native),
@@ -130,16 +130,16 @@ every_form = pytest.mark.parametrize(
 )
 
 
-def in_form(form, values):
-    """Values `[B, T]` for the tokens as an argument; those that the form can't tell apart are one.
+def of_kind(kind, values):
+    """Values `[B, T]` for the tokens as an argument; those that the kind can't tell apart are one.
     What belongs to masked tokens alone is NaN."""
-    if form == "number":
+    if kind == "number":
         return float(values[0, 0])
-    if form == "numpy":
+    if kind == "numpy":
         return np.float32(values[0, 0].cpu())
-    if form == "scalar tensor":
+    if kind == "scalar tensor":
         return values[0, 0]
-    return values[:, :1] if form == "per sequence" else values
+    return values[:, :1] if kind == "per sequence" else values
 
 
 def with_a_masked_sequence(device):
@@ -152,22 +152,22 @@ def with_a_masked_sequence(device):
     return case, values
 
 
-@every_form
+@every_kind
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_weights(reduction, form, backend, device):
+def test_weights(reduction, kind, backend, device):
     case, values = with_a_masked_sequence(device)
     weights = {"dense_weight": values, "entropy_weight": values.cos(), "advantages": 1 - values}
-    weights = {name: in_form(form, weight) for name, weight in weights.items()}
+    weights = {name: of_kind(kind, weight) for name, weight in weights.items()}
     assert_matches_reference(case, backend, reduction=reduction, **weights)
 
 
-@every_form
+@every_kind
 @pytest.mark.parametrize("support", [None, "union"], ids=["full", "top-k"])
 @pytest.mark.parametrize("method", ["hybrid_loss", "token_terms"])
-def test_temperatures(method, support, form, backend, device):
+def test_temperatures(method, support, kind, backend, device):
     case, values = with_a_masked_sequence(device)
     # Not so low that a support leaves a tail whose mass is a difference of fp32 numbers near 1.
-    temperature = in_form(form, 0.8 + values)
+    temperature = of_kind(kind, 0.8 + values)
     case = cases.with_teachers(case, 1, support, temperature)
     assert_matches_reference(case, backend, method, temperature=temperature)
 
