@@ -4,7 +4,7 @@ import argparse
 import sys
 from dataclasses import fields
 
-from train.config import TrainConfig, UserError, load_config
+from train.config import NonFiniteError, TrainConfig, UserError, load_config
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +24,6 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(parsed.config, parsed.overrides)
         # Imported late, so that a wrong option is reported before seconds of imports.
         from train.loop import train
-        from train.metrics import NonFiniteError
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 import difflib
 import operator
+import os
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -31,6 +32,10 @@ _ONE = Schedule(1.0)
 
 class UserError(ValueError):
     """Something that the user can correct: an option, a file, a reward. The message says how."""
+
+
+class NonFiniteError(FloatingPointError):
+    """A run's numbers are infinite or NaN. The message says what is intact, and what helps."""
 
 
 # The kinds of bounds that an option can have: in words, and as a check of a value.
@@ -91,7 +96,8 @@ class TeacherConfig:
 class TrainConfig:
     """The options of a run.
 
-    `{output_dir}` in `student`, `teachers`, `train_file` and `eval_file` stands for that folder.
+    `{output_dir}` in `student`, `teachers`, `train_file` and `eval_file` stands for that folder,
+    and `~` at the start of a path for the home folder.
     """
 
     output_dir: str
@@ -128,8 +134,12 @@ class TrainConfig:
     # Rollouts.
     num_generations: int = option(8, at_least=1)  # responses per prompt
     max_completion_length: int = option(128, at_least=1)  # tokens
-    temperature: float = option(1.0, above=0)  # of the policy: sampling and log-probabilities
-    teacher_temperature: float | None = option(None, above=0)  # None: the same as `temperature`
+    temperature: float = option(  # of the policy: sampling and log-probabilities
+        1.0, at_least=1e-3, at_most=1e3, expected="from 0.001 to 1000"
+    )
+    teacher_temperature: float | None = option(  # None: the same as `temperature`
+        None, at_least=1e-3, at_most=1e3, expected="from 0.001 to 1000"
+    )
     top_p: float = option(1.0, above=0, at_most=1, expected="a number in (0, 1]")  # 1: no limit
     top_k: int = option(0, at_least=0)  # 0: no limit
     mask_truncated_completions: bool = False  # don't train on responses without an end
@@ -138,13 +148,15 @@ class TrainConfig:
     max_steps: int = option(100, at_least=1)
     per_device_train_batch_size: int = option(32, at_least=1)  # completions in a micro-batch
     gradient_accumulation_steps: int = option(1, at_least=1)  # micro-batches in a step
-    learning_rate: float = option(1e-5, at_least=0)
+    learning_rate: float = option(1e-5, at_least=0, at_most=1e3, expected="from 0 to 1000")
     lr_scheduler_type: str = option("constant", choices=LR_SCHEDULERS)
     warmup_steps: int = option(0, at_least=0)
     weight_decay: float = option(0.0, at_least=0)
     max_grad_norm: float = option(1.0, at_least=0)  # 0: no clipping
     bf16: bool = False
-    seed: int = option(0, at_least=0)
+    seed: int = option(  # NumPy's generator takes 32 bits
+        0, at_least=0, at_most=2**32 - 1, expected="a number from 0 to 4294967295"
+    )
 
     # Logs, evaluations and checkpoints.
     logging_steps: int = option(1, at_least=1)  # progress and trackers; metrics.jsonl has each step
@@ -178,11 +190,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
     options: dict[str, Any] = {}
     if path is not None:
         try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            content = Path(path).read_bytes()
         except OSError as error:
             raise UserError(f"--config: can't read {str(path)!r}: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise UserError(f"--config: {str(path)!r} is not YAML: {error}") from error
+        loaded = _from_yaml(f"--config: can't read {str(path)!r}", content)
         if not isinstance(loaded, dict):
             raise UserError(f"--config: {str(path)!r} holds no `key: value` lines")
         options.update(loaded)
@@ -190,11 +201,33 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
         key, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"{override!r}: expected key=value, such as learning_rate=1e-4")
-        try:
-            options[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"{key}: {text!r} is not a YAML value: {error}") from error
+        options[key] = _from_yaml(f"{key}: can't read {text!r}", text)
     return make_config(options)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose keys are texts, each given once: of two, one would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                problem = "found a key that is not text; put it in quotes"
+            elif key.value in seen:
+                problem = f"found the key {key.value!r} twice; leave one out"
+            else:
+                seen.add(key.value)
+                continue
+            raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _from_yaml(failure: str, content: bytes | str) -> Any:
+    try:
+        return yaml.load(content, _Loader)
+    # ValueError: of dates such as 2026-13-01.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{failure}: {error}") from error
 
 
 def make_config(options: dict[str, Any]) -> TrainConfig:
@@ -212,7 +245,7 @@ def make_config(options: dict[str, Any]) -> TrainConfig:
     specs = {spec.name: spec for spec in fields(TrainConfig)}
     for key in options:
         if key not in specs:
-            raise UserError(f"{key}: unknown option{_suggestion(key, list(specs))}")
+            raise UserError(f"{key}: unknown option{_suggestion(str(key), list(specs))}")
     for key in ("output_dir", "student", "teachers", "train_file"):
         if options.get(key) is None:
             name = "teacher" if key == "teachers" else key
@@ -260,16 +293,29 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         result = number(name, value)
         if result != int(result):
             raise UserError(f"{name}: got {value!r}, expected a whole number")
-        return int(result)
+        return value if isinstance(value, int) else int(result)
     if dict in choices and isinstance(value, dict):
         return value
     if str in choices:
-        if isinstance(value, str):
-            return value
-        raise UserError(f"{name}: got {value!r} ({type(value).__name__}), expected text")
+        return _text(name, value)
     if typing.get_args(hint) == (TeacherConfig,):
         return _weighted(name, value, TeacherConfig, "model", "a checkpoint")
     return _weighted(name, value, RewardConfig, "function", "`module:function`, `file.py:function`")
+
+
+def _text(name: str, value: Any) -> str:
+    """A text, which may be a path or part of one, with the home folder in place of `~`."""
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{name}: got {value!r} ({type(value).__name__}), expected text")
+    if "\0" in value or value.encode("utf-8", "replace").decode() != value:
+        raise UserError(f"{name}: got {value!r}, which has characters that no file name can have")
+    text = os.path.expanduser(value)
+    if text.startswith("~"):
+        raise UserError(
+            f"{name}: got {value!r}, but that user has no home folder here; for a folder of that "
+            f"name, write ./{value}"
+        )
+    return text
 
 
 def _weighted(name: str, value: Any, kind: type, key: str, form: str) -> list:
@@ -283,10 +329,10 @@ def _weighted(name: str, value: Any, kind: type, key: str, form: str) -> list:
             raise UserError(
                 f"{name}: got {entry!r}, expected {form}, or {{{key}: ..., weight: ...}}"
             )
-        if unknown := sorted(set(entry) - {key, "weight"}):
+        if unknown := [other for other in entry if other not in (key, "weight")]:
             raise UserError(f"{name}: unknown key {unknown[0]!r}; use {key} and weight")
         weight = number(f"{name}: weight of {entry[key]}", entry.get("weight", 1.0))
-        parsed.append(kind(entry[key], weight))
+        parsed.append(kind(_text(name, entry[key]), weight))
     return parsed
 
 
@@ -366,6 +412,7 @@ def parse_divergence(value: str | dict) -> Divergence:
     if not isinstance(name, str):
         raise UserError(f"divergence: got {value!r}, expected a name, or {{name: jsd, beta: 0.3}}")
     try:
-        return Divergence(name, **params)
+        values = {str(key): number(f"divergence: {key}", item) for key, item in params.items()}
+        return Divergence(name, **values)
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -1,6 +1,7 @@
 """Prompts from JSONL files, and the order in which they are drawn."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,16 +43,28 @@ def read_examples(option: str, path: str, tokenizer: PreTrainedTokenizerBase) ->
             prompt, or messages without a chat template.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{option}: can't read {path!r}: {error.strerror}") from error
     rows = []
     for count, line in enumerate(lines, start=1):
-        if line.strip():
-            rows.append((f"{option}: {path} line {count}", line))
+        where = f"{option}: {path} line {count}"
+        try:
+            text = line.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 text: {error}") from error
+        if text.strip():
+            rows.append((where, text))
     if not rows:
         raise UserError(f"{option}: {path!r} holds no prompts")
-    examples = [_example(where, line, tokenizer) for where, line in rows]
+    appended = _appended(tokenizer)
+    examples = [_example(where, line, tokenizer, len(appended)) for where, line in rows]
+    if appended and any(isinstance(example.prompt, str) for example in examples):
+        warnings.warn(
+            f"{option}: the student's tokenizer appends {tokenizer.decode(appended)!r} to texts; "
+            "it is left out, because a response could not go on from there",
+            stacklevel=2,
+        )
     names = sorted({key for example in examples for key in example.columns})
     for example in examples:
         for name in names:
@@ -59,32 +72,68 @@ def read_examples(option: str, path: str, tokenizer: PreTrainedTokenizerBase) ->
     return examples
 
 
-def _example(where: str, line: str, tokenizer: PreTrainedTokenizerBase) -> Example:
+def _appended(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts behind a text, such as an EOS."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    end = len(full)
+    while end and full[:end][-len(bare) :] != bare:
+        end -= 1
+    return full[end:] if end else []
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is given twice; leave one out")
+    return row
+
+
+def _example(where: str, line: str, tokenizer: PreTrainedTokenizerBase, appended: int) -> Example:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error}") from error
+        row = json.loads(line, object_pairs_hook=_object)
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: of numbers with too many digits, too
+        raise UserError(f"{where}: can't read this JSON: {error}") from error
     if not isinstance(row, dict) or "prompt" not in row:
         raise UserError(f"{where}: expected an object with the key `prompt`")
     prompt = row.pop("prompt")
     for reserved in GIVEN_TO_REWARDS:
         if reserved in row:
             raise UserError(f"{where}: {reserved!r} is what rewards receive; rename the column")
-    if isinstance(prompt, str):
-        token_ids = tokenizer(prompt)["input_ids"]
-    elif isinstance(prompt, list) and prompt and all(isinstance(turn, dict) for turn in prompt):
-        if not tokenizer.chat_template:
-            raise UserError(f"{where}: chat messages, but the student's tokenizer has no template")
-        # The template contains the special tokens. The tokenizer would add a second BOS, which the
-        # model has never seen.
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        assert isinstance(text, str)
-        token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
+    is_chat = isinstance(prompt, list) and prompt and all(isinstance(turn, dict) for turn in prompt)
+    if not isinstance(prompt, str) and not is_chat:
         raise UserError(f"{where}: `prompt` must be text or a list of chat messages")
+    if is_chat and not tokenizer.chat_template:
+        raise UserError(f"{where}: chat messages, but the student's tokenizer has no template")
+    try:
+        token_ids = _tokenize(prompt, tokenizer, appended)
+    except Exception as error:  # of whatever type: a template is a program, and may raise its own
+        raise UserError(
+            f"{where}: the student's tokenizer can't read this prompt: {type(error).__name__}: "
+            f"{error}"
+        ) from error
     if not token_ids:
         raise UserError(f"{where}: the prompt has no tokens; give it at least one")
-    return Example(prompt, list(token_ids), row)
+    return Example(prompt, token_ids, row)
+
+
+def _tokenize(
+    prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, appended: int
+) -> list[int]:
+    json.dumps(prompt, ensure_ascii=False).encode()  # raises for half of a surrogate pair
+    if isinstance(prompt, str):
+        token_ids = list(tokenizer(prompt)["input_ids"])
+        return token_ids[: len(token_ids) - appended]
+    # The template contains the special tokens. The tokenizer would add a second BOS, which the
+    # model has never seen.
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    assert isinstance(text, str)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 class PromptStream:

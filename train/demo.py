@@ -72,7 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(result_table(summary))
     for line in (verdict(summary), *collapses(summary)):
         console.print(line)
-    console.print(f"{summary['seconds']:.0f} s in all; written to {parsed.output}")
+    text = f"{summary['seconds']:.0f} s in all; written to {parsed.output}"
+    console.print(text, markup=False, highlight=False)
     return 0
 
 

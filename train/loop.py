@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
 from transformers.utils import logging
 
@@ -20,9 +21,9 @@ from train.config import TrainConfig, UserError
 from train.data import Example, PromptStream, read_examples
 from train.evaluate import evaluate
 from train.metrics import StepStatistics, check_finite
-from train.models import check_lengths, load_models
+from train.models import check_prompts, load_models, load_tokenizer
 from train.objective import ScheduledWeights, gradient_norms, micro_batch_loss
-from train.rewards import Scorer, load_function
+from train.rewards import Scorer, load_function, users_code
 from train.rollout import Sampler
 from train.schedules import learning_rate_factor
 
@@ -37,6 +38,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     logging.disable_progress_bar()  # one bar is enough
     if config.report_to not in (trackers := ["none", *LoggerType.list()]):
         raise UserError(f"report_to: got {config.report_to!r}, expected one of {trackers}")
+    installed = [tracker.value for tracker in get_available_trackers()]
+    if config.report_to not in ("none", "all", *installed):
+        raise UserError(f"report_to: {config.report_to} is not installed; see its documentation")
     accelerator = Accelerator(
         mixed_precision="bf16" if config.bf16 else "no",
         log_with=None if config.report_to == "none" else config.report_to,
@@ -59,18 +63,22 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     if config.setup is not None:
         _fill_assets(config.setup, output / "assets")
 
-    set_seed(config.seed)
-    models = load_models(config, resumed.folder / "model" if resumed else config.student)
+    # Whatever can be wrong is looked at before weights are loaded, which may take minutes.
+    student_path = resumed.folder / "model" if resumed else config.student
     rewards = Scorer("rewards", config.rewards)
     metrics = Scorer("eval_metrics", config.eval_metrics)
-    examples = read_examples("train_file", config.train_file, models.tokenizer)
+    tokenizer = load_tokenizer(config, student_path)
+    examples = read_examples("train_file", config.train_file, tokenizer)
     held_out: list[Example] = []
     if config.eval_file is not None:
-        held_out = read_examples("eval_file", config.eval_file, models.tokenizer)
+        held_out = read_examples("eval_file", config.eval_file, tokenizer)
         for scorer in (rewards, metrics):
             scorer.check("eval_file", held_out)
     rewards.check("train_file", examples)
-    check_lengths(config, examples + held_out, models.student, *models.teachers)
+    check_prompts(config, student_path, examples + held_out)
+
+    set_seed(config.seed)
+    models = load_models(config, student_path, tokenizer)
     prompts = PromptStream(examples, config.seed)
     sampler = Sampler.create(config, models.student, models.tokenizer, models.vocab_size)
 
@@ -173,8 +181,9 @@ def _fill_assets(setup: str, assets: Path) -> None:
     """Calls the function of the option `setup`, unless it has filled the folder already."""
     record = assets / ".setup"
     if not assets.exists():
-        with checkpoint.atomic_directory(assets) as folder:
-            load_function("setup", setup)(folder)
+        function = load_function("setup", setup)
+        with checkpoint.atomic_directory(assets) as folder, users_code(f"setup: {setup!r}"):
+            function(folder)
             (folder / record.name).write_text(setup, encoding="utf-8")
     filled_by = record.read_text(encoding="utf-8") if record.exists() else None
     if filled_by != setup:

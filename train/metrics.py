@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hybrid_kernels import HybridLoss
 from train.batch import MicroBatch
-from train.config import TrainConfig, parse_divergence
+from train.config import NonFiniteError, TrainConfig, parse_divergence
 from train.objective import sampled_costs
 from train.rewards import mean_total
 
@@ -105,15 +105,11 @@ class StepStatistics:
         return sums | counts | {"reward": reward} | others
 
 
-class NonFiniteError(FloatingPointError):
-    """The loss or its gradient is infinite or NaN; the weights were not updated with it."""
-
-
 def check_finite(row: dict[str, Any]) -> None:
     """Checks the metrics of a step before its update.
 
     Raises:
-        NonFiniteError: says what happened, what is still intact, and what helps.
+        NonFiniteError: the loss or its gradient is infinite or NaN.
     """
     if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
         return
@@ -126,6 +122,10 @@ def check_finite(row: dict[str, Any]) -> None:
             f" The teacher gives {row['teacher_forbidden']} sampled tokens a probability of "
             "(nearly) zero: set teacher_floor (such as -30) and cost_clip (such as 10)."
         )
+    elif math.isfinite(row["entropy"]) and not math.isfinite(row["kl"]):
+        text += " The teacher's logits are infinite or NaN: its checkpoint may be damaged."
+    elif math.isfinite(row["kl"]) and not math.isfinite(row["loss"]):
+        text += " The KL is finite: lower reward_weight, the rewards' weights or entropy_weight."
     else:
         text += " Try a lower learning_rate, or a smaller max_grad_norm."
     raise NonFiniteError(text)

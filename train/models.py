@@ -1,6 +1,8 @@
 """Student, teachers and tokenizer from `transformers` checkpoints, as inputs of a loss."""
 
+import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -30,6 +34,9 @@ from hybrid_kernels import (
 from train.config import TrainConfig, UserError
 from train.data import Example
 from train.rollout import Rollout, completion_hidden, completion_logits, vocabulary_of
+
+# A teacher's folder may hold a PEFT adapter, and the name of the model that it belongs to.
+_ADAPTER, _BASE = "adapter_config.json", "base_model_name_or_path"
 
 
 @dataclass(frozen=True)
@@ -162,8 +169,61 @@ def _scaled_prefix(head: OutputLayer, vocab_size: int, factor: float = 1.0) -> O
     return OutputLayer(weight, bias, softcap, head.logit_scale * factor)
 
 
-def load_models(config: TrainConfig, student_path: str | Path) -> Models:
-    """Student, teachers and tokenizer, checked against each other.
+def load_tokenizer(config: TrainConfig, student_path: str | Path) -> PreTrainedTokenizerBase:
+    """The student's tokenizer, checked against the teachers'.
+
+    Raises:
+        UserError: it can't be loaded, or a teacher's gives a token another id.
+    """
+    if (Path(student_path) / _ADAPTER).exists():
+        raise UserError(
+            f"student: {str(student_path)!r} holds a PEFT adapter, not a whole model; merge it "
+            "into its base model (PEFT's merge_and_unload), and save that"
+        )
+    tokenizer = _load("student", AutoTokenizer, str(student_path))
+    if _is_empty(tokenizer):
+        raise UserError(f"student: {str(student_path)!r} has no tokenizer; save it there, too")
+    for entry in config.teachers:
+        _check_same_tokens(tokenizer, entry.model)
+    return tokenizer
+
+
+def check_prompts(
+    config: TrainConfig, student_path: str | Path, examples: Sequence[Example]
+) -> None:
+    """Checks that every model knows the prompts' tokens, and has positions for the longest one and
+    its response. Reads the models' configs, not their weights.
+
+    Raises:
+        UserError: they don't fit, or a model has no config.
+    """
+    longest = max(len(example.token_ids) for example in examples)
+    largest = max(max(example.token_ids) for example in examples)
+    paths = [("student", str(student_path)), *(("teacher", spec.model) for spec in config.teachers)]
+    for option, path in paths:
+        adapter = Path(path) / _ADAPTER
+        base = json.loads(adapter.read_text())[_BASE] if adapter.exists() else path
+        model = _load(option, AutoConfig, base).get_text_config()
+        limit = getattr(model, "max_position_embeddings", None)
+        if limit is not None and longest + config.max_completion_length > limit:
+            raise UserError(
+                f"max_completion_length: {config.max_completion_length} after a prompt of "
+                f"{longest} tokens exceeds the {limit} positions of {path!r}; shorten one of the "
+                "two"
+            )
+        known = getattr(model, "vocab_size", None)
+        if known is not None and largest >= known:
+            raise UserError(
+                f"{option}: the student's tokenizer has the id {largest} in a prompt, but the "
+                f"vocabulary of {path!r} has {known} entries; resize the model's embeddings (with "
+                "resize_token_embeddings), or leave such tokens out"
+            )
+
+
+def load_models(
+    config: TrainConfig, student_path: str | Path, tokenizer: PreTrainedTokenizerBase
+) -> Models:
+    """Student and teachers, checked against each other.
 
     All models are in eval mode: with dropout, the trained policy would differ from the sampled one.
     Gradients flow in eval mode, too.
@@ -171,22 +231,22 @@ def load_models(config: TrainConfig, student_path: str | Path) -> Models:
     Args:
         config: its `bf16` is the dtype of the teachers; the student keeps fp32 master weights.
         student_path: `config.student`, or the model of a checkpoint.
+        tokenizer: the student's.
 
     Raises:
-        UserError: a model can't be loaded, or two of them don't share their tokens.
+        UserError: a model can't be loaded, or its vocabulary is not that of the others.
     """
-    tokenizer = _load("student", AutoTokenizer, str(student_path))
-    student = _load("student", AutoModelForCausalLM, str(student_path), dtype=torch.float32)
+    student = _load_model("student", str(student_path), torch.float32)
     generation = student.generation_config
     if generation is not None and not generation.do_sample:
         # Sampling settings without do_sample load, but transformers refuses to save them again.
         sampling = (generation.temperature, generation.top_p, generation.top_k)
         generation.do_sample = any(value not in (None, 1.0, 50) for value in sampling) or None
+    _check_generation_config(Path(student_path), generation)
     precision = torch.bfloat16 if config.bf16 else torch.float32
     teachers = []
     for entry in config.teachers:
-        teacher = _load("teacher", AutoModelForCausalLM, entry.model, dtype=precision)
-        _check_same_tokens(tokenizer, entry.model)
+        teacher = _load_model("teacher", entry.model, precision)
         teachers.append(teacher.eval().requires_grad_(False))
     student = student.eval()
     models = (student, *teachers) if config.fused_linear else ()
@@ -212,25 +272,73 @@ def load_models(config: TrainConfig, student_path: str | Path) -> Models:
     )
 
 
+def _check_generation_config(folder: Path, generation: GenerationConfig | None) -> None:
+    """Checks what would otherwise fail when responses are drawn or a checkpoint is saved."""
+    if (folder / "generation_config.json").exists():
+        # The model's loader takes defaults in place of a file that it can't read.
+        _load("student", GenerationConfig, str(folder))
+    if generation is None:
+        return
+    ids: Any = generation.eos_token_id
+    try:
+        generation.validate(strict=True)
+        torch.tensor([] if ids is None else ids, dtype=torch.int64)
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split("\n")[:2])
+        raise UserError(f"student: generation_config.json of {str(folder)!r}: {reason}") from error
+
+
 def _load(option: str, loader: type, path: str, **options):
+    if path.startswith(("/", ".")) and not Path(path).is_dir():
+        raise UserError(f"{option}: there is no folder {path!r}")
     try:
         return loader.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{option}: can't load {path!r}: {reason}") from error
+    except Exception as error:  # of whatever type: that depends on what is in the folder
+        reason = " ".join(str(error).split("\n")[:2])
+        raise UserError(
+            f"{option}: can't load {path!r}: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _load_model(option: str, path: str, dtype: torch.dtype) -> PreTrainedModel:
+    model, info = _load(
+        option,
+        AutoModelForCausalLM,
+        path,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # listed in `info`; otherwise, in a report on the terminal
+    )
+    mismatched = [f"{name} ({tuple(got)})" for name, got, _ in info["mismatched_keys"]]
+    missing = sorted([*info["missing_keys"], *mismatched])
+    if missing:
+        some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise UserError(
+            f"{option}: {path!r} lacks {len(missing)} weights that its config.json asks for, which "
+            f"would be random numbers: {some}. Give a whole checkpoint of a causal language model"
+        )
+    return model
+
+
+def _is_empty(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it has special tokens only, as what transformers makes of a folder without one."""
+    return set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
 
 
 def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, teacher: str) -> None:
     """Checks that token ids mean the same to the teacher, which scores the student's ids."""
+    reason = f"{teacher!r} has no tokenizer"
+    teacher_ids: dict[str, int] = {}
     try:
-        teacher_ids = AutoTokenizer.from_pretrained(teacher).get_vocab()
-    except (OSError, ValueError):
+        other = _load("teacher", AutoTokenizer, teacher)
+        teacher_ids = {} if _is_empty(other) else other.get_vocab()
+    except UserError as error:
+        reason = str(error).removeprefix("teacher: ")
+    if not teacher_ids:
         warnings.warn(
-            f"teacher: {teacher!r} has no tokenizer to compare; its token ids are assumed to be "
-            "those of the student",
+            f"teacher: its token ids are assumed to be those of the student, because {reason}",
             stacklevel=2,
         )
-        return
     for token, index in tokenizer.get_vocab().items():
         if teacher_ids.get(token, index) != index:
             raise UserError(
@@ -263,20 +371,3 @@ def shared_vocabulary(
             f"teacher {teacher_sizes}; give at most {min(sizes)}"
         )
     return config.vocab_size
-
-
-def check_lengths(config: TrainConfig, examples: list[Example], *models: PreTrainedModel) -> None:
-    """Checks that the longest prompt and its response fit into every model's positions.
-
-    Raises:
-        UserError: they don't fit.
-    """
-    longest = max(len(example.token_ids) for example in examples)
-    for model in models:
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if limit is not None and longest + config.max_completion_length > limit:
-            raise UserError(
-                f"max_completion_length: {config.max_completion_length} after a prompt of "
-                f"{longest} tokens exceeds the {limit} positions of {model.name_or_path!r}; "
-                "shorten one of the two"
-            )

@@ -24,6 +24,7 @@ from train.checkpoint import Checkpoint, write_atomically
 from train.config import ENVIRONMENT, TrainConfig
 
 SAMPLES_PER_EVALUATION = 8
+LARGE_MISMATCH = 0.1  # nats; rounding to bf16 leaves a few hundredths
 _RECORDS = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
 
 
@@ -175,7 +176,7 @@ def summarise(config: TrainConfig, metrics: list[dict], evaluations: list[dict])
     tenth = max(1, len(metrics) // 10)
 
     def mean(rows: list[dict], name: str) -> float | None:
-        values = [row[name] for row in rows if row[name] is not None]
+        values = [row[name] for row in rows if row.get(name) is not None]
         return sum(values) / len(values) if values else None
 
     summary: dict[str, Any] = {
@@ -208,6 +209,13 @@ def summarise(config: TrainConfig, metrics: list[dict], evaluations: list[dict])
         summary["warnings"].append(
             f"The teacher gave {forbidden} sampled tokens a probability of (nearly) zero; see "
             "teacher_floor and cost_clip."
+        )
+    mismatch = mean(metrics, "sampler_mismatch")
+    if mismatch is not None and mismatch > LARGE_MISMATCH:
+        summary["warnings"].append(
+            f"Log-probabilities of the same tokens differ by {mismatch:.2f} nats between sampling "
+            "and training, on average: the gradient is not that of the policy which is sampled. "
+            "Is the student a causal model, whose logits don't depend on later tokens?"
         )
     return summary
 

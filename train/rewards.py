@@ -28,6 +28,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ import torch
 from train.config import RewardConfig, UserError
 from train.data import GIVEN_TO_REWARDS, Example
 
+# Files whose lines say nothing to the user about an error of their own.
+_NOT_THE_USERS = (str(Path(__file__).parent), "<frozen importlib")
 _NUMBER = re.compile(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -161,22 +164,51 @@ def load_function(option: str, path: str) -> Callable[..., Any]:
     Raises:
         UserError: there is no such file, module or function. The message names `option`.
     """
-    location, colon, name = path.rpartition(":")
-    if not colon or not location or not name:
+    location, _, name = path.rpartition(":")
+    if not location or not name or location.startswith("."):
         raise UserError(
             f"{option}: got {path!r}, expected `module:function` or `path/to/file.py:function`"
         )
-    if location.endswith(".py"):
-        module = _module_from_file(option, Path(location))
-    else:
-        try:
-            module = importlib.import_module(location)
-        except ModuleNotFoundError as error:
-            raise UserError(f"{option}: can't import {location!r}: {error}") from error
-    function = getattr(module, name, None)
+    with users_code(f"{option}: {location!r}"):
+        if location.endswith(".py"):
+            module = _module_from_file(option, Path(location))
+        else:
+            module = _module(option, location)
+        function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{option}: {location!r} has no function {name!r}")
     return function
+
+
+@contextmanager
+def users_code(what: str, hint: str = "") -> Iterator[None]:
+    """Reports what code of the user's raises as a UserError, with the lines where it happened.
+
+    Args:
+        what: the code, for the error message.
+        hint: added to what it raised.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        text = f"{what}: raised {traceback.format_exception_only(error)[-1].rstrip()}{hint}"
+        own = error.__traceback__
+        while own and own.tb_frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+            own = own.tb_next
+        if own or isinstance(error, SyntaxError):
+            text += "\n" + "".join(traceback.format_exception(type(error), error, own)).rstrip()
+        raise UserError(text) from error
+
+
+def _module(option: str, name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # of another module, which this one imports
+        raise UserError(f"{option}: can't import {name!r}: {error}") from error
 
 
 def _module_from_file(option: str, file: Path) -> Any:
@@ -252,19 +284,13 @@ def _arguments(
 
 
 def _call(name: str, function: Callable, positional: list, by_name: dict[str, Any]) -> Any:
-    try:
+    hint = " (each argument is a list; completions are texts, not messages)"
+    with users_code(f"reward {name}", hint):
         values = function(*positional, **by_name)
         if inspect.iscoroutine(values):
             values = asyncio.run(values)
         # What a generator raises belongs here, too.
         return list(values) if isinstance(values, Iterator) else values
-    except Exception as error:
-        own = error.__traceback__.tb_next if error.__traceback__ else None
-        lines = traceback.format_exception(type(error), error, own)
-        raise UserError(
-            f"reward {name}: raised {type(error).__name__}: {error} (each argument is a list; "
-            f"completions are texts, not messages)\n{''.join(lines).rstrip()}"
-        ) from error
 
 
 def _checked(name: str, values: Any, examples: Sequence[Example]) -> list[float]:

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from train.config import TrainConfig
+from train.config import NonFiniteError, TrainConfig, UserError
 from train.data import Example, pad_left
 
 
@@ -73,9 +73,16 @@ class Sampler:
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
     ) -> "Sampler":
-        eos_ids = eos_token_ids(student, tokenizer)
+        all_eos_ids = eos_token_ids(student, tokenizer)
+        eos_ids = tuple(index for index in all_eos_ids if index < vocab_size)
+        if all_eos_ids and not eos_ids:
+            raise UserError(
+                f"vocab_size: responses end with one of the ids {all_eos_ids}, but only the first "
+                f"{vocab_size} are drawn"
+            )
         pad_id = tokenizer.pad_token_id
-        if not isinstance(pad_id, int):
+        # One that was added to the tokenizer alone has no embedding.
+        if not isinstance(pad_id, int) or pad_id >= vocab_size:
             pad_id = eos_ids[0] if eos_ids else 0
         return cls(
             eos_ids=eos_ids,
@@ -167,6 +174,9 @@ def generate(
     Args:
         model: in eval mode.
         examples: B of them, in which an example may be repeated for several responses.
+
+    Raises:
+        NonFiniteError: the model's logits are infinite or NaN.
     """
     prompt_ids, prompt_mask = pad_left([example.token_ids for example in examples], sampler.pad_id)
     prompt_ids, prompt_mask = prompt_ids.to(model.device), prompt_mask.to(model.device)
@@ -177,9 +187,10 @@ def generate(
             prompt_ids,
             attention_mask=prompt_mask,
             generation_config=settings,
-            logits_processor=LogitsProcessorList([] if greedy else [recorder]),
+            logits_processor=LogitsProcessorList([recorder]),
         )
     assert isinstance(sequences, Tensor)
+    sampler_log_prob = recorder.finish(sequences)
     tokens = sequences[:, prompt_ids.shape[1] :].contiguous()
     mask, truncated = completion_mask(tokens, sampler.eos_ids)
     return Rollout(
@@ -188,7 +199,7 @@ def generate(
         tokens=tokens,
         mask=mask,
         truncated=truncated,
-        sampler_log_prob=None if greedy else recorder.finish(sequences),
+        sampler_log_prob=None if greedy else sampler_log_prob,
     )
 
 
@@ -206,7 +217,9 @@ def _generation_config(model: PreTrainedModel, settings: GenerationConfig) -> It
 class _SampledLogProbs(LogitsProcessor):
     """Records log p(y) of each token drawn, with one `[B, V]` buffer at a time.
 
-    Processors run before temperature and truncation, so `scores` are the model's logits.
+    Processors run before temperature and truncation, so `scores` are the model's logits. A row
+    without a distribution is replaced until `finish` reports it: from NaN, torch.multinomial raises
+    an error of its own, after which a GPU can't be used any more.
     """
 
     def __init__(self, temperature: float) -> None:
@@ -216,12 +229,21 @@ class _SampledLogProbs(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._settle(input_ids)
-        self._pending = torch.log_softmax(scores.float() / self._temperature, dim=-1)
-        return scores
+        log_probs = torch.log_softmax(scores.float() / self._temperature, dim=-1)
+        undefined = log_probs.isnan().any(-1, keepdim=True)
+        self._pending = log_probs.masked_fill(undefined, torch.nan)
+        return scores.masked_fill(undefined, 0.0)
 
     def finish(self, sequences: Tensor) -> Tensor:
         self._settle(sequences)
-        return torch.stack(self._log_probs, 1)
+        log_probs = torch.stack(self._log_probs, 1)
+        if bool(log_probs.isnan().any()):
+            raise NonFiniteError(
+                "the student's logits are infinite or NaN: its weights have diverged, or were "
+                "damaged before. Go back to a checkpoint from before that (to resume from it, "
+                "first move later ones away), with a lower learning_rate or max_grad_norm"
+            )
+        return log_probs
 
     def _settle(self, input_ids: Tensor) -> None:
         """Records the last of `input_ids`, which was drawn from the pending distribution."""

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+_LARGEST = (2 - 2**-23) * 2.0**127  # of fp32
+
 # The options of each kind. None marks a required option; the others may be left out.
 _OPTIONS: dict[str, dict[str, float | None]] = {
     "linear": {"start": None, "alpha": None, "cap": None},
@@ -87,7 +89,7 @@ def parse_schedule(name: str, value: Any) -> Schedule:
     if not isinstance(value, dict):
         return Schedule(number(name, value))
     kind = value.get("kind")
-    if kind not in _OPTIONS:
+    if not isinstance(kind, str) or kind not in _OPTIONS:
         raise ValueError(
             f"{name}: unknown schedule kind {kind!r}; use a number for a constant, or one of "
             + ", ".join(_OPTIONS)
@@ -95,7 +97,7 @@ def parse_schedule(name: str, value: Any) -> Schedule:
     options = _OPTIONS[kind]
     required = [key for key, default in options.items() if default is None]
     given = {key: number(f"{name}.{key}", item) for key, item in value.items() if key != "kind"}
-    if unknown := sorted(set(given) - set(options)):
+    if unknown := [key for key in given if key not in options]:
         raise ValueError(f"{name}: {kind} got {unknown[0]!r}; it takes {', '.join(options)}")
     if missing := [key for key in required if key not in given]:
         raise ValueError(f"{name}: {kind} needs {', '.join(required)}; {missing[0]} is missing")
@@ -111,13 +113,15 @@ def number(name: str, value: Any) -> float:
     """`value` as a finite float. Strings are converted, because YAML reads 1e-3 as a string.
 
     Raises:
-        ValueError: it is not a number.
+        ValueError: it is not a number, or not one that tensors in fp32 can be multiplied by.
     """
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             result = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             result = math.nan
-        if math.isfinite(result):
+        if abs(result) <= _LARGEST:
             return result
-    raise ValueError(f"{name}: got {value!r}, expected a finite number")
+    raise ValueError(
+        f"{name}: got {value!r:.100}, expected a finite number within the range of fp32"
+    )

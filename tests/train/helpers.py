@@ -17,7 +17,7 @@ from transformers import (
 from train.batch import collect
 from train.config import TrainConfig, make_config
 from train.data import PromptStream, read_examples
-from train.models import load_models
+from train.models import load_models, load_tokenizer
 from train.rewards import Scorer
 from train.rollout import Sampler
 
@@ -129,7 +129,7 @@ def prepared(tmp_path, **changes):
     (tmp_path / "reward.py").write_text(REWARD)
     changes = {"rewards": [f"{tmp_path}/reward.py:length"], "reward_weight": 2.0, **changes}
     run = config(tmp_path, **changes)
-    models = load_models(run, run.student)
+    models = load_models(run, run.student, load_tokenizer(run, run.student))
     sampler = Sampler.create(run, models.student, models.tokenizer, models.vocab_size)
     prompts = PromptStream(read_examples("train_file", run.train_file, models.tokenizer), seed=0)
     torch.manual_seed(0)

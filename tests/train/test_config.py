@@ -29,20 +29,35 @@ REQUIRED = {"output_dir": "out", "student": "s", "teacher": "t", "train_file": "
     ("changes", "message"),
     [
         ({"learning_rte": 1e-3}, "learning_rte: unknown option; did you mean learning_rate?"),
+        ({1: 2}, "1: unknown option"),
         ({"xyzzy": 1}, "xyzzy: unknown option; the options are in train/config.py"),
         ({"learning_rate": "fast"}, "learning_rate: got 'fast', expected a finite number"),
         ({"learning_rate": True}, "learning_rate: got True, expected a finite number"),
         ({"learning_rate": ".inf"}, "learning_rate: got '.inf', expected a finite number"),
+        ({"learning_rate": 10**400}, "learning_rate: got 1000"),
+        ({"cost_clip": 1e300}, "cost_clip: got 1e+300, expected a finite number within the range"),
+        ({"seed": 2**32}, "seed: got 4294967296, expected a number from 0 to 4294967295"),
         ({"max_steps": 1.5}, "max_steps: got 1.5, expected a whole number"),
         ({"max_steps": 0}, "max_steps: got 0, expected at least 1"),
         ({"bf16": 1}, "bf16: got 1, expected true or false"),
         ({"student": 7}, "student: got 7 (int), expected text"),
         ({"student": None}, "student: missing"),
+        ({"student": " "}, "student: got ' ' (str), expected text"),
+        ({"teacher": ""}, "teachers: got '' (str), expected text"),
+        ({"output_dir": "a\0b"}, "output_dir: got 'a\\x00b', which has characters that no file"),
+        ({"train_file": "\ud800"}, "train_file: got '\\ud800', which has characters that no file"),
+        ({"output_dir": "~nobody_/x"}, "output_dir: got '~nobody_/x', but that user has no home"),
         ({"baseline": "mean"}, "baseline: got 'mean', expected one of none, leave_one_out"),
         ({"divergence": "kl"}, "divergence: unknown name 'kl'"),
-        ({"divergence": {"name": "jsd", "beta": 2}}, "beta=2, which must be a number in [0, 1]"),
+        ({"divergence": {"name": "jsd", "beta": 2}}, "beta=2.0, which must be a number in [0, 1]"),
+        (
+            {"divergence": {"name": "jsd", "beta": []}},
+            "divergence: beta: got [], expected a finite",
+        ),
+        ({"divergence": {"name": "jsd", 1: 2}}, "divergence: 'jsd' got '1', it takes"),
         ({"rewards": [3]}, "rewards: got 3, expected `module:function`"),
         ({"rewards": [{"function": "a:b", "wait": 1}]}, "rewards: unknown key 'wait'"),
+        ({"rewards": [{"function": "a:b", 1: 2, "x": 1}]}, "rewards: unknown key 1"),
         ({"rewards": [{"function": "a:b", "weight": "x"}]}, "weight of a:b: got 'x'"),
         ({"teachers": [], "teacher": None}, "teachers: got an empty list"),
         ({"teacher": 7}, "teachers: got 7, expected a checkpoint, or {model: ..., weight: ...}"),
@@ -54,6 +69,8 @@ REQUIRED = {"output_dir": "out", "student": "s", "teacher": "t", "train_file": "
         ({"gamma": 1.5}, "gamma: reaches 1.5, expected in [0, 1]"),
         ({"dense_weight": {"kind": "cosine", "start": 1, "end": -1}}, "dense_weight: reaches -1"),
         ({"gamma": {"kind": "step"}}, "gamma: unknown schedule kind 'step'"),
+        ({"gamma": {"kind": []}}, "gamma: unknown schedule kind []"),
+        ({"gamma": {"kind": "cosine", "start": 1, "end": 0, 1: 2, "x": 3}}, "cosine got 1"),
         (
             {"gamma": {"kind": "cosine", "start": 1}},
             "gamma: cosine needs start, end; end is missing",
@@ -63,7 +80,7 @@ REQUIRED = {"output_dir": "out", "student": "s", "teacher": "t", "train_file": "
         ({"per_device_train_batch_size": 12}, "got 12 completions, not a multiple of num_gen"),
         ({"warmup_steps": 5}, "warmup_steps: got 5, but lr_scheduler_type=constant has no warm-up"),
         ({"num_generations": 1}, "num_generations: got 1, but baseline=leave_one_out compares"),
-        ({"temperature": 0}, "temperature: got 0.0, expected more than 0"),
+        ({"temperature": 0}, "temperature: got 0.0, expected from 0.001 to 1000"),
         ({"top_p": 0}, "top_p: got 0.0, expected a number in (0, 1]"),
         ({"teacher_floor": 3}, "teacher_floor: got 3.0, expected a log-probability"),
     ],
@@ -140,6 +157,60 @@ def test_file_and_overrides(tmp_path: Path):
     assert make_config(REQUIRED).teachers == [TeacherConfig(REQUIRED["teacher"])]
     # The options that a run writes to its folder start an equal run.
     assert make_config({**config.as_options(), "environment": {"torch": "2"}}) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("seed: 1\nseed: 2", "found the key 'seed' twice"),
+        ("rewards:\n- {function: a:b, function: c:d}", "found the key 'function' twice"),
+        *((f"a: b\n{key}: 2", "key that is not text") for key in ("1", "yes", "~", "2026-01-01")),
+        ("gamma: {1: 2}", "key that is not text"),
+        ("? [a]\n: 2", "key that is not text"),
+        ("seed: 2026-13-01", "month must be in 1..12"),
+        ("x: " + "[" * 1000, "maximum recursion"),
+        ("\tseed: 1", "cannot start any token"),
+        ("seed: !!python/object:os.system x", "could not determine a constructor"),
+        (b"output_dir: \xe9", "unacceptable character"),
+        ("a: 1\n---\nb: 2", "expected a single document"),
+        ("- a", "holds no `key: value` lines"),
+        ("", "holds no `key: value` lines"),
+    ],
+)
+def test_files_that_are_not_options_are_named(tmp_path: Path, content, message):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as error:
+        load_config(file)
+    assert str(error.value).startswith("--config: ")
+    assert repr(str(file)) in str(error.value)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[1", "2026-13-01", "{a: 1, a: 2}", "{1: 2}"])
+def test_values_that_are_not_yaml_are_named(text):
+    with pytest.raises(UserError) as error:
+        load_config(None, [f"seed={text}"])
+    assert str(error.value).startswith(f"seed: can't read {text!r}: ")
+
+
+def test_merged_keys_may_be_given_again(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    text = "gamma: {<<: &a {kind: cosine, start: 0, end: 1}, end: 0.5}\ndense_weight: *a\n"
+    file.write_text(yaml.safe_dump(REQUIRED) + text)
+    config = load_config(file)
+    assert config.gamma == Schedule(0.0, "cosine", end=0.5)
+    assert config.dense_weight == Schedule(0.0, "cosine", end=1.0)
+
+
+def test_paths_may_start_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    options = {name: f"~/{name}" for name in ("output_dir", "student", "train_file", "eval_file")}
+    options |= {"teachers": ["~/t", {"model": "~/u", "weight": 2}], "rewards": "~/r.py:f"}
+    config = make_config(options)
+    paths = [config.output_dir, config.student, config.train_file, config.eval_file]
+    paths += [teacher.model for teacher in config.teachers] + [config.rewards[0].function]
+    assert all(path is not None and path.startswith("/home/me/") for path in paths)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 from helpers import make_tokenizer, write_prompts
+from tokenizers.processors import TemplateProcessing
 
 from train.config import UserError
 from train.data import PromptStream, read_examples
@@ -38,9 +39,47 @@ def test_chat_messages_go_through_the_template(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "TemplateError: roles must alternate"),
+        ("{% for %}", "TemplateSyntaxError"),
+        ("{{ messages[0].name.first }}", "UndefinedError"),
+    ],
+)
+def test_a_template_that_fails_is_named(tmp_path, template, message):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    path = write_prompts(tmp_path / "x.jsonl", [{"prompt": [{"role": "user", "content": "a b"}]}])
+    with pytest.raises(UserError, match=rf"line 1: the student's tokenizer can't.* {message}"):
+        read_examples("train_file", str(path), tokenizer)
+
+
+@pytest.mark.parametrize("text", ["a b", ""])
+def test_what_the_tokenizer_appends_is_left_out(tmp_path, text):
+    tokenizer = make_tokenizer()
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=special
+    )
+    path = str(write_prompts(tmp_path / "x.jsonl", [{"prompt": text}]))
+    with pytest.warns(UserWarning, match="train_file: the student's tokenizer appends '</s>'"):
+        (example,) = read_examples("train_file", path, tokenizer)
+    assert tokenizer.decode(example.token_ids) == f"<s> {text}".strip()
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: not JSON"),
+        ("{", "line 2: can't read this JSON: Expecting"),
+        ('{"prompt": "a", "n": ' + "9" * 5000 + "}", "line 2: can't read this JSON: Exceeds"),
+        ("[" * 100_000, "line 2: can't read this JSON: maximum recursion"),
+        ('{"prompt": "a", "n": {"m": 1, "m": 2}}', "the key 'm' is given twice; leave one out"),
+        (b'{"prompt": "\xe9"}', "line 2: not UTF-8 text"),
+        (b"\x1f\x8b\x08", "line 2: not UTF-8 text"),
+        (
+            r'{"prompt": "a \ud800"}',
+            "line 2: the student's tokenizer can't read this prompt: Unicode",
+        ),
         ("[1]", "line 2: expected an object with the key `prompt`"),
         ('{"prompt": 3}', "line 2: `prompt` must be text or a list of chat messages"),
         ('{"prompt": ""}', "line 2: the prompt has no tokens"),
@@ -51,7 +90,8 @@ def test_chat_messages_go_through_the_template(tmp_path):
 )
 def test_wrong_lines_are_named(tmp_path, line, message):
     path = tmp_path / "x.jsonl"
-    path.write_text('{"prompt": "a"}\n' + line + "\n")
+    line = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b'{"prompt": "a"}\n' + line + b"\n")
     with pytest.raises(UserError) as error:
         read_examples("train_file", str(path), make_tokenizer())
     assert message in str(error.value)

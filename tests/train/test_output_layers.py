@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hybrid_kernels import LinearTeacher, linear_token_terms, output_layer, token_terms
-from train.models import load_models
+from train.models import load_models, load_tokenizer
 from train.objective import ScheduledWeights, gradient_norms, micro_batch_loss
 
 SIZES = {
@@ -232,8 +232,8 @@ def test_fused_losses_equal_those_from_logits(tmp_path, family, vocab_size):
 
 def test_fused_losses_can_be_switched_off_and_warn_where_they_are_impossible(tmp_path, monkeypatch):
     run = config(tmp_path, fused_linear=False)
-    assert load_models(run, run.student).heads == ()
+    assert load_models(run, run.student, load_tokenizer(run, run.student)).heads == ()
     monkeypatch.setattr("train.models.output_layer", lambda model: None)
     run = config(tmp_path)
     with pytest.warns(UserWarning, match="fused_linear: a model's output layer"):
-        assert load_models(run, run.student).heads == ()
+        assert load_models(run, run.student, load_tokenizer(run, run.student)).heads == ()

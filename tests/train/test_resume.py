@@ -303,7 +303,7 @@ def test_assets_are_those_of_the_setup(tmp_path):
     (tmp_path / "fill.py").write_text("def one(folder):\n    pass\n\n\ntwo = one\n")
     one, two = (f"{tmp_path}/fill.py:{name}" for name in ("one", "two"))
     for _ in range(2):  # the second time, they are there
-        with pytest.raises(UserError, match="student: can't load"):
+        with pytest.raises(UserError, match="student: there is no folder"):
             train(config(tmp_path, setup=one, student=str(tmp_path / "none")))
     with pytest.raises(UserError, match=rf"setup: got '{two}', but .* was filled by {one}; move"):
         train(config(tmp_path, setup=two))

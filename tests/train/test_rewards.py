@@ -21,7 +21,7 @@ from train.evaluate import evaluate
 from train.loop import train
 from train.metrics import StepStatistics
 from train.objective import ScheduledWeights, micro_batch_loss
-from train.rewards import Scorer, exact_match, numeric_answer
+from train.rewards import Scorer, exact_match, load_function, numeric_answer
 from train.rollout import Sampler
 
 NAN = math.nan
@@ -297,10 +297,38 @@ def test_wrong_reward_paths_are_named(tmp_path):
         ("no.such.module:f", "can't import 'no.such.module'"),
         ("no/such.py:f", "there is no file 'no/such.py'"),
         (f"{tmp_path}/empty.py:nothing", "has no function 'nothing'"),
+        (".relative:f", "expected `module:function`"),
+        ("os.path.missing:f", "can't import 'os.path.missing'"),
     ]:
         with pytest.raises(UserError) as error:
             Scorer("rewards", [RewardConfig(path)])
         assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def f(:", "SyntaxError: invalid syntax"),
+        ("\0", "SyntaxError: source code"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("def __getattr__(name):\n    raise KeyError(name)", "KeyError: 'f'"),
+        ("class E(Exception):\n    __str__ = None\nraise E", ".E: <exception str() failed>"),
+    ],
+)
+@pytest.mark.parametrize("option", ["rewards", "setup"])
+def test_code_that_raises_when_it_is_imported_is_named(tmp_path, option, code, message):
+    file = tmp_path / "mine.py"
+    file.write_text(code)
+    with pytest.raises(UserError) as error:
+        load_function(option, f"{file}:f")
+    first, *lines = str(error.value).split("\n")
+    assert first.startswith(f"{option}: {str(file)!r}: raised ")
+    assert message in first
+    # Where it happened, without our own lines and those of the importing machinery.
+    assert lines[0].startswith(("Traceback", f'  File "{file}"', "SyntaxError"))
+    assert not any("rewards.py" in line or "importlib" in line for line in lines)
 
 
 SAME, OTHER = "train.rewards:exact_match", "mine.py:exact_match"

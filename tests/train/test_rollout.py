@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from train.data import Example, pad_left
 from train.loop import train
-from train.models import load_models
+from train.models import load_models, load_tokenizer
 from train.rollout import (
     Rollout,
     Sampler,
@@ -148,7 +148,8 @@ def test_vocabulary_beyond_the_shared_prefix_is_never_drawn():
 
 def test_dropout_is_off_and_gradients_flow(tmp_path):
     save(tmp_path / "student", "gpt2", 0, dropout=0.5)
-    models = load_models(config(tmp_path), tmp_path / "student")
+    run = config(tmp_path)
+    models = load_models(run, run.student, load_tokenizer(run, run.student))
     rollout = generate(models.student, examples(), sampler())
     models.heads = ()
     first, second = models.loss_inputs(rollout), models.loss_inputs(rollout)
