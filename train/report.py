@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from train.config import ENVIRONMENT, TrainConfig
 
 SAMPLES_PER_EVALUATION = 8
 LARGE_MISMATCH = 0.1  # nats; rounding to bf16 leaves a few hundredths
+_CONTROL = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line feeds
 _RECORDS = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
 
 
@@ -91,12 +93,10 @@ class RunLog:
             file.close()
 
     def _say(self, text: str, style: str | None = None) -> None:
-        """Prints a text as it is, which may hold brackets from outside."""
-        self.console.print(Text(text), style=style, highlight=False)
+        self.console.print(_as_it_is(text), style=style, highlight=False)
 
     def warn(self, text: str) -> None:
-        # As in the table of samples, `Text` prints square brackets as they are: no markup.
-        self.console.print("[bold yellow]warning:[/]", Text(text), highlight=False)
+        self.console.print("[bold yellow]warning:[/]", _as_it_is(text), highlight=False)
 
     def step(self, row: dict[str, Any], batch: MicroBatch) -> None:
         """Records a step, and shows every `logging_steps`th one."""
@@ -274,9 +274,14 @@ def _sample_table(samples: list[dict]) -> Table:
             prompt = str(prompt[-1].get("content"))
         reward = "none" if row["reward"] is None else f"{row['reward']:.2f}"
         cells = (str(row["step"]), prompt[-60:], row["completion"][:80], reward)
-        # Not markup: `[/x]`, `\[x\]` and `:x:` stay as they are.
-        table.add_row(*map(Text, cells))
+        table.add_row(*map(_as_it_is, cells))
     return table
+
+
+def _as_it_is(text: str) -> Text:
+    """A text from outside: `[/x]`, `\\[x\\]` and `:x:` are not markup, and control characters, which
+    would act on the terminal, are printed as escapes."""
+    return Text(_CONTROL.sub(lambda match: repr(match[0])[1:-1], text))
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -328,7 +328,7 @@ def test_an_old_run_is_not_overwritten(tmp_path):
         train(config(tmp_path, max_steps=1))
 
 
-def test_a_rising_reward_with_a_falling_evaluation_is_warned_about(tmp_path):
+def test_warnings_of_the_summary(tmp_path):
     rows = [
         {"step": i, "tokens": 1, "seconds": 1.0, "reward": i, "kl": 0, "entropy": 0, "objective": 0}
         for i in range(1, 21)
@@ -339,10 +339,13 @@ def test_a_rising_reward_with_a_falling_evaluation_is_warned_about(tmp_path):
     (warning,) = summary["warnings"]
     assert "rose (1.500 to 19.500) while the held-out reward fell (0.500 to 0.250)" in warning
     assert report.summarise(config(tmp_path), rows, held_out[::-1])["warnings"] == []
+    rows = [{**row, "sampler_mismatch": 0.05 * row["step"]} for row in rows]
+    (warning,) = report.summarise(config(tmp_path), rows, held_out[::-1])["warnings"]
+    assert "differ by 0.53 nats between sampling and training" in warning
 
 
 def test_texts_from_outside_are_printed_as_they_are(tmp_path):
-    texts = [r"\[x\] [b]", "[/b] :x:", "\\[red] a", "[bold]"]
+    texts = [r"\[x\] [b]", "[/b] :x:", "\\[red] a", "[bold]", "\x1b[2J\r\0\x9b"]
     rows = [
         {"step": 1, "split": "eval", "prompt": text, "completion": text, "reward": None}
         for text in texts
@@ -354,6 +357,7 @@ def test_texts_from_outside_are_printed_as_they_are(tmp_path):
     for text in texts:
         log.warn(text)
     lines = console.file.getvalue().splitlines()
+    texts[-1] = repr(texts[-1])[1:-1]
     for text in texts:
         assert sum(line.count(text) == 2 for line in lines) == 1
         assert f"warning: {text}" in lines
