@@ -29,6 +29,7 @@ from transformers.utils import logging
 from train import addition
 from train.addition import Addends
 from train.checkpoint import atomic_directory, write_atomically
+from train.config import UserError
 from train.data import Example
 from train.rewards import exact_match
 from train.rollout import Sampler, generate
@@ -53,6 +54,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
     parser.add_argument("--quick", action="store_true", help="a few steps only, as a test")
     parsed = parser.parse_args(arguments)
+    if parsed.seeds < 1:
+        parser.error(f"--seeds: got {parsed.seeds}, expected at least 1")
+    try:
+        _demo(parsed)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _demo(parsed: argparse.Namespace) -> None:
     logging.disable_progress_bar()
     console = Console(soft_wrap=True)
     started = time.perf_counter()
@@ -74,7 +86,6 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(line)
     text = f"{summary['seconds']:.0f} s in all; written to {parsed.output}"
     console.print(text, markup=False, highlight=False)
-    return 0
 
 
 def make_assets(folder: Path, *, quick: bool, console: Console) -> dict[str, float]:
@@ -137,7 +148,7 @@ def run_all(
     """Executes all runs, `PARALLEL_RUNS` at a time, each in a process with one thread.
 
     Raises:
-        RuntimeError: a run failed. The message names its log.
+        UserError: a run failed. The message names its log.
     """
     waiting = list(runs)
     active: dict[tuple[str, int], subprocess.Popen] = {}
@@ -155,7 +166,7 @@ def run_all(
             if process.returncode:
                 for other in active.values():
                     other.terminate()
-                raise RuntimeError(f"{folder} failed; see {folder}.log")
+                raise UserError(f"{folder} failed; see {folder}.log")
             after = json.loads((folder / "summary.json").read_text())["after"]
             console.print(f"{run[0]}, seed {run[1]}: accuracy {after['eval_exact_match']:.3f}")
 

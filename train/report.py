@@ -279,8 +279,8 @@ def _sample_table(samples: list[dict]) -> Table:
 
 
 def _as_it_is(text: str) -> Text:
-    """A text from outside: `[/x]`, `\\[x\\]` and `:x:` are not markup, and control characters, which
-    would act on the terminal, are printed as escapes."""
+    """A text from outside, in which `[/x]`, `\\[x\\]` and `:x:` are not markup, and control
+    characters, which would act on the terminal, are written as escapes."""
     return Text(_CONTROL.sub(lambda match: repr(match[0])[1:-1], text))
 
 

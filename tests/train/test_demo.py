@@ -65,6 +65,22 @@ def test_the_demo_is_a_command(monkeypatch, capsys):
     assert "python -m train.demo" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--seeds=0"], 2, "--seeds: got 0, expected at least 1"),
+        (["--output=pyproject.toml/x"], 1, "error: [Errno 20] Not a directory: 'pyproject.toml"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, status, message, capsys):
+    try:
+        ended = demo.main(arguments)
+    except SystemExit as end:  # argparse's way
+        ended = end.code
+    assert ended == status
+    assert message in capsys.readouterr().err
+
+
 class Here:
     """Stands in for Popen, and runs the command in this process to save the imports."""
 
