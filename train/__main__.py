@@ -1,6 +1,8 @@
 """`python -m train --config FILE key=value ...`"""
 
 import argparse
+import faulthandler
+import signal
 import sys
 from dataclasses import fields
 
@@ -8,7 +10,12 @@ from train.config import NonFiniteError, TrainConfig, UserError, load_config
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line. Returns the exit status: 2 for a user's error, 1 for a failed run."""
+    """Runs the command line.
+
+    Returns:
+        the exit status: 2 for a user's error, 1 for a failed run, 128 + the number of the signal
+        that ended the run.
+    """
     names = ", ".join(spec.name for spec in fields(TrainConfig))
     parser = argparse.ArgumentParser(
         prog="python -m train",
@@ -23,20 +30,31 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(parsed.config, parsed.overrides)
         # Imported late, so that a wrong option is reported before seconds of imports.
-        from train.loop import train
+        from train.loop import StoppedError, train
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _failed(error, 2)
+    except KeyboardInterrupt:
+        return _failed("interrupted", 128 + signal.SIGINT)
     try:
         train(config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _failed(error, 2)
     except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _failed(error, 1)
+    except StoppedError as error:
+        return _failed(error, error.status)
+    except OSError as error:  # before the first step
+        return _failed(f"can't read or write {error.filename!r}: {error.strerror or error}", 1)
+    except KeyboardInterrupt as error:
+        return _failed(str(error) or "interrupted before the first step", 128 + signal.SIGINT)
     return 0
 
 
+def _failed(error: object, status: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return status
+
+
 if __name__ == "__main__":
+    faulthandler.enable()  # a reward that crashes the process is then named
     sys.exit(main())

@@ -2,19 +2,22 @@
 
 A checkpoint is `checkpoints/step-000123/`:
 
-    model/       the student and its tokenizer, as `transformers` saves them (safetensors)
-    state.pt     the run's identity, steps done, the optimizer's moments, random states, data
-                 position; tensors and plain values only, so that it loads with `weights_only=True`
-    config.yaml  the options of the run
+    model/         the student and its tokenizer, as `transformers` saves them (safetensors)
+    state.pt       the run's identity, steps done, the optimizer's moments, random states, data
+                   position; tensors and plain values only, so that it loads with
+                   `weights_only=True`
+    config.yaml    the options of the run
+    manifest.json  the size and the CRC-32 of each of these files, by which damage is found
 
 That is all that is restored: a resumed run takes everything else from its own options.
 
 A folder holds one run, whose identity is in `run_id` and in each checkpoint, and which goes on from
-its last checkpoint only. A checkpoint of another folder starts a new run.
+its last intact checkpoint only. A checkpoint of another folder starts a new run.
 """
 
 import fcntl
 import json
+import math
 import os
 import random
 import re
@@ -22,9 +25,10 @@ import shutil
 import socket
 import uuid
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +40,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from train.config import TrainConfig, UserError
 
 _NAME = re.compile(r"step-(\d{6,})")
-_FILES = ("model", "state.pt", "config.yaml")
+_MANIFEST = "manifest.json"
 # How many steps the weights in `final/` have had.
 FINAL_STEPS = ".steps"
 _STATE = ("run_id", "step", "optimizer", "position", "random")
@@ -65,11 +69,15 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".partial-{target.name}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    yield temporary
-    for path in sorted(temporary.rglob("*"), reverse=True):
-        _fsync(path)
-    _fsync(temporary)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in sorted(temporary.rglob("*"), reverse=True):
+            _fsync(path)
+        _fsync(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full
+        raise
     replaced = target.parent / f".replaced-{target.name}"
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
@@ -82,8 +90,12 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file such that a crash leaves its old content or all of `text`."""
     temporary = path.with_name(f".partial-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _fsync(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     temporary.replace(path)
     _fsync(path.parent)
 
@@ -98,7 +110,7 @@ def _fsync(path: Path) -> None:
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Keeps other processes out of a run's folder.
+    """Keeps other processes out of a run's folder, and removes what a killed one left half-written.
 
     If this process is killed, the lock ends with it and with the processes that it forked, such as
     workers of a reward.
@@ -108,7 +120,7 @@ def locked(output: Path) -> Iterator[None]:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        file = (output / ".lock").open("a+", encoding="utf-8")
+        file = (output / ".lock").open("a+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"output_dir: can't write to {str(output)!r}: {error.strerror}") from error
     with file:
@@ -129,6 +141,9 @@ def locked(output: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
+        for folder in (output, _path(output, 0).parent):
+            for path in folder.glob(".partial-*"):
+                path.unlink() if path.is_file() else shutil.rmtree(path)
         yield
 
 
@@ -147,11 +162,87 @@ def save_checkpoint(
     """
     target = _path(Path(config.output_dir), step)
     with atomic_directory(target) as folder:
-        model.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-        torch.save({**state, "step": step, "random": random_state()}, folder / "state.pt")
+        save_model(folder / "model", model, tokenizer)
+        _save_state({**state, "step": step, "random": random_state()}, folder / "state.pt")
         (folder / "config.yaml").write_text(yaml.safe_dump(config.as_options(), sort_keys=False))
+        _write_manifest(folder)
     return target
+
+
+def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes an ordinary `transformers` checkpoint.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # The libraries in Rust have types of their own, or none, for what the system refuses.
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(folder)) from error
+        raise
+
+
+def _save_state(state: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # torch fails once more as it closes the archive, and shows that error.
+            if isinstance(error.__context__, OSError):
+                number = error.__context__.errno
+                raise OSError(number, error.__context__.strerror, str(path)) from error
+            raise
+
+
+def _write_manifest(folder: Path) -> None:
+    """Records the files of a checkpoint.
+
+    A CRC finds what a disk does to a file, and takes 0.3 s per GiB; a cryptographic hash would find
+    forgery, too, and take two to five times as long. Loading reads the whole files anyway.
+    """
+    target = folder / _MANIFEST
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != target)
+    manifest = {path.relative_to(folder).as_posix(): _fingerprint(path) for path in files}
+    target.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _fingerprint(path: Path) -> list[int]:
+    """The size in bytes, and the CRC-32."""
+    size, crc = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
+
+
+class _DamagedError(Exception):
+    """A checkpoint from which no run can go on. The message says what is wrong with which file."""
+
+
+def _check_files(folder: Path) -> None:
+    """Raises a _DamagedError if the files aren't those that the manifest lists."""
+    name = _MANIFEST
+    try:
+        manifest = dict(json.loads((folder / name).read_text(encoding="utf-8")))
+        for name in ("state.pt", "config.yaml", *manifest):
+            size, crc = manifest[name]
+            found = _fingerprint(folder / name)
+            if found[0] != size:
+                raise _DamagedError(f"{name} has {found[0]} bytes instead of {size}")
+            if found[1] != crc:
+                raise _DamagedError(f"{name} has {size} bytes, but not those that were written")
+    except PermissionError:
+        raise  # that is no damage
+    except FileNotFoundError as error:
+        raise _DamagedError(f"{name} is missing") from error
+    except OSError as error:
+        raise _DamagedError(f"{name} can't be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise _DamagedError(f"{_MANIFEST} is no list of files") from error
 
 
 @dataclass(frozen=True)
@@ -165,6 +256,7 @@ class Checkpoint:
         student: where the run that saved it began, as the option says.
         changed: the options that affect the numbers of the training and differ from the
             checkpoint's.
+        damaged: later checkpoints of the run, which can't be used, and what is wrong with each.
     """
 
     folder: Path
@@ -172,6 +264,7 @@ class Checkpoint:
     own: bool
     student: str
     changed: list[str]
+    damaged: dict[Path, str] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -195,6 +288,22 @@ class Checkpoint:
             texts.append(f"these options differ from the checkpoint's: {', '.join(new)}; {outcome}")
         return texts
 
+    def set_damaged_aside(self) -> list[str]:
+        """Renames the damaged checkpoints, whose steps will be saved again. Says so."""
+        texts = []
+        for folder, reason in self.damaged.items():
+            aside = folder.with_name(f"{folder.name}.damaged")
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}-again")
+            folder.rename(aside)
+            texts.append(f"{str(folder)!r} is damaged: {reason}. It is now {aside.name!r}")
+        if texts:
+            repeated = max(map(_step, self.damaged)) - self.step
+            texts[-1] += (
+                f", and the run goes on from {self.folder.name!r}: it repeats {repeated} more steps"
+            )
+        return texts
+
 
 def find_checkpoint(config: TrainConfig) -> Checkpoint | None:
     """The checkpoint that `resume_from_checkpoint` names; None for a run from scratch.
@@ -208,8 +317,8 @@ def find_checkpoint(config: TrainConfig) -> Checkpoint | None:
     output, option = Path(config.output_dir), config.resume_from_checkpoint
     metrics, final = output / "metrics.jsonl", output / "final"
     has_steps = metrics.exists() and metrics.stat().st_size > 0
-    folders = [path for path in _path(output, 0).parent.glob("*") if _NAME.fullmatch(path.name)]
-    last = max(folders, key=lambda path: int(path.name[5:]), default=None)
+    folders = _checkpoints(output)
+    last = folders[0] if folders else None
     holds_run = has_steps or last is not None or final.exists()
     if option is None:
         if holds_run:
@@ -218,13 +327,28 @@ def find_checkpoint(config: TrainConfig) -> Checkpoint | None:
                 "resume_from_checkpoint=latest, or choose another folder"
             )
         return None
-    folder = last if option == "latest" else Path(option)
-    found, done = None, 0
-    if folder is not None:
-        own = last is not None and folder.resolve() == last.resolve()
-        found = _read(folder, own, config)
+    if option != "latest":
+        folders = [Path(option)]
+    found, done, damaged = None, 0, {}
+    for folder in folders:
+        try:
+            own = last is not None and (option == "latest" or folder.resolve() == last.resolve())
+            found = _read(folder, own, config, damaged)
+            break
+        except _DamagedError as error:
+            damaged[folder] = str(error)
+    reasons = "; ".join(f"{str(folder)!r} is damaged: {text}" for folder, text in damaged.items())
+    if damaged and found is None:
+        other = (
+            "resume_from_checkpoint=latest goes on from the last one that is intact"
+            if option != "latest"
+            else "no checkpoint is intact. To start again, move them away, or choose another "
+            "output_dir"
+        )
+        raise UserError(f"resume_from_checkpoint: {reasons}; {other}")
+    if found is not None:
         done = found.step
-        if holds_run and not own:
+        if holds_run and not found.own:
             go_on = (
                 "to go on with the run there, use resume_from_checkpoint=latest; " if last else ""
             )
@@ -235,17 +359,22 @@ def find_checkpoint(config: TrainConfig) -> Checkpoint | None:
                 "move the checkpoints after them away.)"
             )
         identity = output / "run_id"
-        saved_here = identity.exists() and identity.read_text().strip() == found.state["run_id"]
-        if own and not (saved_here and last == _path(output, done)):
+        text = identity.read_text(errors="replace").strip() if identity.exists() else None
+        here = found.folder if option == "latest" else last
+        if found.own and not (text == found.state["run_id"] and here == _path(output, done)):
             raise UserError(
-                f"resume_from_checkpoint: {str(last)!r} was not saved by the run in "
-                f"{config.output_dir!r}. Move it away, or choose another output_dir"
+                f"resume_from_checkpoint: {str(here)!r} was not saved by the run in "
+                f"{config.output_dir!r}: it is step {done} of the run {found.state['run_id']}, and "
+                f"{str(identity)!r} holds {text!r}. Move it away, or choose another output_dir; if "
+                "only that file is damaged, write the run into it"
             )
-    steps = final / FINAL_STEPS
-    if final.exists() and not (steps.exists() and int(steps.read_text()) <= done):
+    if final.exists() and (steps := _final_steps(final)) > done:
+        missing = f"is damaged ({reasons})" if damaged else "is missing"
+        if math.isinf(steps):
+            missing = f"is not known, because {FINAL_STEPS!r} in it holds no number"
         raise UserError(
-            f"resume_from_checkpoint: {str(final)!r} is the end of a run whose last checkpoint is "
-            f"missing. Start a new run from it with student={final} in another output_dir, or "
+            f"resume_from_checkpoint: {str(final)!r} is the end of a run whose last checkpoint "
+            f"{missing}. Start a new run from it with student={final} in another output_dir, or "
             "first move it away"
         )
     if done > config.max_steps or (done == config.max_steps and not has_steps):
@@ -254,6 +383,35 @@ def find_checkpoint(config: TrainConfig) -> Checkpoint | None:
             "ask for more"
         )
     return found
+
+
+def how_to_go_on(config: TrainConfig) -> str:
+    """What is left of a run that ends early, for its last words."""
+    if folders := _checkpoints(Path(config.output_dir)):
+        return (
+            f"The last checkpoint is {str(folders[0])!r}; go on from it with "
+            "resume_from_checkpoint=latest"
+        )
+    again = config.resume_from_checkpoint or "latest"
+    return f"There is no checkpoint yet: start again with resume_from_checkpoint={again}"
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    """The folders of a run's checkpoints, the last one first."""
+    folders = [path for path in _path(output, 0).parent.glob("*") if _NAME.fullmatch(path.name)]
+    return sorted(folders, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name[5:])
+
+
+def _final_steps(final: Path) -> float:
+    """How many steps the weights in `final/` have had; infinity if that can't be known."""
+    try:
+        return int((final / FINAL_STEPS).read_text())
+    except (FileNotFoundError, ValueError):
+        return math.inf
 
 
 def run_id(output: Path, resumed: Checkpoint | None) -> str:
@@ -269,13 +427,19 @@ def _path(output: Path, step: int) -> Path:
     return output / "checkpoints" / f"step-{step:06d}"
 
 
-def _read(folder: Path, own: bool, config: TrainConfig) -> Checkpoint:
-    """Raises a UserError for a folder that `save_checkpoint` has not written."""
-    if not all((folder / name).exists() for name in _FILES):
+def _read(folder: Path, own: bool, config: TrainConfig, damaged: dict[Path, str]) -> Checkpoint:
+    """The arguments `own` and `damaged` are the fields of the result.
+
+    Raises:
+        UserError: `save_checkpoint` has not written this folder.
+        _DamagedError: it has, but the files have changed.
+    """
+    if not own and not (folder / "state.pt").exists() and not (folder / _MANIFEST).exists():
         raise UserError(
             f"resume_from_checkpoint: {str(folder)!r} is not a checkpoint; give a folder such as "
             f"{config.output_dir}/checkpoints/step-000100, or latest"
         )
+    _check_files(folder)
     file = folder / "state.pt"
     try:
         state = dict(torch.load(file, map_location="cpu", weights_only=True))
@@ -284,9 +448,7 @@ def _read(folder: Path, own: bool, config: TrainConfig) -> Checkpoint:
         student = saved["student"]
         old = _comparable(saved)
     except Exception as error:  # of whatever type: that depends on the bytes in the file
-        raise UserError(
-            f"resume_from_checkpoint: {str(file)!r} is damaged or can't be read: {error!r}"
-        ) from error
+        raise _DamagedError(f"{file.name} can't be read: {error!r}") from error
     if missing := [key for key in _STATE if key not in state]:
         raise UserError(
             f"resume_from_checkpoint: {str(folder)!r} lacks {', '.join(missing)}: another version "
@@ -294,7 +456,7 @@ def _read(folder: Path, own: bool, config: TrainConfig) -> Checkpoint:
         )
     new = _comparable(config.as_options())
     changed = [key for key in new if key not in _HARMLESS and new[key].isdisjoint(old.get(key, ()))]
-    return Checkpoint(folder, state, own, student, changed)
+    return Checkpoint(folder, state, own, student, changed, damaged)
 
 
 def _comparable(options: dict[str, Any]) -> dict[str, set[str]]:

@@ -4,7 +4,11 @@ Written with `accelerate`; one process for now.
 """
 
 import math
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ from transformers.utils import logging
 
 from train import checkpoint, report
 from train.batch import collect
-from train.config import TrainConfig, UserError
+from train.config import NonFiniteError, TrainConfig, UserError
 from train.data import Example, PromptStream, read_examples
 from train.evaluate import evaluate
 from train.metrics import StepStatistics, check_finite
@@ -28,12 +32,27 @@ from train.rollout import Sampler
 from train.schedules import learning_rate_factor
 
 
+class StoppedError(RuntimeError):
+    """A run that could not write its files, or was told to stop. The message says how to go on.
+
+    Attributes:
+        status: the exit status.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 def train(config: TrainConfig) -> dict[str, Any]:
     """Runs what `config` describes and returns the content of `summary.json`.
+
+    In the main thread, SIGTERM ends a run after the current step, with a checkpoint.
 
     Raises:
         UserError: a wrong option, file or reward.
         NonFiniteError: the loss or the gradient became infinite or NaN.
+        StoppedError: a file could not be written, or SIGTERM was received.
     """
     logging.disable_progress_bar()  # one bar is enough
     if config.report_to not in (trackers := ["none", *LoggerType.list()]):
@@ -100,7 +119,11 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     run_id = checkpoint.run_id(output, resumed)
     log = report.RunLog(config, accelerator, resumed)
 
+    def evaluates(step: int) -> bool:
+        return step == config.max_steps or bool(config.eval_steps and step % config.eval_steps == 0)
+
     def save(step: int) -> None:
+        log.sync()
         moments = optimizer.state_dict()["state"]
         state = {"run_id": run_id, "optimizer": moments, "position": prompts.position}
         student = accelerator.unwrap_model(models.student)
@@ -115,17 +138,19 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
             checkpoint.restore_random_state(random_state)
             log.evaluation(step, result, rows)
 
-    with log:
+    with log, _last_words(config), _sigterm() as received:
+        for text in resumed.set_damaged_aside() if resumed is not None else ():
+            log.warn(text)
         if resumed is not None and not resumed.own:
             # Without it, a run killed before its first checkpoint would start over from `student`.
             save(done)
-        if done < config.max_steps and not log.has_evaluations:
+        first = log.evaluated is None and done < config.max_steps
+        # A step is saved before its evaluation, during which the run may have been stopped.
+        missed = log.evaluated is not None and log.evaluated < done and evaluates(done)
+        if first or missed:
             run_evaluation(done)
         for step in range(done + 1, config.max_steps + 1):
             started = time.perf_counter()
-            is_last = step == config.max_steps
-            evaluates = is_last or (config.eval_steps and step % config.eval_steps == 0)
-            saves = is_last or (config.save_steps and step % config.save_steps == 0)
             weights = ScheduledWeights.at(config, step - 1)
 
             # All micro-batches are sampled before any is trained on: the loss is normalised by the
@@ -137,7 +162,9 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
             num_tokens = max(1, sum(int(batch.mask.sum()) for batch in batches))
 
             with accelerator.autocast():
-                norms = gradient_norms(config, models, batches[0], weights) if evaluates else {}
+                norms = (
+                    gradient_norms(config, models, batches[0], weights) if evaluates(step) else {}
+                )
             statistics = StepStatistics(config, models.total_weight)
             for batch in batches:
                 with accelerator.autocast():
@@ -163,18 +190,60 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
             row |= {"seconds": seconds, "tokens_per_second": row["tokens"] / seconds}
             log.step(row, batches[0])
 
-            if evaluates:
-                run_evaluation(step)
-            if saves:
+            stops = bool(received)
+            is_last = step == config.max_steps
+            if stops or is_last or (config.save_steps and step % config.save_steps == 0):
                 save(step)
+            if stops:
+                raise StoppedError(f"stopped by SIGTERM after step {step}", 128 + signal.SIGTERM)
+            if evaluates(step):
+                run_evaluation(step)
 
-    with checkpoint.atomic_directory(output / "final") as folder:
-        accelerator.unwrap_model(models.student).save_pretrained(folder)
-        models.tokenizer.save_pretrained(folder)
-        (folder / checkpoint.FINAL_STEPS).write_text(str(config.max_steps))
-    summary = log.finish()
-    accelerator.end_training()
+        with checkpoint.atomic_directory(output / "final") as folder:
+            checkpoint.save_model(
+                folder, accelerator.unwrap_model(models.student), models.tokenizer
+            )
+            (folder / checkpoint.FINAL_STEPS).write_text(str(config.max_steps))
+        summary = log.finish()
+        accelerator.end_training()
     return summary
+
+
+@contextmanager
+def _last_words(config: TrainConfig) -> Iterator[None]:
+    """Adds how to go on to what ends a run."""
+    try:
+        yield
+    except OSError as error:
+        text = f"can't read or write {error.filename or config.output_dir!r}: "
+        text += f"{error.strerror or error}\n{checkpoint.how_to_go_on(config)}"
+        raise StoppedError(text, 1) from error
+    except (UserError, NonFiniteError, StoppedError, KeyboardInterrupt) as error:
+        error.args = (f"{str(error) or 'interrupted'}\n{checkpoint.how_to_go_on(config)}",)
+        raise
+
+
+@contextmanager
+def _sigterm() -> Iterator[list[int]]:
+    """A list to which the first SIGTERM is added; a second one does what it would have done.
+
+    Clusters send SIGTERM some time before they kill, so the run may save what it has. Ctrl-C stays
+    a KeyboardInterrupt at once, as everywhere, and ends a reward that hangs, too.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may set handlers
+        return
+
+    def note(number: int, _: object) -> None:
+        received.append(number)
+        signal.signal(signal.SIGTERM, before)
+
+    before = signal.signal(signal.SIGTERM, note) or signal.SIG_DFL
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fill_assets(setup: str, assets: Path) -> None:
@@ -182,10 +251,11 @@ def _fill_assets(setup: str, assets: Path) -> None:
     record = assets / ".setup"
     if not assets.exists():
         function = load_function("setup", setup)
-        with checkpoint.atomic_directory(assets) as folder, users_code(f"setup: {setup!r}"):
-            function(folder)
+        with checkpoint.atomic_directory(assets) as folder:
+            with users_code(f"setup: {setup!r}"):
+                function(folder)
             (folder / record.name).write_text(setup, encoding="utf-8")
-    filled_by = record.read_text(encoding="utf-8") if record.exists() else None
+    filled_by = record.read_text(encoding="utf-8", errors="replace") if record.exists() else None
     if filled_by != setup:
         raise UserError(
             f"setup: got {setup!r}, but {str(assets)!r} was filled by {filled_by or 'hand'}; move "

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -49,7 +50,9 @@ class RunLog:
         first = done + 1 if resumed and resumed.own else 0
         dropped = [_drop_from(self._output / name, first) for name in _RECORDS]
         self._files = {name: (self._output / name).open("a", encoding="utf-8") for name in _RECORDS}
-        self.has_evaluations = (self._output / "eval.jsonl").stat().st_size > 0
+        metrics, evaluations = (_read(self._output / name) for name in _RECORDS[:2])
+        # The step of the last evaluation.
+        self.evaluated = evaluations[-1]["step"] if evaluations else None
         if done < config.max_steps:  # else the options have no effect
             options = {**config.as_options(), ENVIRONMENT: environment()}
             text = yaml.safe_dump(options, sort_keys=False)
@@ -61,8 +64,18 @@ class RunLog:
             self._say(f"resumed from {resumed.folder}, {done} steps done")
         elif config.resume_from_checkpoint:
             self.console.print("no checkpoint yet: starting from scratch")
-        if dropped[0]:
-            self.console.print(f"dropped the records of {dropped[0]} later steps")
+        if dropped[0][0]:
+            self.console.print(f"dropped the records of {dropped[0][0]} later steps")
+        for name, (_, unreadable) in zip(_RECORDS, dropped, strict=True):
+            if unreadable:
+                self.warn(f"{name}: dropped {unreadable} lines that are no records")
+        steps = {row["step"] for row in metrics}
+        if (
+            resumed is not None
+            and resumed.own
+            and (missing := done + 1 - min(steps, default=1) - len(steps))
+        ):
+            self.warn(f"{_RECORDS[0]} has no record of {missing} of the {done} steps that are done")
         for text in resumed.differences(config) if resumed else ():
             self.warn(text)
         if config.top_k or config.top_p < 1:
@@ -86,11 +99,20 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Ends the progress bar and closes the files, also after an error."""
         self._progress.stop()
         for file in self._files.values():
-            file.close()
+            try:
+                file.close()
+            except OSError:
+                if kind is None:  # else the first error is the one to see
+                    raise
+
+    def sync(self) -> None:
+        """Waits until all records are on disk, so that a checkpoint never outlives its records."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
 
     def _say(self, text: str, style: str | None = None) -> None:
         self.console.print(_as_it_is(text), style=style, highlight=False)
@@ -128,7 +150,8 @@ class RunLog:
         self._say(f"held out, after {step} steps: {figures}")
 
     def finish(self) -> dict[str, Any]:
-        """Writes plots and `summary.json`, prints samples and warnings; after the `with` block."""
+        """Ends the progress bar, writes plots and `summary.json`, prints samples and warnings."""
+        self._progress.stop()
         metrics, evaluations, samples = (_read(self._output / name) for name in _RECORDS)
         draw_plots(self._output / "plots", metrics, evaluations)
         summary = summarise(self._config, metrics, evaluations)
@@ -289,23 +312,26 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
-def _drop_from(path: Path, step: int) -> int:
-    """Drops the lines of this step and later ones, and those that a crash cut short.
+def _drop_from(path: Path, step: int) -> tuple[int, int]:
+    """Drops the lines of this step and later ones, and those that are no records.
 
     Returns:
-        how many complete lines that were.
+        how many lines of later steps that were, and how many others, without the last one, which
+        a crash may cut short.
     """
     if not path.exists():
-        return 0
-    earlier, dropped = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        return 0, 0
+    earlier, dropped, unreadable = [], 0, 0
+    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for line in (*lines, last):
         try:
             is_earlier = json.loads(line)["step"] < step
         except (ValueError, TypeError, KeyError):
+            unreadable += line is not last
             continue
         if is_earlier:
             earlier.append(line + "\n")
         else:
             dropped += 1
     write_atomically(path, "".join(earlier))
-    return dropped
+    return dropped, unreadable

@@ -24,9 +24,11 @@ import importlib.util
 import inspect
 import math
 import numbers
+import os
 import re
 import sys
 import traceback
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from decimal import Decimal
@@ -38,6 +40,7 @@ import torch
 from train.config import RewardConfig, UserError
 from train.data import GIVEN_TO_REWARDS, Example
 
+_HINT = " (each argument is a list; completions are texts, not messages)"
 # Files whose lines say nothing to the user about an error of their own.
 _NOT_THE_USERS = (str(Path(__file__).parent), "<frozen importlib")
 _NUMBER = re.compile(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?")
@@ -132,8 +135,10 @@ class Scorer:
             for key in examples[0].columns:
                 given[key] = [copy.deepcopy(example.columns.get(key)) for example in examples]
             positional, by_name = _arguments(name, function, given, "the data")
-            values = _call(name, function, positional, by_name)
-            scores[name] = _checked(name, values, examples)
+            with users_code(f"reward {name}", "raised", _HINT):
+                values = _call(function, positional, by_name)
+            with users_code(f"reward {name}", f"returned {type(values).__name__}, which raised"):
+                scores[name] = _checked(name, values, examples)
         return scores
 
     def total(self, scores: dict[str, list[float]], count: int) -> list[float]:
@@ -181,25 +186,51 @@ def load_function(option: str, path: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def users_code(what: str, hint: str = "") -> Iterator[None]:
-    """Reports what code of the user's raises as a UserError, with the lines where it happened.
+def users_code(what: str, verb: str = "raised", hint: str = "") -> Iterator[None]:
+    """Runs code of the user's such that it can't end the run without a word, or change its course.
+
+    The code has random numbers of torch's of its own, which depend on the run's; so it may seed
+    them. The working directory and torch's defaults are restored.
 
     Args:
-        what: the code, for the error message.
-        hint: added to what it raised.
+        what, verb: the beginning of the error message, which goes on with the exception.
+        hint: what else to say.
+
+    Raises:
+        UserError: it raised anything but a KeyboardInterrupt, `SystemExit` included. The message has
+            the lines where that happened.
     """
+    folder = os.open(".", os.O_RDONLY)
+    grad, dtype, device = (
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+    )
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
     try:
-        yield
-    except UserError:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(zlib.crc32(b"".join(state.numpy().tobytes() for state in states)))
+            yield
+        if sys.stdout.closed or sys.stderr.closed:
+            raise UserError(f"{what}: closed the output of the run")
+    except (UserError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
-        text = f"{what}: raised {traceback.format_exception_only(error)[-1].rstrip()}{hint}"
+    except BaseException as error:
+        text = f"{what}: {verb} {traceback.format_exception_only(error)[-1].rstrip()}{hint}"
         own = error.__traceback__
         while own and own.tb_frame.f_code.co_filename.startswith(_NOT_THE_USERS):
             own = own.tb_next
         if own or isinstance(error, SyntaxError):
             text += "\n" + "".join(traceback.format_exception(type(error), error, own)).rstrip()
         raise UserError(text) from error
+    finally:
+        os.fchdir(folder)
+        os.close(folder)
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
 
 
 def _module(option: str, name: str) -> Any:
@@ -283,14 +314,12 @@ def _arguments(
     return positional, by_name
 
 
-def _call(name: str, function: Callable, positional: list, by_name: dict[str, Any]) -> Any:
-    hint = " (each argument is a list; completions are texts, not messages)"
-    with users_code(f"reward {name}", hint):
-        values = function(*positional, **by_name)
-        if inspect.iscoroutine(values):
-            values = asyncio.run(values)
-        # What a generator raises belongs here, too.
-        return list(values) if isinstance(values, Iterator) else values
+def _call(function: Callable, positional: list, by_name: dict[str, Any]) -> Any:
+    values = function(*positional, **by_name)
+    if inspect.iscoroutine(values):
+        values = asyncio.run(values)
+    # What a generator raises belongs here, too.
+    return list(values) if isinstance(values, Iterator) else values
 
 
 def _checked(name: str, values: Any, examples: Sequence[Example]) -> list[float]:
