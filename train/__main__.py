@@ -2,7 +2,6 @@
 
 import argparse
 import faulthandler
-import signal
 import sys
 from dataclasses import fields
 
@@ -13,8 +12,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        the exit status: 2 for a user's error, 1 for a failed run, 128 + the number of the signal
-        that ended the run.
+        the exit status: 2 for a user's error, 1 for a failed run, 130 after Ctrl-C, 143 after
+        SIGTERM.
     """
     names = ", ".join(spec.name for spec in fields(TrainConfig))
     parser = argparse.ArgumentParser(
@@ -30,11 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(parsed.config, parsed.overrides)
         # Imported late, so that a wrong option is reported before seconds of imports.
-        from train.loop import StoppedError, train
+        from train.loop import train
+        from train.stop import StoppedError
     except UserError as error:
         return _failed(error, 2)
     except KeyboardInterrupt:
-        return _failed("interrupted", 128 + signal.SIGINT)
+        return _failed("interrupted", 130)
     try:
         train(config)
     except UserError as error:
@@ -43,10 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _failed(error, 1)
     except StoppedError as error:
         return _failed(error, error.status)
-    except OSError as error:  # before the first step
-        return _failed(f"can't read or write {error.filename!r}: {error.strerror or error}", 1)
     except KeyboardInterrupt as error:
-        return _failed(str(error) or "interrupted before the first step", 128 + signal.SIGINT)
+        return _failed(error, 130)
     return 0
 
 

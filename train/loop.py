@@ -4,11 +4,7 @@ Written with `accelerate`; one process for now.
 """
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,18 +26,7 @@ from train.objective import ScheduledWeights, gradient_norms, micro_batch_loss
 from train.rewards import Scorer, load_function, users_code
 from train.rollout import Sampler
 from train.schedules import learning_rate_factor
-
-
-class StoppedError(RuntimeError):
-    """A run that could not write its files, or was told to stop. The message says how to go on.
-
-    Attributes:
-        status: the exit status.
-    """
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
+from train.stop import StoppedError, last_words, sigterm
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -67,7 +52,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     if accelerator.num_processes > 1:
         raise UserError("several processes are not yet supported; start one")
-    with checkpoint.locked(Path(config.output_dir)):
+    # These may come at any time, and are said when the files are closed.
+    with last_words(config, OSError, KeyboardInterrupt), checkpoint.locked(Path(config.output_dir)):
         return _run(config, accelerator)
 
 
@@ -138,7 +124,8 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
             checkpoint.restore_random_state(random_state)
             log.evaluation(step, result, rows)
 
-    with log, _last_words(config), _sigterm() as received:
+    errors = (UserError, NonFiniteError, StoppedError)
+    with log, last_words(config, *errors), sigterm() as received:
         for text in resumed.set_damaged_aside() if resumed is not None else ():
             log.warn(text)
         if resumed is not None and not resumed.own:
@@ -195,7 +182,7 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
             if stops or is_last or (config.save_steps and step % config.save_steps == 0):
                 save(step)
             if stops:
-                raise StoppedError(f"stopped by SIGTERM after step {step}", 128 + signal.SIGTERM)
+                raise StoppedError(f"stopped by SIGTERM after step {step}", status=143)
             if evaluates(step):
                 run_evaluation(step)
 
@@ -207,43 +194,6 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
         summary = log.finish()
         accelerator.end_training()
     return summary
-
-
-@contextmanager
-def _last_words(config: TrainConfig) -> Iterator[None]:
-    """Adds how to go on to what ends a run."""
-    try:
-        yield
-    except OSError as error:
-        text = f"can't read or write {error.filename or config.output_dir!r}: "
-        text += f"{error.strerror or error}\n{checkpoint.how_to_go_on(config)}"
-        raise StoppedError(text, 1) from error
-    except (UserError, NonFiniteError, StoppedError, KeyboardInterrupt) as error:
-        error.args = (f"{str(error) or 'interrupted'}\n{checkpoint.how_to_go_on(config)}",)
-        raise
-
-
-@contextmanager
-def _sigterm() -> Iterator[list[int]]:
-    """A list to which the first SIGTERM is added; a second one does what it would have done.
-
-    Clusters send SIGTERM some time before they kill, so the run may save what it has. Ctrl-C stays
-    a KeyboardInterrupt at once, as everywhere, and ends a reward that hangs, too.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may set handlers
-        return
-
-    def note(number: int, _: object) -> None:
-        received.append(number)
-        signal.signal(signal.SIGTERM, before)
-
-    before = signal.signal(signal.SIGTERM, note) or signal.SIG_DFL
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _fill_assets(setup: str, assets: Path) -> None:
