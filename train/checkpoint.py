@@ -187,15 +187,15 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
 
 
 def _save_state(state: dict[str, Any], path: Path) -> None:
-    with path.open("wb") as file:
-        try:
+    try:
+        with path.open("wb") as file:
             torch.save(state, file)
-        except RuntimeError as error:
-            # torch fails once more as it closes the archive, and shows that error.
-            if isinstance(error.__context__, OSError):
-                number = error.__context__.errno
-                raise OSError(number, error.__context__.strerror, str(path)) from error
-            raise
+    except (OSError, RuntimeError) as error:
+        # After an error, torch fails once more as it closes the archive, and shows that failure.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise
 
 
 def _write_manifest(folder: Path) -> None:

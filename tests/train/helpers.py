@@ -1,4 +1,4 @@
-"""Tiny checkpoints of two families, a word tokenizer, a prompt file, and one micro-batch."""
+"""Tiny checkpoints of two families, a word tokenizer, prompts, one micro-batch, and a small run."""
 
 import json
 from pathlib import Path
@@ -141,3 +141,58 @@ def gradient(models):
     flat = torch.cat([weight.grad.flatten() for weight in models.student.parameters()])
     models.student.zero_grad()
     return flat
+
+
+TIMINGS = ("seconds", "tokens_per_second")
+RUN = {
+    "max_steps": 6,
+    "eval_steps": 5,
+    "save_steps": 2,
+    "gradient_accumulation_steps": 2,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 2,
+    "reward_weight": {"kind": "cosine", "start": 0, "end": 4},
+}
+# Uses every global generator, so that a resume fails the tests if it forgets one. Kills its process
+# at the call number in KILL_AT_CALL, or at the use of a file number KILL_AT_FILE.
+NOISY_REWARD = """
+import os
+import random
+import signal
+import sys
+import numpy
+import torch
+
+calls = 0
+files = 0
+
+def count(event, arguments):
+    global files
+    if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove"):
+        files += 1
+        if os.environ.get("KILL_AT_FILE") == str(files):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+if "KILL_AT_FILE" in os.environ:
+    sys.addaudithook(count)
+
+def noisy(prompts, completions):
+    global calls
+    calls += 1
+    if os.environ.get("KILL_AT_CALL") == str(calls):
+        os.kill(os.getpid(), signal.SIGKILL)
+    noise = random.random() + float(numpy.random.rand()) + float(torch.rand(()))
+    return [noise * (i % 3) + len(text) for i, text in enumerate(completions)]
+"""
+
+
+def run_options(folder: Path, **changes) -> dict:
+    (folder / "reward.py").write_text(NOISY_REWARD)
+    held_out = str(write_prompts(folder / "eval.jsonl"))
+    rewards = [f"{folder}/reward.py:noisy"]
+    return options(folder, **{**RUN, "eval_file": held_out, "rewards": rewards, **changes})
+
+
+def rows(output: Path, name: str = "metrics") -> list[dict]:
+    lines = read_lines(output / f"{name}.jsonl")
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in lines]

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from helpers import config, options, read_lines, write_prompts
+from helpers import config, read_lines, rows, run_options, write_prompts
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import get_scheduler
@@ -28,56 +28,6 @@ from train.config import LR_SCHEDULERS, TrainConfig, UserError, make_config
 from train.loop import train
 
 ROOT = Path(__file__).parents[2]
-TIMINGS = ("seconds", "tokens_per_second")
-RUN = {
-    "max_steps": 6,
-    "eval_steps": 5,
-    "save_steps": 2,
-    "gradient_accumulation_steps": 2,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 2,
-    "reward_weight": {"kind": "cosine", "start": 0, "end": 4},
-}
-# Uses every global generator, so that a resume fails the tests if it forgets one. Kills its process
-# at the call number in KILL_AT_CALL.
-REWARD = """
-import os
-import random
-import signal
-import numpy
-import torch
-
-calls = 0
-
-def noisy(prompts, completions):
-    global calls
-    calls += 1
-    if os.environ.get("KILL_AT_CALL") == str(calls):
-        os.kill(os.getpid(), signal.SIGKILL)
-    noise = random.random() + float(numpy.random.rand()) + float(torch.rand(()))
-    return [noise * (i % 3) + len(text) for i, text in enumerate(completions)]
-"""
-
-
-def run_options(folder: Path, **changes) -> dict:
-    (folder / "reward.py").write_text(REWARD)
-    held_out = str(write_prompts(folder / "eval.jsonl"))
-    rewards = [f"{folder}/reward.py:noisy"]
-    return options(folder, **{**RUN, "eval_file": held_out, "rewards": rewards, **changes})
-
-
-def rows(output: Path, name: str = "metrics") -> list[dict]:
-    lines = read_lines(output / f"{name}.jsonl")
-    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in lines]
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory) -> Path:
-    """The output of a run that was never stopped."""
-    folder = tmp_path_factory.mktemp("straight")
-    train(make_config(run_options(folder)))
-    assert [row["step"] for row in rows(folder / "run")] == list(range(1, 7))
-    return folder / "run"
 
 
 def test_a_checkpoint_is_resumed_in_another_folder(tmp_path, straight):
