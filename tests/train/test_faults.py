@@ -488,6 +488,21 @@ def test_a_disk_that_is_full_from_the_start(tmp_path, monkeypatch, capsys):
         train(config(tmp_path))
 
 
+def test_a_checkpoint_is_on_disk_after_its_records(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def record(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    train(config(tmp_path, max_steps=1))
+    expected = ["metrics.jsonl", "state.pt", "manifest.json", "model", ".partial-step-000001"]
+    places = [synced.index(name) for name in expected]
+    assert places[0] < min(places[1:])
+    assert places[-1] == max(places)
+
+
 def test_an_error_is_not_masked_by_closing(tmp_path, monkeypatch):
     def fail(log, *_):
         fill(log, "samples.jsonl")
