@@ -20,13 +20,13 @@ from train.batch import collect
 from train.config import NonFiniteError, TrainConfig, UserError
 from train.data import Example, PromptStream, read_examples
 from train.evaluate import evaluate
-from train.metrics import StepStatistics, check_finite
+from train.metrics import StepStatistics, check_finite, check_weights
 from train.models import check_prompts, load_models, load_tokenizer
 from train.objective import ScheduledWeights, gradient_norms, micro_batch_loss
 from train.rewards import Scorer, load_function, users_code
 from train.rollout import Sampler
 from train.schedules import learning_rate_factor
-from train.stop import StoppedError, last_words, sigterm
+from train.stop import NO_MEMORY, StoppedError, last_words, sigterm
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises:
         UserError: a wrong option, file or reward.
         NonFiniteError: the loss or the gradient became infinite or NaN.
-        StoppedError: a file could not be written, or SIGTERM was received.
+        StoppedError: a file could not be written, memory was short, or SIGTERM was received.
     """
     logging.disable_progress_bar()  # one bar is enough
     if config.report_to not in (trackers := ["none", *LoggerType.list()]):
@@ -53,7 +53,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if accelerator.num_processes > 1:
         raise UserError("several processes are not yet supported; start one")
     # These may come at any time, and are said when the files are closed.
-    with last_words(config, OSError, KeyboardInterrupt), checkpoint.locked(Path(config.output_dir)):
+    errors = (OSError, KeyboardInterrupt, *NO_MEMORY)
+    with last_words(config, *errors), checkpoint.locked(Path(config.output_dir)):
         return _run(config, accelerator)
 
 
@@ -113,6 +114,7 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
         moments = optimizer.state_dict()["state"]
         state = {"run_id": run_id, "optimizer": moments, "position": prompts.position}
         student = accelerator.unwrap_model(models.student)
+        check_weights(step, student)
         checkpoint.save_checkpoint(config, step, student, models.tokenizer, state)
 
     def run_evaluation(step: int) -> None:

@@ -129,3 +129,16 @@ def check_finite(row: dict[str, Any]) -> None:
     else:
         text += " Try a lower learning_rate, or a smaller max_grad_norm."
     raise NonFiniteError(text)
+
+
+def check_weights(step: int, model: torch.nn.Module) -> None:
+    """Checks the weights before they are saved.
+
+    Raises:
+        NonFiniteError: a weight is infinite or NaN.
+    """
+    if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+        raise NonFiniteError(
+            f"step {step}: its update made weights infinite or NaN, so they are not saved. Try a "
+            "lower learning_rate or weight_decay, or a smaller max_grad_norm."
+        )

@@ -197,8 +197,8 @@ def users_code(what: str, verb: str = "raised", hint: str = "") -> Iterator[None
         hint: what else to say.
 
     Raises:
-        UserError: it raised anything but a KeyboardInterrupt, `SystemExit` included. The message has
-            the lines where that happened.
+        UserError: it raised anything but a KeyboardInterrupt, `SystemExit` included. The message
+            has the lines where that happened.
     """
     folder = os.open(".", os.O_RDONLY)
     grad, dtype, device = (

@@ -5,12 +5,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from train.checkpoint import how_to_go_on
 from train.config import TrainConfig
 
+NO_MEMORY = (MemoryError, torch.OutOfMemoryError)
+
 
 class StoppedError(RuntimeError):
-    """A run that could not write its files, or was told to stop. The message says how to go on.
+    """A run that can't go on, or was told to stop. The message says how to go on.
 
     Attributes:
         status: the exit status.
@@ -26,8 +30,9 @@ def last_words(config: TrainConfig, *kinds: type[BaseException]) -> Iterator[Non
     """Adds how to go on to exceptions of these kinds.
 
     Raises:
-        StoppedError: in place of an OSError. Models and the user's code, which may raise one, too,
-            have errors of their own, so it is about the run's files.
+        StoppedError: in place of an OSError, and where memory is short. Models and the user's code,
+            which may raise an OSError, too, have errors of their own, so it is about the run's
+            files.
     """
     try:
         yield
@@ -37,6 +42,13 @@ def last_words(config: TrainConfig, *kinds: type[BaseException]) -> Iterator[Non
             file = error.filename or config.output_dir
             text = f"can't read or write {file!r}: {error.strerror or error}"
             raise StoppedError(f"{text}\n{words}", status=1) from error
+        if isinstance(error, NO_MEMORY):
+            raise StoppedError(
+                f"out of memory: {error}\nLower per_device_train_batch_size (and raise "
+                "gradient_accumulation_steps as much), per_device_eval_batch_size or "
+                f"max_completion_length, or set bf16=true. {words}",
+                status=1,
+            ) from error
         error.args = (f"{str(error) or 'interrupted'}\n{words}",)
         raise
 
