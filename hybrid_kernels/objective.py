@@ -144,7 +144,10 @@ class RowLoss(NamedTuple):
             terms.append(-weighted(advantages, log_prob))
         if entropy is not None:
             terms.append(-weighted(entropy, statistics[FIELDS.entropy]))
-        losses = sum(terms[1:], terms[0]) if terms else torch.zeros_like(log_prob)
+        if terms:
+            losses = sum(terms[1:], terms[0])
+        else:  # 0, as differentiable as any other loss
+            losses = log_prob.masked_fill(torch.ones_like(log_prob, dtype=torch.bool), 0.0)
         return losses if valid is None else torch.where(valid, losses, 0.0)
 
     def coefficients(self, scale: Tensor | None = None) -> Coefficients:

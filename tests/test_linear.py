@@ -269,6 +269,17 @@ def test_no_gemm_for_a_frozen_weight(backward, backend, device, monkeypatch):
     assert round(sum(products), 6) == 2
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_without_terms_is_differentiable(reduction, backend, device):
+    case = make_linear(device=device)
+    hidden, weight = (t.detach().requires_grad_() for t in (case.hidden, case.head.weight))
+    options = {"dense_weight": 0, "reduction": reduction, "backend": backend}
+    loss = linear_hybrid_loss(hidden, weight, None, **options).loss
+    loss.sum().backward()
+    for tensor in (loss, hidden.grad, weight.grad):
+        assert torch.equal(tensor, torch.zeros_like(tensor))
+
+
 def test_callable_advantages_compute_the_logits_of_a_single_chunk_once(
     backend, device, monkeypatch
 ):
