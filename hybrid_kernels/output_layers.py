@@ -48,7 +48,7 @@ def output_layer(model: Any) -> OutputLayer | None:
         options = config.get_text_config()
     except AttributeError as error:
         raise ValueError(
-            f"model: a {type(model).__name__}, expected a causal language model of transformers; "
+            f"model: expected a causal language model of transformers, got {type(model).__name__}; "
             "take it out of wrappers other than PEFT's (DDP's model.module)"
         ) from error
     caps = [getattr(options, name, None) for name in SOFTCAPS]

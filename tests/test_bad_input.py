@@ -400,7 +400,7 @@ LINEAR = {
     "weight none": ({"student_weight": None}, "student_weight: expected a [V, D]", "NoneType"),
     "weight layer without one": (
         {"student_weight": torch.nn.ReLU()},
-        "student_weight: a ReLU, of which only a linear layer's forward is known",
+        "student_weight: a layer (ReLU) whose forward is not known",
         "[V, D] weight",
     ),
     "weight size": (

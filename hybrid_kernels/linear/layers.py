@@ -54,13 +54,13 @@ def unwrapped(name: str, layer: nn.Module) -> tuple[Any, list[Adapter]]:
         return wrapped, []
     if hasattr(wrapped, "base_layer"):
         raise ValueError(
-            f"{name}weight: a {type(layer).__name__}, whose adapter is not plain LoRA on a linear "
-            "layer; use model.merge_and_unload(), or give the resulting weight"
+            f"{name}weight: a layer ({type(layer).__name__}) whose adapter is not plain LoRA on a "
+            "linear layer; use model.merge_and_unload(), or give the resulting weight"
         )
     raise ValueError(
-        f"{name}weight: a {type(layer).__name__}, of which only a linear layer's forward is known "
-        "here; give the [V, D] weight that it multiplies by, if it does no more than that, or the "
-        "logits"
+        f"{name}weight: a layer ({type(layer).__name__}) whose forward is not known here, as only "
+        "that of a linear layer is; give the [V, D] weight that it multiplies by, if it does no "
+        "more than that, or the logits"
     )
 
 
@@ -116,15 +116,15 @@ def _kind(name: str, module: nn.Module) -> str:
     replaced = forward.__module__ != kind.__module__ or hasattr(forward, "__wrapped__")
     if replaced or _is_replaced(module):
         raise ValueError(
-            f"{name}weight: a {type(module).__name__} whose `forward` has been replaced, which "
-            f"may change values; {MEND}"
+            f"{name}weight: a layer ({type(module).__name__}) whose `forward` has been replaced, "
+            f"which may change values; {MEND}"
         )
     for hooks in HOOKS:
         everywhere = getattr(nn.modules.module, f"_global{hooks}")
         for hook in (*everywhere.values(), *getattr(module, hooks).values()):
             if not str(hook.__module__).startswith(HARMLESS):
                 raise ValueError(
-                    f"{name}weight: a {type(module).__name__} with a hook "
+                    f"{name}weight: a layer ({type(module).__name__}) with a hook "
                     f"({getattr(hook, '__qualname__', type(hook).__name__)} in `{hooks}`), which "
                     f"may change values; {MEND}"
                 )
