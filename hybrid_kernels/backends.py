@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from hybrid_kernels import validate
+from hybrid_kernels import checks, validate
 from hybrid_kernels.rows import Rows
 from hybrid_kernels.sharded import Sharded
 
@@ -23,7 +23,7 @@ def resolve(backend: str, device: torch.device) -> str:
     Raises:
         ValueError: an unknown name, or "triton" where it can't run on the device.
     """
-    validate.choice("backend", backend, validate.BACKENDS)
+    checks.choice("backend", backend, validate.BACKENDS)
     if backend == "auto":
         return "triton" if device.type == "cuda" and HAS_TRITON else "torch"
     if backend == "triton":

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybrid_kernels import backends, ops, validate
+from hybrid_kernels import backends, checks, ops, validate
 from hybrid_kernels.divergences import Divergence
 from hybrid_kernels.linear import gemm
 from hybrid_kernels.linear import ops as linear_ops
@@ -47,7 +47,7 @@ class Context(NamedTuple):
     process_group: object | None
     backend: str
 
-    def valid_rows(self, shape: validate.CallShape) -> Tensor | None:
+    def valid_rows(self, shape: checks.CallShape) -> Tensor | None:
         """Bool `[N]`, the rows that count; None where neither argument can mask one.
 
         Raises:
@@ -55,10 +55,10 @@ class Context(NamedTuple):
         """
         valid = None
         if self.token_ids is not None:
-            validate.token_ids(self.token_ids, shape)
+            checks.token_ids(self.token_ids, shape)
             valid = self.token_ids.reshape(-1) != IGNORED_TOKEN
         if self.mask is not None:
-            validate.row_mask(self.mask, shape)
+            checks.row_mask(self.mask, shape)
             unmasked = self.mask.reshape(-1) != 0
             valid = unmasked if valid is None else unmasked & valid
         return valid
@@ -79,16 +79,14 @@ class Call(ABC):
 
     def __init__(
         self,
-        shape: validate.CallShape,
+        shape: checks.CallShape,
         valid: Tensor | None,
         comparison: Comparison,
         context: Context,
     ) -> None:
-        validate.choice("tail", comparison.tail, validate.TAILS)
+        checks.choice("tail", comparison.tail, validate.TAILS)
         validate.teacher_floor(comparison.teacher_floor)
-        temperature = validate.row_values(
-            "temperature", comparison.temperature, shape, low=0.0, open_low=True
-        )
+        temperature = checks.row_values("temperature", comparison.temperature, shape, positive=True)
         weighted_members = validate.teacher(comparison.teacher, shape)
         self.shape, self.members = shape, [member for _, member in weighted_members]
         self.has_teacher = comparison.teacher is not None
@@ -168,7 +166,7 @@ class Call(ABC):
                 statistics = self.measure(keep=self.wants_gradient and summed)
                 # A copy: the function may work in place, and the gradient needs the statistics.
                 advantages = advantages(self._terms(statistics.clone()))
-            advantages = validate.row_values("advantages", advantages, self.shape)
+            advantages = checks.row_values("advantages", advantages, self.shape)
         loss = objective.of_rows(advantages, rows.valid, self.shape)
         if self.wants_gradient:
             value, statistics, dropped = self.differentiate(loss, statistics)
@@ -222,18 +220,17 @@ class LogitCall(Call):
         context: Context,
         inplace: bool = False,
     ) -> None:
+        validate.no_transforms("student_logits")
         validate.student(student_logits)
         validate.no_tangents("student_logits", student_logits)
-        shape = validate.CallShape(
+        shape = checks.CallShape(
             student_logits.shape[:-1],
             student_logits.device,
             student_logits.shape[-1],
             context.process_group is not None,
         )
         super().__init__(shape, context.valid_rows(shape), comparison, context)
-        if inplace:
-            validate.inplace(student_logits)
-        self.inplace = inplace
+        self.inplace = validate.inplace(inplace, student_logits)
         self.wants_gradient = torch.is_grad_enabled() and student_logits.requires_grad
         logits = [
             _teacher_logits(m, shape.vocabulary) for m in self.members if not isinstance(m, TopK)
@@ -251,6 +248,8 @@ class LogitCall(Call):
         return ops.TokenTermsFunction.apply(self.rows.student, self.rows)
 
     def differentiate(self, loss, statistics):
+        if ops.is_late(loss, self.rows.student):
+            _check_saved("student_logits", self.rows)
         value, statistics = ops.HybridLossFunction.apply(
             self.rows.student, self.rows, loss, statistics, self.inplace
         )
@@ -268,9 +267,10 @@ class LinearCall(Call):
         context: Context,
     ) -> None:
         hidden = student.hidden
+        validate.no_transforms("student_hidden")
         validate.hidden("student_hidden", hidden)
         chunking = Chunking(*validate.linear_options(*chunking))
-        shape = validate.CallShape(hidden.shape[:-1], hidden.device)
+        shape = checks.CallShape(hidden.shape[:-1], hidden.device)
         valid = context.valid_rows(shape)
         head = Head.of("student_", "", student, valid)
         sharded = context.process_group is not None
@@ -369,12 +369,10 @@ def _teacher_logits(member: Tensor | LinearTeacher, vocabulary: int) -> Tensor:
     return logits.view(*hidden.shape[:-1], vocabulary)
 
 
-def _row_temperature(
-    temperature: Tensor, valid: Tensor | None, shape: validate.CallShape
-) -> Tensor:
+def _row_temperature(temperature: Tensor, valid: Tensor | None, shape: checks.CallShape) -> Tensor:
     """`[R]`, each for N/R consecutive rows; NaN where it is not above 0 and finite."""
     values = temperature.reshape(-1).float()
-    if validate.is_readable(temperature):
+    if checks.is_readable(temperature):
         validate.row_temperatures(per_row(values, shape.leading.numel()), valid)
     return torch.where((values > 0) & (values < torch.inf), values, torch.nan)
 

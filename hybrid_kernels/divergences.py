@@ -5,8 +5,9 @@ The formulas are in `reference.py` (values only) and, for the backends, in
 """
 
 import math
-import numbers
 from dataclasses import KW_ONLY, dataclass, field
+
+from hybrid_kernels.checks import real
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class Parameter:
     limits: dict[float, str] = field(default_factory=dict)
 
     def allows(self, value: object) -> bool:
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        number = real(value)
+        if number is None:
             return False
-        number = float(value)
         above = self.low < number if self.open_low else self.low <= number
         below = number < self.high if self.open_high else number <= self.high
         return math.isfinite(number) and above and below
@@ -146,7 +147,7 @@ class Divergence:
     """
 
     def __init__(self, name: str, **params: float) -> None:
-        if name not in FAMILIES:
+        if not isinstance(name, str) or name not in FAMILIES:
             names = ", ".join(FAMILIES)
             raise ValueError(f"divergence: unknown name {name!r}; available: {names}")
         parameter = FAMILIES[name].parameter

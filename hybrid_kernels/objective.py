@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybrid_kernels import validate
+from hybrid_kernels import checks, validate
 from hybrid_kernels.rows import FIELDS, Coefficients, per_row, weighted
 from hybrid_kernels.types import TokenTerms
 
@@ -28,18 +28,16 @@ class Objective(NamedTuple):
     reduction: str
     num_tokens: float | Tensor | None
 
-    def checked(
-        self, shape: validate.CallShape, has_teacher: bool, has_tokens: bool
-    ) -> "Objective":
+    def checked(self, shape: checks.CallShape, has_teacher: bool, has_tokens: bool) -> "Objective":
         """The same with numbers as Python's own, checked but for what a function returns.
 
         Raises:
             ValueError: an argument of the wrong kind, shape, device or range.
         """
-        validate.choice("reduction", self.reduction, validate.REDUCTIONS)
+        checks.choice("reduction", self.reduction, validate.REDUCTIONS)
         checked = self._replace(
-            dense_weight=validate.row_values("dense_weight", self.dense_weight, shape),
-            entropy_weight=validate.row_values("entropy_weight", self.entropy_weight, shape),
+            dense_weight=checks.row_values("dense_weight", self.dense_weight, shape),
+            entropy_weight=checks.row_values("entropy_weight", self.entropy_weight, shape),
             num_tokens=validate.num_tokens(self.num_tokens, self.reduction, shape.device),
         )
         if not has_teacher and not _is_zero(checked.dense_weight):
@@ -53,11 +51,11 @@ class Objective(NamedTuple):
             raise ValueError("token_ids: None, but advantages need the sampled tokens; give both")
         if callable(self.advantages):
             return checked
-        advantages = validate.row_values("advantages", self.advantages, shape)
+        advantages = checks.row_values("advantages", self.advantages, shape)
         return checked._replace(advantages=advantages)
 
     def of_rows(
-        self, advantages: float | Tensor | None, valid: Tensor | None, shape: validate.CallShape
+        self, advantages: float | Tensor | None, valid: Tensor | None, shape: checks.CallShape
     ) -> "RowLoss":
         """The loss as a function of row statistics.
 
@@ -73,12 +71,12 @@ class Objective(NamedTuple):
         )
         return RowLoss(weights, self._normaliser(valid, shape), self.reduction != "none")
 
-    def _normaliser(self, valid: Tensor | None, shape: validate.CallShape) -> Tensor:
+    def _normaliser(self, valid: Tensor | None, shape: checks.CallShape) -> Tensor:
         options = {"dtype": torch.float32, "device": shape.device}
         if self.reduction != "mean":
             return torch.ones((), **options)
         if isinstance(self.num_tokens, Tensor):
-            count = self.num_tokens.detach().float().reshape(())
+            count = self.num_tokens.to(**options)
             # What only a device knows to be no count must not give a loss of 0 in silence.
             return torch.where((count > 0) & (count < math.inf), count.reciprocal(), math.nan)
         if self.num_tokens is not None:

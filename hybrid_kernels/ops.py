@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from hybrid_kernels import backends, validate
+from hybrid_kernels import backends, checks, validate
 from hybrid_kernels.autograd import (
     anchors,
     first_order,
@@ -41,7 +41,7 @@ from hybrid_kernels.rows import COEFFICIENTS, FIELDS, ROWS, Coefficients, Rows, 
 def check_values(rows: Rows) -> None:
     """The checks that read tensors: on the CPU, and in debug mode. Where several ranks share the
     vocabulary, `sharded.py` checks whether ids are in range."""
-    if rows.student.device.type != "cpu" and not validate.debug():
+    if rows.student.device.type != "cpu" and not checks.debug():
         return
     support, vocabulary = rows.support, rows.student.shape[-1]
     if rows.token_log_prob is not None:
@@ -179,7 +179,7 @@ class HybridLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, rows: Rows, loss: RowLoss, statistics, inplace):
-        ctx.late = loss.summed and scales_late(student)
+        ctx.late = is_late(loss, student)
         ctx.inplace, ctx.backend, ctx.anchors = inplace, rows.backend, anchors([student])
         coefficients = loss.coefficients()
         if ctx.late:
@@ -210,6 +210,11 @@ class HybridLossFunction(torch.autograd.Function):
             # Masked rows have a gradient of 0 already.
             scale_rows(gradient, row_upstream(upstream, valid, on_masked=1.0), ctx.backend)
         return gradient, None, None, None, None
+
+
+def is_late(loss: RowLoss, student: Tensor) -> bool:
+    """Whether the gradient of a loss is computed in the backward, for which its rows are kept."""
+    return loss.summed and scales_late(student)
 
 
 def gradient_memory(student: Tensor, inplace: bool = False) -> Tensor:

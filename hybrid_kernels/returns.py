@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybrid_kernels import validate
+from hybrid_kernels import checks, validate
 from hybrid_kernels.rows import weighted
 
 BASELINES = ("none", "leave_one_out", "group_mean", "per_token_leave_one_out")
@@ -46,7 +46,7 @@ def returns_to_go(
             values of `cu_seqlens`.
     """
     tokens = _Tokens.of("costs", costs, mask, cu_seqlens)
-    gamma = validate.number("gamma", gamma, low=0.0, high=1.0)
+    gamma = checks.number("gamma", gamma, low=0.0, high=1.0)
     return tokens.returns(gamma).reshape(costs.shape)
 
 
@@ -103,7 +103,7 @@ def sparse_advantages(
     Args:
         log_ratio: floating `[B, T]`, or packed `[N]`, c_t = log p(y_t) - log q(y_t); detached here,
             fp32 arithmetic.
-        rewards: `[B]`, or a dict of name -> (`[B]`, weight w_j).
+        rewards: `[B]`, or a dict of name -> (`[B]`, weight w_j); detached here.
         mask: the shape of `log_ratio`, bool or 0/1, the valid tokens.
         reward_weight: lambda. This and the other weights are finite numbers or scalar tensors.
         gamma: discount of the future costs in [0, 1]; below 1 the gradient is biased.
@@ -126,9 +126,9 @@ def sparse_advantages(
     """
     tokens = _Tokens.of("log_ratio", log_ratio, mask, cu_seqlens)
     batch, device = tokens.batch, log_ratio.device
-    gamma = validate.number("gamma", gamma, low=0.0, high=1.0)
-    reward_weight = validate.weight("reward_weight", reward_weight, device)
-    dense_weight = validate.weight("dense_weight", dense_weight, device)
+    gamma = checks.number("gamma", gamma, low=0.0, high=1.0)
+    reward_weight = checks.scalar("reward_weight", reward_weight, device)
+    dense_weight = checks.scalar("dense_weight", dense_weight, device)
     group_size = validate.groups(group_size, group_ids, batch, device)
     validate.baseline(baseline, BASELINES, log_ratio, batch)
     values, weights = _named_rewards(rewards, batch, device)
@@ -184,7 +184,7 @@ class _Tokens(NamedTuple):
     def of(cls, name: str, costs: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> "_Tokens":
         """Padded `[B, T]` costs, or packed ones with `cu_seqlens`, checked."""
         validate.sequences(name, costs, cu_seqlens)
-        validate.row_mask(mask, validate.CallShape(costs.shape, costs.device))
+        checks.row_mask(mask, checks.CallShape(costs.shape, costs.device))
         length = costs.shape[-1]
         if cu_seqlens is None:
             bounds = length * torch.arange(costs.shape[0] + 1, device=costs.device)
@@ -310,7 +310,6 @@ def _named_rewards(
                 f"{name}: expected a ([B] tensor, weight) pair, got {type(entry).__name__}"
             )
         value, weight = entry
-        validate.per_sequence(name, value, batch, device)
-        values.append(value.detach().float())
-        weights.append(validate.weight(f"{name} weight", weight, device))
+        values.append(validate.per_sequence(name, value, batch, device).detach().float())
+        weights.append(checks.scalar(f"{name} weight", weight, device))
     return torch.stack(values), weights

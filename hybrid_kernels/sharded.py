@@ -30,7 +30,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from hybrid_kernels import validate
+from hybrid_kernels import checks, validate
 from hybrid_kernels.collectives import gather, resolve_group
 from hybrid_kernels.divergences import FAMILIES
 from hybrid_kernels.rows import (
@@ -158,7 +158,7 @@ class Sharded:
 
     def _check(self, rows: Rows) -> None:
         """Checks values against the size of the whole vocabulary, on the CPU or in debug mode."""
-        if self.device.type != "cpu" and not validate.debug():
+        if self.device.type != "cpu" and not checks.debug():
             return
         if rows.token_ids is not None:
             validate.token_ids_in_range(rows.token_ids, rows.valid, int(self.total))

@@ -4,13 +4,14 @@ Everything here is data; only `TopK.from_logits` computes anything.
 """
 
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from hybrid_kernels import checks
 
 _ROWS = 64  # how many rows `TopK.from_logits` works on at once
 IGNORED_TOKEN = -100  # the token id of a masked row, as in transformers
@@ -129,34 +130,38 @@ class TopK:
             Log-probabilities near 0 keep their relative precision, so that the tail of a peaked
             teacher is not lost. A few rows at a time: no `[..., V]` copy in fp32 is made.
         """
-        if not isinstance(teacher_logits, Tensor) or not teacher_logits.is_floating_point():
-            raise ValueError("teacher_logits: expected a floating [..., V] tensor")
-        rows = teacher_logits.shape[:-1]
-        if isinstance(temperature, Tensor):
-            if temperature.ndim and temperature.shape not in (rows, (*rows[:-1], 1)):
-                raise ValueError(
-                    f"temperature: shape {tuple(temperature.shape)}, expected {tuple(rows)}, the "
-                    f"leading shape of teacher_logits, or {(*rows[:-1], 1)}"
-                )
-        elif not isinstance(temperature, numbers.Real) or not 0 < float(temperature) < math.inf:
-            raise ValueError(f"temperature: {temperature!r} is not a number in (0, inf)")
-        options = {"dtype": torch.float32, "device": teacher_logits.device}
-        given = torch.as_tensor(temperature, **options)
+        logits = checks.tensor("teacher_logits", teacher_logits, "a [..., V] tensor").detach()
+        if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ValueError(f"teacher_logits: expected a floating tensor, got {logits.dtype}")
+        if logits.ndim < 1 or logits.shape[-1] < 1:
+            raise ValueError(
+                f"teacher_logits: expected shape [..., V], V >= 1, got {tuple(logits.shape)}"
+            )
+        vocabulary = logits.shape[-1]
+        shape = checks.CallShape(logits.shape[:-1], logits.device, vocabulary)
+        given = checks.row_values("temperature", temperature, shape, positive=True)
+        given = torch.as_tensor(given, dtype=torch.float32, device=logits.device)
         valid = torch.where((given > 0) & (given < math.inf), given, math.nan)
-        temperatures = valid.expand(rows)[..., None]
-        vocabulary = teacher_logits.shape[-1]
+        temperatures = valid.expand(shape.leading)[..., None]
         if k is None and ids is None:
             raise ValueError("k: neither k nor ids is given; give one of them, or both")
-        if k is not None and not (isinstance(k, numbers.Integral) and 1 <= k <= vocabulary):
-            raise ValueError(f"k: {k!r} is not a whole number in [1, {vocabulary}], the vocabulary")
-        if ids is not None and (
-            not isinstance(ids, Tensor) or ids.shape[:-1] != teacher_logits.shape[:-1]
-        ):
-            raise ValueError(
-                "ids: expected integers [..., K] with the leading shape of teacher_logits, "
-                f"{tuple(teacher_logits.shape[:-1])}"
-            )
-        best = None if k is None else teacher_logits.detach().topk(int(k), dim=-1).indices
+        best = None
+        if k is not None:
+            expected = f"a whole number in [1, {vocabulary}], the vocabulary"
+            k = checks.whole_number("k", k, expected, high=vocabulary)
+            best = logits.topk(k, dim=-1).indices
+        if ids is not None:
+            ids = checks.integers("ids", ids, "a [..., K] tensor")
+            if ids.ndim < 1 or ids.shape[:-1] != shape.leading:
+                raise ValueError(
+                    f"ids: shape {tuple(ids.shape)}, expected [..., K] with the leading shape of "
+                    f"teacher_logits, {tuple(shape.leading)}"
+                )
+            checks.same_device("ids", ids, shape.device)
+            checks.largest_id("ids", ids, vocabulary)
+        if token_ids is not None:
+            token_ids = checks.token_ids(token_ids, shape)
+            checks.largest_id("token_ids", token_ids, vocabulary)
         if ids is None or best is None:
             # Not a copy, so that the members of a mixture can share one tensor.
             support = best if ids is None else ids.long()
@@ -164,7 +169,7 @@ class TopK:
         else:
             support = torch.cat([ids.long(), best], -1)
         entries = support if token_ids is None else torch.cat([support, token_ids[..., None]], -1)
-        log_probs = _log_probs(teacher_logits.detach(), entries, temperatures)
+        log_probs = _log_probs(logits, entries, temperatures)
         if token_ids is None:
             return cls(support, log_probs)
         return cls(support, log_probs[..., :-1].contiguous(), log_probs[..., -1].contiguous())

@@ -11,10 +11,10 @@ from cases import DTYPES, every_divergence
 from hybrid_kernels import (
     Divergence,
     HybridLoss,
+    checks,
     hybrid_loss,
     reference,
     token_terms,
-    validate,
 )
 from tolerance import assert_close, assert_matches_reference
 
@@ -387,7 +387,7 @@ def test_autocast_changes_nothing(function, backend, device):
 
 @pytest.mark.parametrize("count", [0.0, -3.0, torch.inf, torch.nan])
 def test_a_count_that_is_none_where_only_the_device_sees_it(count, monkeypatch):
-    monkeypatch.setattr(validate, "is_readable", lambda tensor: False)
+    monkeypatch.setattr(checks, "is_readable", lambda tensor: False)
     student, mask = torch.randn(2, 5, requires_grad=True), torch.tensor([True, False])
     num_tokens = torch.tensor(count)
     result = hybrid_loss(student, torch.randn(2, 5), mask=mask, num_tokens=num_tokens)
@@ -399,7 +399,7 @@ def test_a_count_that_is_none_where_only_the_device_sees_it(count, monkeypatch):
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, torch.inf, torch.nan])
 def test_a_temperature_that_is_none_where_only_the_device_sees_it(temperature, monkeypatch):
-    monkeypatch.setattr(validate, "is_readable", lambda tensor: False)
+    monkeypatch.setattr(checks, "is_readable", lambda tensor: False)
     temperatures = torch.tensor([temperature, 2.0])
     terms = token_terms(torch.randn(2, 5), torch.randn(2, 5), temperature=temperatures)
     assert terms.divergence.isnan().tolist() == [True, False]

@@ -16,13 +16,14 @@ PACKAGE = ROOT / "hybrid_kernels"
 BELOW = {"triton_backend.reduce", "triton_backend.divergences", "triton_backend.sums"}
 SHARED = {"triton_backend.entries", "triton_backend.memory", "triton_backend.gradient"}
 ALLOWED = {
-    "types": set(),
-    "divergences": set(),
+    "checks": set(),
+    "types": {"checks"},
+    "divergences": {"checks"},
     "rows": {"divergences"},
     "collectives": set(),
     "reference": {"types", "divergences"},
-    "validate": {"types", "divergences"},
-    "returns": {"rows", "validate"},
+    "validate": {"checks", "types", "divergences"},
+    "returns": {"checks", "rows", "validate"},
     "triton_backend": set(),
     "triton_backend.plan": set(),
     "triton_backend.reduce": {"triton_backend.plan"},
@@ -95,6 +96,7 @@ ALLOWED = {
         "torch_backend.topk",
     },
     "sharded": {
+        "checks",
         "divergences",
         "rows",
         "validate",
@@ -103,17 +105,18 @@ ALLOWED = {
         "torch_backend.topk",
     },
     "backends": {
+        "checks",
         "rows",
         "validate",
         "sharded",
         "triton_backend.plan",
     },
     "autograd": set(),
-    "objective": {"types", "rows", "validate"},
-    "ops": {"rows", "validate", "autograd", "objective", "backends"},
+    "objective": {"checks", "types", "rows", "validate"},
+    "ops": {"checks", "rows", "validate", "autograd", "objective", "backends"},
     "linear": set(),
     "linear.layers": set(),
-    "linear.heads": {"types", "validate", "linear.layers"},
+    "linear.heads": {"checks", "types", "validate", "linear.layers"},
     "linear.rows": {"rows", "linear.heads"},
     "linear.gemm": {"linear.heads"},
     "linear.chunks": {
@@ -136,6 +139,7 @@ ALLOWED = {
         "linear.gradients",
     },
     "call": {
+        "checks",
         "types",
         "divergences",
         "rows",

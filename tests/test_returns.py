@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_kernels import returns_to_go, sparse_advantages, validate
+from hybrid_kernels import checks, returns_to_go, sparse_advantages
 
 GAMMAS = [0.0, 0.9, 1.0]
 BASELINES = ["none", "leave_one_out", "group_mean", "per_token_leave_one_out"]
@@ -493,7 +493,7 @@ def test_tokens_beyond_the_last_sequence_count_as_masked_where_nobody_looks(base
     options = {"reward_weight": 1.0, "baseline": baseline, "cu_seqlens": bounds}
     valid = torch.ones(6, dtype=torch.bool)
     expected = sparse_advantages(costs[:4], bounds[1:], valid[:4], **options)
-    monkeypatch.setattr(validate, "is_readable", lambda tensor: False)
+    monkeypatch.setattr(checks, "is_readable", lambda tensor: False)
     got = sparse_advantages(costs, bounds[1:], valid, **options)
     assert got.tolist() == [*expected.tolist(), 0.0, 0.0]
 

@@ -8,14 +8,16 @@ it needs no gradient.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hybrid_kernels import validate
+from hybrid_kernels import checks, validate
 from hybrid_kernels.linear.layers import unwrapped
 from hybrid_kernels.types import LinearTeacher, OutputLayer
+
+WEIGHT = "a [V, D] tensor or an output layer with such a `weight`"
 
 
 class LinearStudent(NamedTuple):
@@ -65,11 +67,12 @@ class Head(NamedTuple):
         hidden, weight, bias = side.hidden, side.weight, side.bias
         softcap, logit_scale = side.softcap, side.logit_scale
         if isinstance(weight, OutputLayer):
+            validate.head_options(options, softcap, logit_scale)
             validate.not_twice(name, options, bias, softcap, logit_scale)
             options = f"{name}weight: OutputLayer."
             softcap, logit_scale = weight.softcap, weight.logit_scale
-            layer, bias = weight.layer, weight.bias
-            weight, bias = layer, None if isinstance(layer, nn.Module) else bias
+            layer = weight.layer
+            weight, bias = layer, None if isinstance(layer, nn.Module) else weight.bias
         validate.head_options(options, softcap, logit_scale)
         dtype, autocast = hidden.dtype, _is_autocast(hidden.device.type)
         if autocast:
@@ -83,23 +86,19 @@ class Head(NamedTuple):
             if layer_bias is not None and bias is not None:
                 raise ValueError(f"{name}bias: given, but the layer has one; leave it out")
             bias = layer_bias if bias is None else bias
-            weight = module.weight
+            weight = getattr(module, "weight", None)
             masked = hidden
             if adapters and valid is not None:
                 masked = hidden.masked_fill(~valid.reshape(-1, 1), 0.0)
             for down, up, scaling in adapters:
-                factor = _whole(down.weight, None)
+                factor = _whole(f"{name}weight", WEIGHT, down.weight, None)
                 low = nn.functional.linear(masked.to(factor.dtype), factor)
                 hiddens.append((low * scaling).to(dtype))
-                weights.append(_whole(up.weight, dtype))
-        if not isinstance(weight, Tensor):
-            raise ValueError(
-                f"{name}weight: expected a [V, D] tensor or an output layer with such a `weight`, "
-                f"got {type(weight).__name__}"
-            )
+                weights.append(_whole(f"{name}weight", WEIGHT, up.weight, dtype))
         _check_partition(name, weight)
-        weights.insert(0, _whole(weight, dtype if autocast or _is_dtensor(weight) else None))
-        bias = None if bias is None else _whole(bias, None)
+        cast = dtype if autocast or checks.is_dtensor(weight) else None
+        weights.insert(0, _whole(f"{name}weight", WEIGHT, weight, cast))
+        bias = None if bias is None else _whole(f"{name}bias", "a [V] tensor", bias, None)
         validate.head(name, weights[0], bias, hidden)
         hiddens = [states.contiguous() for states in hiddens]
         return cls(hiddens, weights, bias, float(logit_scale), float(softcap or 0.0))
@@ -117,7 +116,7 @@ def _is_autocast(device: str) -> bool:
     return exists and torch.is_autocast_enabled(device)
 
 
-def _check_partition(name: str, weight: Tensor) -> None:
+def _check_partition(name: str, weight: Any) -> None:
     """Rejects a parameter that DeepSpeed ZeRO-3 has left empty outside its module's forward."""
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         raise ValueError(
@@ -127,15 +126,14 @@ def _check_partition(name: str, weight: Tensor) -> None:
         )
 
 
-def _is_dtensor(weight: Tensor) -> bool:
-    return hasattr(weight, "full_tensor") and hasattr(weight, "placements")
-
-
-def _whole(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The whole weight on this rank, converted to `dtype` unless that is None."""
+def _whole(name: str, expected: str, weight: Any, dtype: torch.dtype | None) -> Tensor:
+    """The whole weight or bias on this rank, converted to `dtype` unless that is None."""
+    is_sharded = checks.is_dtensor(weight)
+    if not is_sharded:
+        weight = checks.tensor(name, weight, expected)
     if dtype is not None and weight.dtype != dtype:
         weight = weight.to(dtype)  # before gathering, which then moves fewer bytes
-    return _Gather.apply(weight) if _is_dtensor(weight) else weight
+    return _Gather.apply(weight) if is_sharded else weight
 
 
 class _Gather(torch.autograd.Function):

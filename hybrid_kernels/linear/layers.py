@@ -7,6 +7,7 @@ may compute anything else: by a forward of its own, by hooks, or by an adapter o
 import functools
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 # Classes whose `forward` is known. By name, since PEFT need not be installed.
@@ -136,6 +137,8 @@ def _is_replaced(module: nn.Module) -> bool:
 
     That of accelerate's `dispatch_model` only moves tensors to the layer's device.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     forward = vars(module).get("forward")
     if isinstance(forward, functools.partial) and forward.func.__module__ == "accelerate.hooks":
         hook: Any = module._hf_hook
