@@ -329,7 +329,7 @@ def find_checkpoint(config: TrainConfig) -> Checkpoint | None:
         return None
     if option != "latest":
         folders = [Path(option)]
-    found, done, damaged = None, 0, {}
+    found, done, own, damaged = None, 0, False, {}
     for folder in folders:
         try:
             own = last is not None and (option == "latest" or folder.resolve() == last.resolve())
@@ -339,13 +339,13 @@ def find_checkpoint(config: TrainConfig) -> Checkpoint | None:
             damaged[folder] = str(error)
     reasons = "; ".join(f"{str(folder)!r} is damaged: {text}" for folder, text in damaged.items())
     if damaged and found is None:
-        other = (
-            "resume_from_checkpoint=latest goes on from the last one that is intact"
-            if option != "latest"
-            else "no checkpoint is intact. To start again, move them away, or choose another "
-            "output_dir"
-        )
-        raise UserError(f"resume_from_checkpoint: {reasons}; {other}")
+        if option == "latest":
+            advice = "no checkpoint is intact. To start again, choose another output_dir"
+        elif own:
+            advice = "resume_from_checkpoint=latest goes on from the last one that is intact"
+        else:
+            advice = "name another checkpoint"
+        raise UserError(f"resume_from_checkpoint: {reasons}; {advice}")
     if found is not None:
         done = found.step
         if holds_run and not found.own:

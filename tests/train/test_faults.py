@@ -154,8 +154,29 @@ def test_no_checkpoint_is_intact(unfinished, command, capsys):
         f"error: resume_from_checkpoint: '{checkpoints}/step-000006' is damaged: state.pt is "
         f"missing; '{checkpoints}/step-000004' is damaged: manifest.json is missing; "
         f"'{checkpoints}/step-000002' is damaged: manifest.json can't be read: Not a directory; no "
-        "checkpoint is intact. To start again, move them away, or choose another output_dir\n"
+        "checkpoint is intact. To start again, choose another output_dir\n"
     )
+    assert content(unfinished) == before
+
+
+def test_a_damaged_checkpoint_of_another_run_is_refused(unfinished, tmp_path):
+    folder = unfinished / "checkpoints" / LAST
+    damage(folder / "state.pt", "cut")
+    option = {"resume_from_checkpoint": str(folder), "output_dir": str(tmp_path / "new")}
+    with pytest.raises(
+        UserError, match=r"state.pt has .* bytes instead.*; name another checkpoint"
+    ):
+        train(make_config(run_options(tmp_path, **option)))
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(unfinished, command, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint, "_fingerprint", refuse)
+    before = content(unfinished)
+    assert main(command) == 1
+    assert f"can't read or write '{unfinished}/checkpoints/{LAST}/" in capsys.readouterr().err
     assert content(unfinished) == before
 
 
