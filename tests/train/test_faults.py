@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from train import checkpoint, report
 from train.__main__ import main
-from train.checkpoint import find_checkpoint
+from train.checkpoint import atomic_directory, find_checkpoint
 from train.config import UserError, make_config
 from train.loop import train
 from train.rewards import Scorer
@@ -287,20 +287,42 @@ def test_a_crash_at_any_moment(straight, tmp_path, command, monkeypatch):
         assert_equal_runs(killed, straight)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("seed", range(3))
-def test_kills_at_random_moments(straight, tmp_path, command, seed):
-    """As above, but with a process that is killed."""
-    moment = random.Random(seed).randrange(1, 300)
-    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "KILL_AT_FILE": str(moment)}
+def run_until_killed(command, **environment):
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     done = subprocess.run(
-        [sys.executable, "-m", "train", *command, "save_steps=1"],
+        [sys.executable, "-m", "train", *command],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_a_process_that_is_killed(tmp_path, straight, command, capsys):
+    killed = tmp_path / "run"
+    # Call 1 is the evaluation before step 1, calls 2 to 11 are steps 1 to 5, and call 12 is the
+    # evaluation after step 5. The run is killed at call 13, in step 6, and repeats step 5 when it
+    # resumes from the checkpoint of step 4.
+    run_until_killed(command, KILL_AT_CALL="13")
+    assert [row["step"] for row in rows(killed)] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows(killed, "eval")] == [0, 5]
+    assert {path.name for path in killed.glob("checkpoints/*")} == {"step-000002", "step-000004"}
+    assert not (killed / "final").exists()
+    # A kill can also leave an incomplete line and an incomplete checkpoint.
+    with (killed / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 6, "lo')
+    (killed / "checkpoints" / ".partial-step-000006").mkdir()
+    assert main(command) == 0
+    assert "resumed from" in capsys.readouterr().out
+    assert_equal_runs(killed, straight)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(3))
+def test_kills_at_random_moments(straight, tmp_path, command, seed):
+    command = [*command, "save_steps=1"]
+    run_until_killed(command, KILL_AT_FILE=str(random.Random(seed).randrange(1, 300)))
     assert main(command) == 0
     assert_equal_runs(tmp_path / "run", straight)
 
@@ -525,6 +547,25 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, command, monkeypatc
     said = capsys.readouterr().err
     assert "error: step 1: its update made weights infinite or NaN, so they are not saved" in said
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_failed_write_leaves_the_old_folder(tmp_path):
+    target = tmp_path / "thing"
+    with atomic_directory(target) as folder:
+        (folder / "x").write_text("old")
+
+    def fail():
+        with atomic_directory(target) as folder:
+            (folder / "x").write_text("new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (target / "x").read_text() == "old"
+    with atomic_directory(target) as folder:
+        (folder / "x").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["thing"]
+    assert (target / "x").read_text() == "new"
 
 
 def test_a_disk_that_is_full_from_the_start(tmp_path, monkeypatch, capsys):

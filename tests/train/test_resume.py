@@ -6,7 +6,6 @@ Its options are the new ones, and its folder holds one run.
 import errno
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -23,7 +22,7 @@ from transformers import get_scheduler
 
 from train import checkpoint, report
 from train.__main__ import main
-from train.checkpoint import atomic_directory, find_checkpoint
+from train.checkpoint import find_checkpoint
 from train.config import LR_SCHEDULERS, TrainConfig, UserError, make_config
 from train.loop import train
 
@@ -50,42 +49,6 @@ def test_a_checkpoint_is_resumed_in_another_folder(tmp_path, straight):
     found = find_checkpoint(make_config(run_options(tmp_path, resume_from_checkpoint="latest")))
     assert found.step == 2
     assert found.changed == ["student"]  # the weights began with the one of the other run
-
-
-def test_kill_and_resume(tmp_path, straight, capsys):
-    killed = tmp_path / "run"
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(run_options(tmp_path)))
-    command = ["--config", str(file)]
-    # Call 1 is the evaluation before step 1, calls 2 to 11 are steps 1 to 5, and call 12 is the
-    # evaluation after step 5. The run is killed at call 13, in step 6, and repeats step 5 when it
-    # resumes from the checkpoint of step 4.
-    environment = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "KILL_AT_CALL": "13"}
-    done = subprocess.run(
-        [sys.executable, "-m", "train", *command],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [row["step"] for row in rows(killed)] == [1, 2, 3, 4, 5]
-    assert [row["step"] for row in rows(killed, "eval")] == [0, 5]
-    assert {path.name for path in killed.glob("checkpoints/*")} == {"step-000002", "step-000004"}
-    assert not (killed / "final").exists()
-    # A kill can also leave an incomplete line and an incomplete checkpoint.
-    with (killed / "metrics.jsonl").open("a") as metrics:
-        metrics.write('{"step": 6, "lo')
-    (killed / "checkpoints" / ".partial-step-000006").mkdir()
-    assert main([*command, "resume_from_checkpoint=latest"]) == 0
-    assert "resumed from" in capsys.readouterr().out
-    assert not list((killed / "checkpoints").glob(".*"))
-    for name in ("metrics", "eval", "samples"):
-        assert rows(killed, name) == rows(straight, name)
-    weights, expected = (load_file(run / "final/model.safetensors") for run in (killed, straight))
-    assert weights.keys() == expected.keys()
-    for name in weights:
-        assert torch.equal(weights[name], expected[name]), name
 
 
 def test_latest_without_a_checkpoint_starts_from_scratch(tmp_path):
@@ -528,25 +491,6 @@ def test_a_folder_is_for_one_process(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="output_dir: can't write to"):
         train(config(tmp_path, output_dir=str(tmp_path / "file")))
-
-
-def test_a_failed_write_leaves_the_old_folder(tmp_path):
-    target = tmp_path / "thing"
-    with atomic_directory(target) as folder:
-        (folder / "x").write_text("old")
-
-    def fail():
-        with atomic_directory(target) as folder:
-            (folder / "x").write_text("new")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
-    assert (target / "x").read_text() == "old"
-    with atomic_directory(target) as folder:
-        (folder / "x").write_text("new")
-    assert [path.name for path in tmp_path.iterdir()] == ["thing"]
-    assert (target / "x").read_text() == "new"
 
 
 def test_tiny_config_makes_its_own_models(tmp_path):
