@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 INTEGERS = (torch.int64, torch.int32)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What is neither 0 nor infinite in fp32, in which everything here is computed.
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
@@ -116,6 +117,14 @@ def integers(name: str, value: object, expected: str) -> Tensor:
     return ids
 
 
+def floating(name: str, value: Tensor) -> None:
+    if value.dtype not in FLOATS:
+        raise ValueError(
+            f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}; cast it, "
+            "or dequantize what is quantized"
+        )
+
+
 def choice(name: str, value: object, options: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name}: unknown value {value!r}; expected one of {', '.join(options)}")
@@ -162,9 +171,7 @@ def number(
     """
     result = real(value)
     if result is None:
-        kind = type(value).__name__
-        mend = "; use .item()" if kind == "ndarray" else ""
-        raise ValueError(f"{name}: expected {expected}, got {kind}{mend}")
+        raise ValueError(f"{name}: expected {expected}, got {type(value).__name__}")
     inside = (result > 0 if positive else result >= low) and result <= high
     if inside and -LARGEST <= result <= LARGEST and (result >= SMALLEST or not positive):
         return result

@@ -131,8 +131,7 @@ class TopK:
             teacher is not lost. A few rows at a time: no `[..., V]` copy in fp32 is made.
         """
         logits = checks.tensor("teacher_logits", teacher_logits, "a [..., V] tensor").detach()
-        if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise ValueError(f"teacher_logits: expected a floating tensor, got {logits.dtype}")
+        checks.floating("teacher_logits", logits)
         if logits.ndim < 1 or logits.shape[-1] < 1:
             raise ValueError(
                 f"teacher_logits: expected shape [..., V], V >= 1, got {tuple(logits.shape)}"

@@ -168,8 +168,6 @@ def head(name: str, weight: Tensor, bias: Tensor | None, states: Tensor) -> None
         return
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}bias: expected shape [{weight.shape[0]}], got {tuple(bias.shape)}")
-    if bias.dtype not in (*LOGIT_DTYPES, torch.float64):
-        raise ValueError(f"{name}bias: expected a floating tensor, got {bias.dtype}; cast it")
     checks.same_device(f"{name}bias", bias, states.device)
 
 

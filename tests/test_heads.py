@@ -449,6 +449,21 @@ def test_tensors_that_are_not_plain_are_refused(kind, field):
         linear_hybrid_loss(hidden, layer["weight"], teacher, student_bias=layer["bias"])
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+def test_weights_that_hold_no_numbers_are_refused(enabled):
+    """Autocast must not take the integers of a quantised weight for its numbers."""
+    hidden, teacher, _, _ = inputs()
+    freed = torch.randn(V, D)
+    freed.untyped_storage().resize_(0)
+    wrong = {"memory is freed": freed, r"got torch\.int8": torch.ones(V, D, dtype=torch.int8)}
+    for message, weight in wrong.items():
+        with torch.autocast("cpu", enabled=enabled):
+            with pytest.raises(ValueError, match=f"student_weight: .*{message}"):
+                linear_hybrid_loss(hidden, weight, teacher)
+            with pytest.raises(ValueError, match=f"LinearTeacher.weight: .*{message}"):
+                linear_hybrid_loss(hidden, torch.ones(V, D), LinearTeacher(hidden.detach(), weight))
+
+
 def test_autocast_casts_as_a_linear_layer_does():
     """fp32 parameters, 16-bit factors, gradients in the parameters' dtype."""
     hidden, teacher, ids, advantages = inputs()

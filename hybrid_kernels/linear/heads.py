@@ -131,6 +131,12 @@ def _whole(name: str, expected: str, weight: Any, dtype: torch.dtype | None) -> 
     is_sharded = checks.is_dtensor(weight)
     if not is_sharded:
         weight = checks.tensor(name, weight, expected)
+        if checks.has_memory(weight) and weight.numel() and not weight.untyped_storage().size():
+            raise ValueError(
+                f"{name}: its memory is freed, as FSDP does after a module's forward; call the "
+                "loss inside of that, or while parameters are whole"
+            )
+    checks.floating(name, weight)
     if dtype is not None and weight.dtype != dtype:
         weight = weight.to(dtype)  # before gathering, which then moves fewer bytes
     return _Gather.apply(weight) if is_sharded else weight
