@@ -546,6 +546,12 @@ def test_supports(arguments, parts):
     assert_refuses(parts, TopK.from_logits, TEACHER, **arguments)
 
 
+@pytest.mark.parametrize("shape", [(), (2, 0)])
+def test_supports_of_no_vocabulary(shape):
+    parts = ("teacher_logits: expected shape [..., V], V >= 1", str(shape))
+    assert_refuses(parts, TopK.from_logits, torch.zeros(shape), 1)
+
+
 def test_a_support_that_the_kernels_cannot_hold():
     logits = torch.randn(1, 1100)
     teacher = TopK.from_logits(logits, 1025)
