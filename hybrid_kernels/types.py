@@ -188,9 +188,10 @@ def _log_probs(logits: Tensor, ids: Tensor, temperatures: Tensor) -> Tensor:
     if logits.ndim == 2 and logits.shape[0] > _ROWS:
         pieces = zip(*(side.split(_ROWS) for side in sides), strict=True)
         return torch.cat([_log_probs(*piece) for piece in pieces])
-    x = logits.float() / temperatures
+    x = logits.to(torch.float32, copy=True)
     top, first = x.max(-1, keepdim=True)
-    x -= top
+    # A division before the subtraction would round what matters.
+    x.sub_(top).div_(temperatures)
     # log1p of the sum without the largest entry, whose log-probability may be as small as -1e-12.
     lse = x.exp().scatter_(-1, first, 0.0).sum(-1, keepdim=True).log1p()
     log_probs = x.gather(-1, ids.clamp(min=0)) - lse
