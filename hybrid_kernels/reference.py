@@ -114,7 +114,7 @@ class CoarseLogProbs(NamedTuple):
         on_support = torch.where(counts, log_p.gather(-1, ids.clamp(min=0)), -torch.inf)
         outside = torch.ones_like(log_p, dtype=torch.int32)
         outside = outside.scatter_add(-1, ids.clamp(min=0), -counts.to(torch.int32)) > 0
-        possible = (outside & (log_p > -torch.inf)).any(-1)
+        possible = (outside & (log_p != -torch.inf)).any(-1)
         # The gradient of a logsumexp over -inf alone would be NaN.
         tail = torch.where(outside | ~possible[..., None], log_p, -torch.inf).logsumexp(-1)
         tail = torch.where(possible, tail, -torch.inf)
@@ -176,13 +176,15 @@ def _compare(z, teacher, ids, keep, divergence, temperature, floor, tail) -> _Me
     categories = CoarseLogProbs.of(log_p, teacher, floor)
     counts = distinct(teacher.ids)
     raw_mass = torch.where(counts, teacher.log_probs.to(z.dtype), -torch.inf).exp().sum(-1)
-    masses = categories.log_p[..., :-1].exp().sum(-1).detach(), raw_mass
+    # NaN for a student that is NaN, however little of it lies on the support.
+    nothing = 0.0 * log_p.detach().logsumexp(-1)
+    masses = categories.log_p[..., :-1].exp().sum(-1).detach() + nothing, raw_mass
     if tail == "renormalize":
         # An empty support, which can't be renormalised, has the value 0.
         has_entries = counts.any(-1)
         finite = (torch.where(has_entries[..., None], x, 0.0) for x in categories)
         value = divergence_value(*CoarseLogProbs(*finite).renormalised(), divergence)
-        value = torch.where(has_entries, value, 0.0)
+        value = torch.where(has_entries, value, nothing)
     elif tail == "mask":
         # The value of the bucket, with a gradient on the support only.
         inside = torch.zeros_like(z, dtype=torch.int32)
@@ -263,7 +265,8 @@ def _terms(student_logits, teacher, token_ids, mask, divergence, temperature, ta
         log_prob=log_prob,
         teacher_log_prob=total("teacher_log_prob", sum(weights)),
         entropy=torch.where(valid, entropy, 0.0),
-        logsumexp=torch.where(valid, z.logsumexp(-1), 0.0),
+        # NaN, as everything else is, where a logit is +inf.
+        logsumexp=torch.where(valid, z.logsumexp(-1) + 0.0 * entropy, 0.0),
         student_mass=total("student_mass", sum(weights)),
         teacher_mass=total("teacher_mass", sum(weights)),
     )
@@ -310,7 +313,7 @@ def hybrid_loss(
             advantages = torch.full_like(loss, advantages)
         loss = loss - _weighted(torch.where(valid, advantages, 0.0), terms.log_prob)
     if correction is not None and terms.log_prob is not None:
-        loss = loss + _weighted(dense_weight * correction, terms.log_prob)
+        loss = loss + _weighted(dense_weight, _weighted(correction, terms.log_prob))
     if not _is_zero(entropy_weight):
         loss = loss - _weighted(entropy_weight, terms.entropy)
     loss = torch.where(valid, loss, 0.0)

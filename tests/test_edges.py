@@ -350,8 +350,9 @@ def test_more_rows_than_a_grid_dimension_holds(backend, device):
 @every_divergence
 def test_the_reference_agrees_about_infinite_values(divergence, backend, device):
     """Values alone: autograd's gradients through infinities are not a specification."""
-    student = torch.tensor([[0.0, 1.0, -INF], [0.0, 1.0, 2.0], [0.0, NAN, 1.0]], device=device)
-    teacher = torch.tensor([[0.0, 2.0, -INF], [-INF, 1.0, 0.0], [0.0, 1.0, 1.0]], device=device)
+    student = [[0.0, 1.0, -INF], [0.0, 1.0, 2.0], [0.0, NAN, 1.0], [0.0, INF, 1.0]]
+    teacher = [[0.0, 2.0, -INF], [-INF, 1.0, 0.0], [0.0, 1.0, 1.0], [0.0, 1.0, 1.0]]
+    student, teacher = (torch.tensor(side, device=device) for side in (student, teacher))
     got = token_terms(student, teacher, divergence=divergence, backend=backend)
     expected = reference.token_terms(student.double(), teacher, divergence=divergence)
     for value, truth in zip(got, expected, strict=True):

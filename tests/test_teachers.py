@@ -467,3 +467,29 @@ def test_from_logits_keeps_a_small_tail():
     top_k = TopK.from_logits(logits, 1)
     truth = -torch.tensor([-28.0, -30.0]).double().exp().sum()
     torch.testing.assert_close(top_k.log_probs[0, 0].double(), truth, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.7, torch.tensor([0.3, 1.0, 3.0])], ids=["one", "rows"])
+def test_from_logits_does_not_see_an_offset(temperature):
+    """Logits are multiples of 1/64, so that the offset rounds none of them."""
+    logits = (64 * torch.randn(3, 7, generator=torch.Generator().manual_seed(0))).round() / 64
+    expected = TopK.from_logits(logits, 3, temperature=temperature).log_probs
+    for offset in (1e4, -1e4):
+        got = TopK.from_logits(logits + offset, 3, temperature=temperature).log_probs
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_the_reference_agrees_about_nan_and_infinities_on_a_support(tail, backend, device):
+    """NaN in a student whose support is empty, and a weight of 0 for an infinite correction."""
+    student = torch.tensor([[math.nan, 0.0, 1.0], [0.0, 1.0, 2.0]], device=device)
+    ids = torch.tensor([[-1], [0]], device=device)
+    log_probs = torch.full((2, 1), -math.inf, device=device)
+    teacher = TopK(ids, log_probs, torch.tensor([-1.0, -math.inf], device=device))
+    options = {"dense_weight": torch.tensor([1.0, 0.0], device=device), "advantages": 1.0}
+    options |= {"token_ids": torch.tensor([1, 1], device=device), "reduction": "none", "tail": tail}
+    got = hybrid_loss(student, teacher, backend=backend, **options)
+    expected = reference.hybrid_loss(student.double(), teacher, **options)
+    for name in ("loss", "divergence", "log_prob", "student_mass"):
+        value, truth = getattr(got, name), getattr(expected, name)
+        torch.testing.assert_close(value, truth.float(), equal_nan=True)

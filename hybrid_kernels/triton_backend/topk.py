@@ -288,7 +288,8 @@ def compare(args, where, token, stats, constants, P: tl.constexpr, D: tl.constex
     p = tl.where(ids != DROPPED, student_probability(z, student, constants), 0.0)
     ptr = args.statistics + row
     count = tl.cast(args.count, tl.int64)
-    tl.store(ptr + STUDENT_MASS * count, tl.sum(p, 0))
+    # NaN where the normaliser is, even if the support is empty.
+    tl.store(ptr + STUDENT_MASS * count, tl.sum(p, 0) + 0.0 * student.student_lse)
     tl.store(ptr + _TEACHER_MASS * count, teacher_mass)
     tl.store(ptr + TAIL_CORRECTION * count, correction)
     token = Token(token.id, token.z, token.ws, in_support, correction)
