@@ -166,7 +166,8 @@ def make(
     the teacher's side, too).
 
     Layouts: "contiguous"; "sliced", `[:, :-1, :V]` of a larger tensor that is NaN elsewhere, which
-    has two row strides; "expanded", one row repeated without a copy; "one_row", a single `[V]`.
+    has two row strides; "expanded", one row repeated without a copy, and "expanded_batch" and
+    "expanded_time", along one dimension alone; "one_row", a single `[V]`.
 
     `masked`: some rows are masked by `mask`, others by the id -100; they hold NaN and infinities.
     """
@@ -177,7 +178,8 @@ def make(
 
     if layout == "one_row":
         rows = ()
-    stored_rows = rows if layout != "expanded" else (1,) * len(rows)
+    expanded = {"expanded_batch": (1, *rows[1:]), "expanded_time": (*rows[:-1], 1)}
+    stored_rows = (1,) * len(rows) if layout == "expanded" else expanded.get(layout, rows)
     student = 3 * normal(*stored_rows, vocabulary)
     teacher = student + normal(*stored_rows, vocabulary)
     token_ids = torch.randint(0, vocabulary, rows, generator=generator)

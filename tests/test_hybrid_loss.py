@@ -103,6 +103,22 @@ def test_layouts(layout, reduction, masked, divergence, backend, device):
             torch.testing.assert_close(outside, torch.zeros_like(outside), rtol=0, atol=0)
 
 
+@one_of_each_kind
+@pytest.mark.parametrize("support", [None, "union"], ids=["full", "top-k"])
+@pytest.mark.parametrize("expanded", ["both", "student", "teacher"])
+@pytest.mark.parametrize("layout", ["expanded_batch", "expanded_time"])
+def test_rows_expanded_along_one_dimension(layout, expanded, support, divergence, backend, device):
+    """One of both row strides is 0."""
+    case = cases.make(127, layout=layout, device=device)
+    if expanded == "student":
+        case.given = case.teacher_logits.contiguous()
+    elif expanded == "teacher":
+        case.given, case.student = case.teacher_logits, case.logits.contiguous()
+    if support is not None:
+        case = cases.with_teachers(case, 2, support)
+    assert_matches_reference(case, backend, divergence=divergence, entropy_weight=0.3)
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize(
     ("reduction", "num_tokens"),

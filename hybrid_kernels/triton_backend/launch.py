@@ -391,14 +391,15 @@ def _row_strides(logits: Tensor) -> tuple[int, int]:
 
 def _side(logits: Tensor) -> Side:
     outer, inner = _row_strides(logits)
-    return Side(logits, outer, inner or outer)
+    return Side(logits, outer, inner if logits.shape[1] > 1 else outer)
 
 
 def _inner(sides: list[Tensor]) -> int | None:
     """I, or None if the rows of each side are evenly spaced."""
-    inner = sides[0].shape[1]
-    strides = map(_row_strides, sides)
-    return None if all(o in (0, inner * i) or i == 0 for o, i in strides) else inner
+    outer, inner, _ = sides[0].shape
+    # The stride of an expanded dimension is 0, too.
+    is_even = all(side.stride(0) == inner * side.stride(1) for side in sides)
+    return None if is_even or 1 in (outer, inner) else inner
 
 
 def _on_device(tensor: Tensor) -> AbstractContextManager:
