@@ -161,10 +161,7 @@ class OrdinaryRows:
 
     def _mean(self, values: Tensor) -> float:
         """The mean under the normalised p."""
-        if self.peaked:
-            # In a plain sum small products would be added to large ones, and lost.
-            return float(row_dot(self.p[None], values[None])) * self.factor
-        return float(torch.dot(self.p, values)) * self.factor
+        return float(row_dot(self.p[None], values[None])) * self.factor
 
     def _exponentials(
         self, logits: Tensor, out: Tensor, centred: bool = False
