@@ -243,7 +243,7 @@ def test_a_weight_that_is_no_number_of_fp32(outcomes, backend, device):
     assert not z.grad.any()
 
 
-@pytest.mark.parametrize("temperature", [1e8, 1e38, 1e308])
+@pytest.mark.parametrize("temperature", [1e8, 3e38])
 def test_the_highest_temperatures(temperature, outcomes, backend, device):
     z = torch.zeros(1, 203, device=device)
     terms = token_terms(z, z + 1, temperature=temperature, backend=backend)
