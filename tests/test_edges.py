@@ -155,6 +155,21 @@ def test_a_weight_of_zero_cancels_an_infinite_divergence(divergence, backend, de
 
 
 @every_divergence
+@pytest.mark.parametrize("value", [NAN, INF], ids=["nan", "inf"])
+def test_a_weight_of_zero_cancels_a_teacher_that_is_nan(value, divergence, backend, device):
+    student, teacher = torch.randn(2, 3, 127, device=device)
+    teacher[1, 5] = value
+    ids = torch.tensor([0, 1, 2], device=device)
+    gradients = []
+    for given in (teacher, None):
+        leaf = student.clone().requires_grad_()
+        terms = token_terms(leaf, given, ids, divergence=divergence, backend=backend)
+        (terms.log_prob + terms.entropy).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@every_divergence
 def test_a_teacher_floor_makes_the_divergence_finite(divergence, backend, device):
     case = cases.make(127, (3,), device=device)
     case.teacher[1, 2] = -INF

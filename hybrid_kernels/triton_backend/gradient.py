@@ -91,8 +91,8 @@ def _member_gradient(
             # Here u = l, and its part common to all entries is added once.
             constant = weight * UNIT * (stat.shift - stat.slope_sum)
             inner += tl.where(silent, 0.0, constant)
-            teacher_max = tl.where(silent, 0.0, stat.teacher_max)  # it may be NaN
-            d = difference(z, w, stat.student_max, teacher_max, True, True)
+            d = difference(z, w, stat.student_max, stat.teacher_max, True, True)
+            d = tl.where(silent, 0.0, d)  # the teacher may be NaN
             inner = (weight * constants.inv_t * (nats(True) * UNIT)) * d + inner
         else:
             _, u, v = D(entry, constants.parameter, stat.log_s, False)
