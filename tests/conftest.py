@@ -30,6 +30,10 @@ os.environ.setdefault("TRITON_CACHE_DIR", str(Path(__file__).parents[1] / ".trit
 torch.set_num_threads(1)
 
 
+# How many examples hypothesis tries with `--all`, natively and in the interpreter.
+EXAMPLES = {"suite": (20, 6), "fuzz": (300, 60)}
+
+
 class Target(NamedTuple):
     backend: str
     device: str
@@ -49,6 +53,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="every combination of arguments, not each argument once; more hypothesis examples",
     )
     parser.addoption(
+        "--examples",
+        type=int,
+        help="how many examples hypothesis tries; with --hypothesis-seed, new ones for each seed",
+    )
+    parser.addoption(
         "--orders",
         type=int,
         help="how many orders of programs that share a row are tried (test_meeting.py)",
@@ -58,16 +67,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if _interpreted(config):
         _interpret(config)
-    examples = 6 if _interpreted(config) else 20
-    if not config.getoption("--all"):
-        examples //= 3
-    hypothesis.settings.register_profile(
-        "suite",
-        deadline=None,
-        suppress_health_check=[hypothesis.HealthCheck.too_slow],
-        max_examples=examples,
-        derandomize=True,
-    )
+    for profile, (native, interpreted) in EXAMPLES.items():
+        examples = interpreted if _interpreted(config) else native
+        if not config.getoption("--all"):
+            examples //= 3
+        hypothesis.settings.register_profile(
+            profile,
+            deadline=None,
+            suppress_health_check=[hypothesis.HealthCheck.too_slow],
+            max_examples=config.getoption("--examples") or examples,
+            derandomize=config.getoption("--hypothesis-seed") is None,
+            print_blob=True,
+        )
     hypothesis.settings.load_profile("suite")
 
 
