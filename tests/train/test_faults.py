@@ -385,10 +385,11 @@ def test_a_second_sigterm_stops_at_once(straight, tmp_path, command, monkeypatch
 
 
 def test_ctrl_c_stops_at_once(straight, tmp_path, command, monkeypatch, capsys):
-    run = tmp_path / "run"
+    run, handler = tmp_path / "run", signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         during(patch, 3, send(signal.SIGINT))
         assert main(command) == 130
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert capsys.readouterr().err.endswith(
         "error: interrupted\nThere is no checkpoint yet: start again with "
         "resume_from_checkpoint=latest\n"
