@@ -726,10 +726,12 @@ HARMLESS = {
 }
 
 
-def outcome(folder, monkeypatch, function):
+def outcome(folder, monkeypatch, function, max_steps=4):
     folder.mkdir()
     monkeypatch.chdir(folder)
-    train(rewarded(folder, monkeypatch, function, output_dir="run", max_steps=4, save_steps=0))
+    train(
+        rewarded(folder, monkeypatch, function, output_dir="run", max_steps=max_steps, save_steps=0)
+    )
     return rows(folder / "run")
 
 
@@ -740,9 +742,9 @@ def test_a_reward_has_no_effect_but_its_numbers(tmp_path, monkeypatch):
 
 
 def test_a_reward_draws_new_numbers_each_time(tmp_path, monkeypatch):
-    drawn = [row["reward"] for row in outcome(tmp_path / "draws", monkeypatch, draw)]
+    drawn = [row["reward"] for row in outcome(tmp_path / "draws", monkeypatch, draw, 5)]
     assert drawn[:2] == [0, 0]
-    assert 0 < drawn[2] != drawn[3] > 0
+    assert 0 < drawn[3] != drawn[4] > 0
 
 
 def test_a_setup_that_dies_leaves_nothing(tmp_path):
