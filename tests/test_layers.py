@@ -252,8 +252,8 @@ def test_train_imports_public_names_only():
 # The modules of train/, each of which may import the ones before it.
 TRAIN_ORDER = (
     *("__init__", "schedules", "config", "data", "rewards", "checkpoint", "rollout"),
-    *("models", "batch", "objective", "metrics", "evaluate", "report", "loop", "addition"),
-    *("demo", "__main__"),
+    *("models", "batch", "objective", "metrics", "evaluate", "report", "stop", "loop"),
+    *("addition", "demo", "__main__"),
 )
 
 
