@@ -251,7 +251,7 @@ def test_train_imports_public_names_only():
 
 # The modules of train/, each of which may import the ones before it.
 TRAIN_ORDER = (
-    *("__init__", "schedules", "config", "data", "rewards", "checkpoint", "rollout"),
+    *("__init__", "schedules", "config", "data", "rewards", "files", "checkpoint", "rollout"),
     *("models", "batch", "objective", "metrics", "evaluate", "report", "stop", "loop"),
     *("addition", "demo", "__main__"),
 )

@@ -1,4 +1,4 @@
-"""Folders that are written completely or not at all, and checkpoints that resume a run exactly.
+"""Checkpoints that resume a run exactly.
 
 A checkpoint is `checkpoints/step-000123/`:
 
@@ -15,19 +15,12 @@ A folder holds one run, whose identity is in `run_id` and in each checkpoint, an
 its last intact checkpoint only. A checkpoint of another folder starts a new run.
 """
 
-import fcntl
 import json
 import math
 import os
 import random
 import re
-import shutil
-import socket
 import uuid
-import warnings
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,9 +31,16 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from train.config import TrainConfig, UserError
+from train.files import (
+    MANIFEST,
+    DamagedError,
+    atomic_directory,
+    check_files,
+    write_atomically,
+    write_manifest,
+)
 
 _NAME = re.compile(r"step-(\d{6,})")
-_MANIFEST = "manifest.json"
 # How many steps the weights in `final/` have had.
 FINAL_STEPS = ".steps"
 _STATE = ("run_id", "step", "optimizer", "position", "random")
@@ -58,93 +58,6 @@ _HARMLESS = (
 )
 # Options that a resumed run can't change.
 _FROM_CHECKPOINT = ("student",)
-
-
-@contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends, and is on disk by then.
-
-    A crash at any moment leaves no `target`, the old one, or the complete new one.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".partial-{target.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        yield temporary
-        for path in sorted(temporary.rglob("*"), reverse=True):
-            _fsync(path)
-        _fsync(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full
-        raise
-    replaced = target.parent / f".replaced-{target.name}"
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        target.rename(replaced)
-    temporary.rename(target)
-    _fsync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file such that a crash leaves its old content or all of `text`."""
-    temporary = path.with_name(f".partial-{path.name}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        _fsync(temporary)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    temporary.replace(path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Keeps other processes out of a run's folder, and removes what a killed one left half-written.
-
-    If this process is killed, the lock ends with it and with the processes that it forked, such as
-    workers of a reward.
-
-    Raises:
-        UserError: another process has the lock, or the folder can't be written.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        file = (output / ".lock").open("a+", encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"output_dir: can't write to {str(output)!r}: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise UserError(
-                f"output_dir: {str(output)!r} is in use by {file.read() or 'another process'}, or "
-                "by a process that it started; wait for their end, or choose another folder"
-            ) from error
-        except OSError as error:
-            warnings.warn(
-                f"output_dir: the file system of {str(output)!r} has no locks ({error.strerror}); "
-                "don't start a second run there",
-                stacklevel=3,
-            )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        for folder in (output, _path(output, 0).parent):
-            for path in folder.glob(".partial-*"):
-                path.unlink() if path.is_file() else shutil.rmtree(path)
-        yield
 
 
 def save_checkpoint(
@@ -165,7 +78,7 @@ def save_checkpoint(
         save_model(folder / "model", model, tokenizer)
         _save_state({**state, "step": step, "random": random_state()}, folder / "state.pt")
         (folder / "config.yaml").write_text(yaml.safe_dump(config.as_options(), sort_keys=False))
-        _write_manifest(folder)
+        write_manifest(folder)
     return target
 
 
@@ -196,53 +109,6 @@ def _save_state(state: dict[str, Any], path: Path) -> None:
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise
-
-
-def _write_manifest(folder: Path) -> None:
-    """Records the files of a checkpoint.
-
-    A CRC finds what a disk does to a file, and takes 0.3 s per GiB; a cryptographic hash would find
-    forgery, too, and take two to five times as long. Loading reads the whole files anyway.
-    """
-    target = folder / _MANIFEST
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != target)
-    manifest = {path.relative_to(folder).as_posix(): _fingerprint(path) for path in files}
-    target.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def _fingerprint(path: Path) -> list[int]:
-    """The size in bytes, and the CRC-32."""
-    size, crc = 0, 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return [size, crc]
-
-
-class _DamagedError(Exception):
-    """A checkpoint from which no run can go on. The message says what is wrong with which file."""
-
-
-def _check_files(folder: Path) -> None:
-    """Raises a _DamagedError if the files aren't those that the manifest lists."""
-    name = _MANIFEST
-    try:
-        manifest = dict(json.loads((folder / name).read_text(encoding="utf-8")))
-        for name in ("state.pt", "config.yaml", *manifest):
-            size, crc = manifest[name]
-            found = _fingerprint(folder / name)
-            if found[0] != size:
-                raise _DamagedError(f"{name} has {found[0]} bytes instead of {size}")
-            if found[1] != crc:
-                raise _DamagedError(f"{name} has {size} bytes, but not those that were written")
-    except PermissionError:
-        raise  # that is no damage
-    except FileNotFoundError as error:
-        raise _DamagedError(f"{name} is missing") from error
-    except OSError as error:
-        raise _DamagedError(f"{name} can't be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise _DamagedError(f"{_MANIFEST} is no list of files") from error
 
 
 @dataclass(frozen=True)
@@ -335,7 +201,7 @@ def find_checkpoint(config: TrainConfig) -> Checkpoint | None:
             own = last is not None and (option == "latest" or folder.resolve() == last.resolve())
             found = _read(folder, own, config, damaged)
             break
-        except _DamagedError as error:
+        except DamagedError as error:
             damaged[folder] = str(error)
     reasons = "; ".join(f"{str(folder)!r} is damaged: {text}" for folder, text in damaged.items())
     if damaged and found is None:
@@ -432,14 +298,14 @@ def _read(folder: Path, own: bool, config: TrainConfig, damaged: dict[Path, str]
 
     Raises:
         UserError: `save_checkpoint` has not written this folder.
-        _DamagedError: it has, but the files have changed.
+        DamagedError: it has, but the files have changed.
     """
-    if not own and not (folder / "state.pt").exists() and not (folder / _MANIFEST).exists():
+    if not own and not (folder / "state.pt").exists() and not (folder / MANIFEST).exists():
         raise UserError(
             f"resume_from_checkpoint: {str(folder)!r} is not a checkpoint; give a folder such as "
             f"{config.output_dir}/checkpoints/step-000100, or latest"
         )
-    _check_files(folder)
+    check_files(folder, needed=("state.pt", "config.yaml"))
     file = folder / "state.pt"
     try:
         state = dict(torch.load(file, map_location="cpu", weights_only=True))
@@ -448,7 +314,7 @@ def _read(folder: Path, own: bool, config: TrainConfig, damaged: dict[Path, str]
         student = saved["student"]
         old = _comparable(saved)
     except Exception as error:  # of whatever type: that depends on the bytes in the file
-        raise _DamagedError(f"{file.name} can't be read: {error!r}") from error
+        raise DamagedError(f"{file.name} can't be read: {error!r}") from error
     if missing := [key for key in _STATE if key not in state]:
         raise UserError(
             f"resume_from_checkpoint: {str(folder)!r} lacks {', '.join(missing)}: another version "

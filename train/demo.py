@@ -28,9 +28,9 @@ from transformers.utils import logging
 
 from train import addition
 from train.addition import Addends
-from train.checkpoint import atomic_directory, write_atomically
 from train.config import UserError
 from train.data import Example
+from train.files import atomic_directory, write_atomically
 from train.rewards import exact_match
 from train.rollout import Sampler, generate
 

@@ -20,6 +20,7 @@ from train.batch import collect
 from train.config import NonFiniteError, TrainConfig, UserError
 from train.data import Example, PromptStream, read_examples
 from train.evaluate import evaluate
+from train.files import atomic_directory, locked
 from train.metrics import StepStatistics, check_finite, check_weights
 from train.models import check_prompts, load_models, load_tokenizer
 from train.objective import ScheduledWeights, gradient_norms, micro_batch_loss
@@ -54,7 +55,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         raise UserError("several processes are not yet supported; start one")
     # These may come at any time, and are said when the files are closed.
     errors = (OSError, KeyboardInterrupt, *NO_MEMORY)
-    with last_words(config, *errors), checkpoint.locked(Path(config.output_dir)):
+    with last_words(config, *errors), locked(Path(config.output_dir)):
         return _run(config, accelerator)
 
 
@@ -188,7 +189,7 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
             if evaluates(step):
                 run_evaluation(step)
 
-        with checkpoint.atomic_directory(output / "final") as folder:
+        with atomic_directory(output / "final") as folder:
             checkpoint.save_model(
                 folder, accelerator.unwrap_model(models.student), models.tokenizer
             )
@@ -203,7 +204,7 @@ def _fill_assets(setup: str, assets: Path) -> None:
     record = assets / ".setup"
     if not assets.exists():
         function = load_function("setup", setup)
-        with checkpoint.atomic_directory(assets) as folder:
+        with atomic_directory(assets) as folder:
             with users_code(f"setup: {setup!r}"):
                 function(folder)
             (folder / record.name).write_text(setup, encoding="utf-8")

@@ -22,8 +22,9 @@ from rich.text import Text
 
 import hybrid_kernels
 from train.batch import MicroBatch
-from train.checkpoint import Checkpoint, write_atomically
+from train.checkpoint import Checkpoint
 from train.config import ENVIRONMENT, TrainConfig
+from train.files import write_atomically
 
 SAMPLES_PER_EVALUATION = 8
 LARGE_MISMATCH = 0.1  # nats; rounding to bf16 leaves a few hundredths

@@ -26,9 +26,9 @@ from helpers import config, rows, run_options
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from train import checkpoint, report
+from train import checkpoint, files, report
 from train.__main__ import main
-from train.checkpoint import atomic_directory, find_checkpoint
+from train.checkpoint import find_checkpoint
 from train.config import UserError, make_config
 from train.loop import train
 from train.rewards import Scorer
@@ -96,13 +96,13 @@ def test_damage_to_any_file_of_a_checkpoint_is_found(unfinished, tmp_path, kind)
     folder = unfinished / "checkpoints" / LAST
     (folder / "model/nested").mkdir()
     (folder / "model/nested/model-00002-of-00002.safetensors").write_bytes(b"a shard")
-    checkpoint._write_manifest(folder)
+    files.write_manifest(folder)
     run = make_config(run_options(tmp_path, resume_from_checkpoint="latest"))
     named = make_config({**run.as_options(), "resume_from_checkpoint": str(folder)})
     assert find_checkpoint(run).step == find_checkpoint(named).step == 6
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    assert len(files) == 9
-    for file in files:
+    saved = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(saved) == 9
+    for file in saved:
         intact = file.read_bytes()
         damage(file, kind)
         found = find_checkpoint(run)
@@ -173,7 +173,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_damaged(unfinished, command, m
     def refuse(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(checkpoint, "_fingerprint", refuse)
+    monkeypatch.setattr(files, "_fingerprint", refuse)
     before = content(unfinished)
     assert main(command) == 1
     assert f"can't read or write '{unfinished}/checkpoints/{LAST}/" in capsys.readouterr().err
@@ -220,7 +220,7 @@ def test_files_that_are_not_needed_may_be_damaged(straight, tmp_path, command, t
     shutil.rmtree(run / "final")
     assert main(command) == 0
     assert_equal_runs(run, straight)
-    with checkpoint.locked(run):
+    with files.locked(run):
         (run / ".lock").write_bytes(text)
         assert main(command) == 2
     assert "is in use by" in capsys.readouterr().err
@@ -395,7 +395,7 @@ def test_ctrl_c_stops_at_once(straight, tmp_path, command, monkeypatch, capsys):
         "resume_from_checkpoint=latest\n"
     )
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_manifest", lambda folder: send(signal.SIGINT)())
+        patch.setattr(checkpoint, "write_manifest", lambda folder: send(signal.SIGINT)())
         assert main(command) == 130
     assert list((run / "checkpoints").iterdir()) == []
     with monkeypatch.context() as patch:
@@ -552,18 +552,18 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, command, monkeypatc
 
 def test_a_failed_write_leaves_the_old_folder(tmp_path):
     target = tmp_path / "thing"
-    with atomic_directory(target) as folder:
+    with files.atomic_directory(target) as folder:
         (folder / "x").write_text("old")
 
     def fail():
-        with atomic_directory(target) as folder:
+        with files.atomic_directory(target) as folder:
             (folder / "x").write_text("new")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
     assert (target / "x").read_text() == "old"
-    with atomic_directory(target) as folder:
+    with files.atomic_directory(target) as folder:
         (folder / "x").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["thing"]
     assert (target / "x").read_text() == "new"
@@ -605,7 +605,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     for name in ("checkpoints/.partial-step-000003", ".partial-final"):
         (tmp_path / "run" / name).mkdir(parents=True)
     (tmp_path / "run/.partial-config.yaml").touch()
-    with checkpoint.locked(tmp_path / "run"):
+    with files.locked(tmp_path / "run"):
         assert not list((tmp_path / "run").rglob(".partial*"))
 
 

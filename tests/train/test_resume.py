@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import get_scheduler
 
-from train import checkpoint, report
+from train import checkpoint, files, report
 from train.__main__ import main
 from train.checkpoint import find_checkpoint
 from train.config import LR_SCHEDULERS, TrainConfig, UserError, make_config
@@ -264,7 +264,7 @@ def test_tensorboard_drops_the_same_steps(straight, tmp_path, option, step):
     called = []
     accelerator = SimpleNamespace(init_trackers=lambda *_, **given: called.append(given))
     resumed = find_checkpoint(run)
-    with checkpoint.locked(Path(run.output_dir)), report.RunLog(run, accelerator, resumed):
+    with files.locked(Path(run.output_dir)), report.RunLog(run, accelerator, resumed):
         pass
     assert called == [{"init_kwargs": {"tensorboard": {"purge_step": step}}}]
 
@@ -300,7 +300,7 @@ def test_a_folder_may_move(straight, tmp_path, monkeypatch):
     shutil.copytree(straight, tmp_path / "new")
     file = tmp_path / "new/checkpoints/step-000006/config.yaml"
     file.write_text(yaml.safe_dump(run.as_options()))
-    checkpoint._write_manifest(file.parent)
+    files.write_manifest(file.parent)
     monkeypatch.chdir(tmp_path)
 
     def changed(**changes):
@@ -336,7 +336,7 @@ def test_an_extension_that_was_killed_goes_on(straight, tmp_path):
     shutil.copytree(straight / "checkpoints/step-000006", later)
     state = torch.load(later / "state.pt", weights_only=True)
     torch.save({**state, "step": 8}, later / "state.pt")
-    checkpoint._write_manifest(later)
+    files.write_manifest(later)
     run = make_config(run_options(tmp_path, max_steps=9, resume_from_checkpoint="latest"))
     assert find_checkpoint(run).step == 8
 
@@ -381,7 +381,7 @@ def age(run, other):
     state = torch.load(file, weights_only=True)
     del state["run_id"]
     torch.save(state, file)
-    checkpoint._write_manifest(file.parent)
+    files.write_manifest(file.parent)
 
 
 NOT_LAST = "is not the last checkpoint of the run in '{run}', and a folder holds one run; to "
@@ -476,7 +476,7 @@ def test_a_folder_is_for_one_process(tmp_path, monkeypatch):
     for _ in range(2):  # a run that fails lets go
         with pytest.raises(UserError, match="setup: can't import 'no'"):
             train(run)
-    with checkpoint.locked(tmp_path / "run"):
+    with files.locked(tmp_path / "run"):
         content = (tmp_path / "run/.lock").read_text()
         assert content.startswith(f"process {os.getpid()} on ")
         with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on "):
@@ -486,7 +486,7 @@ def test_a_folder_is_for_one_process(tmp_path, monkeypatch):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", without_locks)
-    with pytest.warns(match="has no locks"), checkpoint.locked(tmp_path / "run"):
+    with pytest.warns(match="has no locks"), files.locked(tmp_path / "run"):
         pass
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="output_dir: can't write to"):
