@@ -193,7 +193,8 @@ def _log_probs(logits: Tensor, ids: Tensor, temperatures: Tensor) -> Tensor:
     # A division before the subtraction would round what matters.
     x.sub_(top).div_(temperatures)
     # log1p of the sum without the largest entry, whose log-probability may be as small as -1e-12.
-    lse = x.exp().scatter_(-1, first, 0.0).sum(-1, keepdim=True).log1p()
+    others = x.exp().scatter_(-1, first, 0.0).sum(-1, keepdim=True)
+    lse = (others + x.gather(-1, first)).log1p()  # adds 0, or NaN where that entry is infinite
     log_probs = x.gather(-1, ids.clamp(min=0)) - lse
     return log_probs.masked_fill(ids < 0, -math.inf)
 

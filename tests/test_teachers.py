@@ -479,6 +479,13 @@ def test_from_logits_does_not_see_an_offset(temperature):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_from_logits_makes_a_row_with_nan_or_infinity_nan(value):
+    logits = torch.tensor([[0.0, value, 1.0], [0.0, 2.0, 1.0]])
+    top_k = TopK.from_logits(logits, ids=torch.tensor([[0, 2], [0, 2]]))
+    assert top_k.log_probs.isnan().tolist() == [[True, True], [False, False]]
+
+
 @pytest.mark.parametrize("tail", TAILS)
 def test_the_reference_agrees_about_nan_and_infinities_on_a_support(tail, backend, device):
     """NaN in a student whose support is empty, and a weight of 0 for an infinite correction."""
