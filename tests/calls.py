@@ -111,7 +111,7 @@ class Case(Recipe):
     ignored: bool = rarely(False, True)
     ids: str | None = rarely("int64", "int32", None)
     teacher: tuple[str, ...] = one_of(
-        *((kind,) * n for n in (1, 2, 3) for kind in ("logits", "top-k", "linear")),
+        *((kind,) * n for n in (1, 2, 3) for kind in ("logits", "top-k", "linear", "top-k")),
         *(("linear", "logits"), ("logits", "linear", "logits"), ()),
     )
     mixture: bool = one_of(False, True)  # of a single teacher, too
@@ -120,8 +120,8 @@ class Case(Recipe):
     holes: tuple[str, ...] = some("padding", "repeated", "impossible")
     token_log_prob: str | None = one_of("known", "of some", None)
     log_probs: str = rarely(*DTYPES)
-    tail: str = rarely("bucket", "renormalize", "mask")
-    divergence: str = one_of("reverse_kl", *FAMILIES)
+    tail: str = rarely("bucket", "renormalize", "mask", share=4)
+    divergence: str = one_of("reverse_kl", "reverse_kl", *FAMILIES)
     parameter: float | str = one_of(0.3, 0.03, 0.5, 0.77, 0.96, "low", "high")
     temperature: float | str = rarely(1.0, 0.7, 2.0, 0.1, "[]", "[B, 1]", "[...]", share=2)
     floor: float | None = rarely(None, -30.0, -8.0, -0.5, share=4)

@@ -48,7 +48,8 @@ class Truth:
         beyond: bool `[...]`, the rows with numbers that fp32 can't hold.
         unknown: the rows whose dz is not compared: these, and those of a student that is NaN.
         infinite: the rows whose dz can't be finite, as their divergence is not.
-        scale: the least that scales the gradient of a row from hidden states afterwards.
+        scale: the least factor of a gradient that has been rounded to its dtype (1 or less). Before
+            that, fp16 may overflow.
     """
 
     def __init__(self, call: Call) -> None:
@@ -99,8 +100,10 @@ class Truth:
         self.beyond = self._hidden_tails()
         for name in TERMS if corrections is zero else (*TERMS, "teacher_log_prob"):
             self.beyond = self.beyond | (size[name] > LARGE)
-        limit = min(LARGE, torch.finfo(call.sides[0].stored.dtype).max / 4)
-        is_large = (self.dz.abs() > limit).any(-1)
+        limit = torch.finfo(call.sides[0].stored.dtype).max / 4 * self.scale
+        is_large = (self.dz.abs() > min(LARGE, limit)).any(-1)
+        if case.divergence == "renyi":  # whose terms lose their exponents next to a large log S
+            is_large |= size["divergence"] > 1e3
         self.unknown = self.beyond | is_large | self.fields["entropy"].isnan()
         self.infinite = torch.zeros_like(self.beyond)
         value = self.fields["divergence"]
@@ -130,8 +133,8 @@ class Truth:
         values = options["dense_weight"], advantages, options["entropy_weight"]
         factors = {n: scale * per_row(v) for n, v in zip(TERMS, values, strict=True)}
         upstream = per_row(1.0 if call.upstreams is None else call.upstreams)
-        if case.linear:
-            self.scale = scale * min([1.0, *upstream[upstream > 0].tolist()])
+        if case.linear or case.reduction == "none":
+            self.scale = min(1.0, scale * min([1.0, *upstream[upstream > 0].tolist()]))
         return factors, upstream
 
     def _hidden_tails(self) -> Tensor:
@@ -206,15 +209,15 @@ def check(case: Case, backend: str) -> None:
             assert fields[name].dtype == torch.float32, name
             skipped = truth.beyond.any() if expected.shape != case.rows else truth.beyond
             check_close(fields[name], expected, truth.allowed[name], name, skipped)
-    student, names = call.sides[0], ["hidden states", "weight", "bias"]
+    student = call.sides[0]
+    names = ["hidden states" if case.linear else "logits", "weight", "bias"]
     expected = truth.gradients(written_and_scaled(backend, student.stored))
     for name, leaf, (gradient, allowed) in zip(names, leaves, expected, strict=False):
         if leaf.grad is None:
             reached = case.is_loss or any(fields[term] is not None for term in call.upstreams)
             assert not (leaf.requires_grad and reached), f"no gradient of {name}"
             continue
-        # From hidden states in fp16 normaliser and upstream gradient come last.
-        limit = torch.finfo(leaf.dtype).max / 4 * min(1.0, truth.scale)
+        limit = torch.finfo(leaf.dtype).max / 4 * truth.scale
         unknown = ~(gradient.abs() < limit)
         got, gradient = leaf.grad, gradient.masked_fill(unknown, 0.0)
         check_close(got.masked_fill(unknown, 0.0), gradient, allowed, f"gradient of {name}")
