@@ -356,6 +356,18 @@ def test_a_large_weight_and_a_low_logit(sides, divergence, backend, device):
         assert (outcome.gradient[:, position] == 0).all()
 
 
+@pytest.mark.parametrize(
+    "options", [{"teacher_floor": -20.0}, {"divergence": "jeffreys"}, {}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_low_logit_under_weights_that_are_large_together(dtype, options, backend, device):
+    case = cases.make(67, (3,), dtype=dtype, device=device)
+    case.student[:, 5] = torch.finfo(dtype).min
+    options = {"entropy_weight": 0.3, "reduction": "sum", **options}
+    outcome = case.hybrid_loss(backend=backend, **options)
+    assert outcome.gradient.isfinite().all()
+
+
 @pytest.mark.native
 def test_more_rows_than_a_grid_dimension_holds(backend, device):
     case = cases.make(3, (70_000,), device=device)

@@ -293,9 +293,10 @@ class Block:
         """A factor of p; 0 where p is 0, if it may be infinite there, or become so."""
         return factor.masked_fill_(self.p == 0, 0.0) if self.guarded or enlarged else factor
 
-    def _enlarges(self, weight: Tensor) -> bool:
-        """Whether a weight may make an infinity of a large number, as far as looking is cheap."""
-        return self.sweep.on_cpu and bool((weight.abs() > 1).any())
+    def _enlarges(self, weights: list[Tensor]) -> bool:
+        """Whether a weighted sum of large numbers may be infinite, as far as looking is cheap."""
+        total = sum(weight.abs() for weight in weights)
+        return self.sweep.on_cpu and isinstance(total, Tensor) and bool((total > 1).any())
 
     def _over_t(self, value):
         return value if self.sweep.at_one else value * self.inv_t
@@ -395,14 +396,15 @@ class Block:
         if c_ent is not None:
             constant = constant + c_ent * (columns[FIELDS.student_lse] - columns[FIELDS.entropy])
         constant = constant * factor
+        summands = []
         if alone is not None and family.has_u:
-            inner = self._scaled(self.log_ratio, alone * factor, constant)
+            summands.append((self.log_ratio, alone * factor))
         if c_ent is not None:
-            weight = -c_ent * factor * self.inv_t
-            if inner is None:
-                inner = self._scaled(self.x, weight, constant)
-            else:
-                inner.add_(self._of_some(self.x, self._enlarges(weight)).mul_(weight))
+            summands.append((self.x, -c_ent * factor * self.inv_t))
+        enlarged = self._enlarges([weight for _, weight in summands])
+        for values, weight in summands:
+            product = self._of_some(values, enlarged).mul_(weight)
+            inner = product.add_(constant) if inner is None else inner.add_(product)
         out = self.gradient if self.gradient.dtype == p.dtype else self.log_ratio
         torch.mul(p, constant if inner is None else inner, out=out)
         if alone is not None and family.has_v:
@@ -410,11 +412,6 @@ class Block:
         if c_div is not None and self.pull is not None:
             out.add_(weighted(c_div, self.pull))
         self._finish(out)
-
-    def _scaled(self, factor: Tensor, weight: Tensor, constant: Tensor) -> Tensor:
-        """A factor of p, in place: times a weight, plus a constant."""
-        self._of_some(factor, self._enlarges(weight))
-        return factor.mul_(weight).add_(constant)
 
     def write_support_gradient(self) -> None:
         """As `write_gradient`, where outside the support the divergence adds a multiple of p, and
