@@ -108,6 +108,9 @@ class Truth:
         self.infinite = torch.zeros_like(self.beyond)
         value = self.fields["divergence"]
         if value is not None:
+            if call.supports:
+                # Where q > 0 in a tail that the student forbids, autograd has no slope.
+                self.unknown |= value == INF
             acts = (factors["divergence"] * upstream != 0) & ~self.unknown
             self.dz[acts & value.isnan()] = NAN  # autograd has numbers for some
             self.infinite = acts & ~value.isfinite() & ~self.dz.isfinite().all(-1)
