@@ -109,8 +109,9 @@ class Truth:
         value = self.fields["divergence"]
         if value is not None:
             if call.supports:
-                # Where q > 0 in a tail that the student forbids, autograd has no slope.
-                self.unknown |= value == INF
+                # Where q > 0 in a tail that the student forbids, autograd has no slope; where it
+                # nearly forbids it, the slope over p overflows fp32.
+                self.unknown |= value > 1e15
             acts = (factors["divergence"] * upstream != 0) & ~self.unknown
             self.dz[acts & value.isnan()] = NAN  # autograd has numbers for some
             self.infinite = acts & ~value.isfinite() & ~self.dz.isfinite().all(-1)
