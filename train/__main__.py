@@ -5,7 +5,7 @@ import faulthandler
 import sys
 from dataclasses import fields
 
-from train.config import NonFiniteError, TrainConfig, UserError, load_config
+from train.config import NonFiniteError, TrainConfig, UserError, load_config, printable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _failed(error: object, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {printable(str(error))}", file=sys.stderr)
     return status
 
 

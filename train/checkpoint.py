@@ -198,7 +198,7 @@ def find_checkpoint(config: TrainConfig) -> Checkpoint | None:
     found, done, own, damaged = None, 0, False, {}
     for folder in folders:
         try:
-            own = last is not None and (option == "latest" or folder.resolve() == last.resolve())
+            own = option == "latest" or _is_same(folder, last)
             found = _read(folder, own, config, damaged)
             break
         except DamagedError as error:
@@ -249,6 +249,10 @@ def find_checkpoint(config: TrainConfig) -> Checkpoint | None:
             "ask for more"
         )
     return found
+
+
+def _is_same(folder: Path, other: Path | None) -> bool:
+    return other is not None and os.path.realpath(folder) == os.path.realpath(other)
 
 
 def how_to_go_on(config: TrainConfig) -> str:

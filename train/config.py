@@ -3,6 +3,7 @@
 import difflib
 import operator
 import os
+import re
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -28,10 +29,16 @@ FIGURES = (
 # A key in a run's config.yaml that informs the reader and is not an option.
 ENVIRONMENT = "environment"
 _ONE = Schedule(1.0)
+_CONTROL = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line feeds
 
 
 class UserError(ValueError):
     """Something that the user can correct: an option, a file, a reward. The message says how."""
+
+
+def printable(text: str) -> str:
+    """A text from outside with escapes for control characters, which would act on the terminal."""
+    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 class NonFiniteError(FloatingPointError):
@@ -225,8 +232,7 @@ class _Loader(yaml.SafeLoader):
 def _from_yaml(failure: str, content: bytes | str) -> Any:
     try:
         return yaml.load(content, _Loader)
-    # ValueError: of dates such as 2026-13-01.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # of whatever type: that depends on the tags, and on what they tag
         raise UserError(f"{failure}: {error}") from error
 
 
@@ -305,6 +311,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 
 def _text(name: str, value: Any) -> str:
     """A text, which may be a path or part of one, with the home folder in place of `~`."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{name}: got {value!r} ({type(value).__name__}), expected text")
     if "\0" in value or value.encode("utf-8", "replace").decode() != value:
@@ -320,7 +328,7 @@ def _text(name: str, value: Any) -> str:
 
 def _weighted(name: str, value: Any, kind: type, key: str, form: str) -> list:
     """Entries of one kind, given as mappings with a weight or as texts, whose weight is 1."""
-    entries = value if isinstance(value, list) else [value]
+    entries = value if isinstance(value, list | tuple) else [value]
     parsed = []
     for entry in entries:
         if isinstance(entry, str):

@@ -46,11 +46,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
     installed = [tracker.value for tracker in get_available_trackers()]
     if config.report_to not in ("none", "all", *installed):
         raise UserError(f"report_to: {config.report_to} is not installed; see its documentation")
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.bf16 else "no",
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(config.output_dir, f"{config.output_dir}/tensorboard"),
-    )
+    project = ProjectConfiguration(config.output_dir, f"{config.output_dir}/tensorboard")
+    try:
+        accelerator = Accelerator(
+            mixed_precision="bf16" if config.bf16 else "no",
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_config=project,
+        )
+    except ValueError as error:  # of the device, or of another run in this process
+        raise UserError(f"bf16: got {config.bf16}: {error}") from error
     if accelerator.num_processes > 1:
         raise UserError("several processes are not yet supported; start one")
     # These may come at any time, and are said when the files are closed.

@@ -201,11 +201,10 @@ def check_prompts(
     largest = max(max(example.token_ids) for example in examples)
     paths = [("student", str(student_path)), *(("teacher", spec.model) for spec in config.teachers)]
     for option, path in paths:
-        adapter = Path(path) / _ADAPTER
-        base = json.loads(adapter.read_text())[_BASE] if adapter.exists() else path
-        model = _load(option, AutoConfig, base).get_text_config()
+        model = _load(option, AutoConfig, _base(option, path)).get_text_config()
         limit = getattr(model, "max_position_embeddings", None)
-        if limit is not None and longest + config.max_completion_length > limit:
+        # Some models without a limit have -1.
+        if limit is not None and 0 < limit < longest + config.max_completion_length:
             raise UserError(
                 f"max_completion_length: {config.max_completion_length} after a prompt of "
                 f"{longest} tokens exceeds the {limit} positions of {path!r}; shorten one of the "
@@ -218,6 +217,17 @@ def check_prompts(
                 f"vocabulary of {path!r} has {known} entries; resize the model's embeddings (with "
                 "resize_token_embeddings), or leave such tokens out"
             )
+
+
+def _base(option: str, path: str) -> str:
+    """The model that a PEFT adapter belongs to; of any other folder, the folder."""
+    adapter = Path(path) / _ADAPTER
+    if not adapter.exists():
+        return path
+    try:
+        return str(dict(json.loads(adapter.read_text(encoding="utf-8")))[_BASE])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{option}: {str(adapter)!r} names no model in {_BASE!r}") from error
 
 
 def load_models(
@@ -237,12 +247,7 @@ def load_models(
         UserError: a model can't be loaded, or its vocabulary is not that of the others.
     """
     student = _load_model("student", str(student_path), torch.float32)
-    generation = student.generation_config
-    if generation is not None and not generation.do_sample:
-        # Sampling settings without do_sample load, but transformers refuses to save them again.
-        sampling = (generation.temperature, generation.top_p, generation.top_k)
-        generation.do_sample = any(value not in (None, 1.0, 50) for value in sampling) or None
-    _check_generation_config(Path(student_path), generation)
+    _check_generation_config(Path(student_path), student.generation_config)
     precision = torch.bfloat16 if config.bf16 else torch.float32
     teachers = []
     for entry in config.teachers:
@@ -273,19 +278,30 @@ def load_models(
 
 
 def _check_generation_config(folder: Path, generation: GenerationConfig | None) -> None:
-    """Checks what would otherwise fail when responses are drawn or a checkpoint is saved."""
+    """Checks what would otherwise fail when responses are drawn or a checkpoint is saved.
+
+    Sampling settings without `do_sample`, which many models have, load, but transformers does not
+    save them again, so it is set.
+    """
     if (folder / "generation_config.json").exists():
         # The model's loader takes defaults in place of a file that it can't read.
         _load("student", GenerationConfig, str(folder))
     if generation is None:
         return
+    name = f"student: generation_config.json of {str(folder)!r}"
     ids: Any = generation.eos_token_id
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(index) is int for index in listed):
+        raise UserError(f"{name}: eos_token_id is {ids!r}, expected a token id, or a list of them")
     try:
         generation.validate(strict=True)
-        torch.tensor([] if ids is None else ids, dtype=torch.int64)
-    except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split("\n")[:2])
-        raise UserError(f"student: generation_config.json of {str(folder)!r}: {reason}") from error
+    except ValueError:
+        generation.do_sample = True
+        try:
+            generation.validate(strict=True)
+        except ValueError as error:
+            reason = " ".join(str(error).split("\n")[:2])
+            raise UserError(f"{name}: {reason}") from error
 
 
 def _load(option: str, loader: type, path: str, **options):

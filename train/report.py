@@ -4,7 +4,6 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +22,11 @@ from rich.text import Text
 import hybrid_kernels
 from train.batch import MicroBatch
 from train.checkpoint import Checkpoint
-from train.config import ENVIRONMENT, TrainConfig
+from train.config import ENVIRONMENT, TrainConfig, printable
 from train.files import write_atomically
 
 SAMPLES_PER_EVALUATION = 8
 LARGE_MISMATCH = 0.1  # nats; rounding to bf16 leaves a few hundredths
-_CONTROL = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line feeds
 _RECORDS = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
 
 
@@ -303,9 +301,8 @@ def _sample_table(samples: list[dict]) -> Table:
 
 
 def _as_it_is(text: str) -> Text:
-    """A text from outside, in which `[/x]`, `\\[x\\]` and `:x:` are not markup, and control
-    characters, which would act on the terminal, are written as escapes."""
-    return Text(_CONTROL.sub(lambda match: repr(match[0])[1:-1], text))
+    """A text from outside, in which `[/x]`, `\\[x\\]` and `:x:` are not markup."""
+    return Text(printable(text))
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -169,6 +169,10 @@ def test_file_and_overrides(tmp_path: Path):
         ("? [a]\n: 2", "key that is not text"),
         ("seed: 2026-13-01", "month must be in 1..12"),
         ("x: " + "[" * 1000, "maximum recursion"),
+        ("bf16: !!bool maybe", "'maybe'"),
+        ("seed: !!int ''", "index out of range"),
+        ("gamma: !!map [1]", "unpack"),
+        ("? !!str [a]\n: 1", "unhashable"),
         ("\tseed: 1", "cannot start any token"),
         ("seed: !!python/object:os.system x", "could not determine a constructor"),
         (b"output_dir: \xe9", "unacceptable character"),
@@ -206,7 +210,8 @@ def test_merged_keys_may_be_given_again(tmp_path: Path):
 def test_paths_may_start_at_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     options = {name: f"~/{name}" for name in ("output_dir", "student", "train_file", "eval_file")}
-    options |= {"teachers": ["~/t", {"model": "~/u", "weight": 2}], "rewards": "~/r.py:f"}
+    options["eval_file"] = Path(options["eval_file"])
+    options |= {"teachers": ("~/t", {"model": "~/u", "weight": 2}), "rewards": "~/r.py:f"}
     config = make_config(options)
     paths = [config.output_dir, config.student, config.train_file, config.eval_file]
     paths += [teacher.model for teacher in config.teachers] + [config.rewards[0].function]

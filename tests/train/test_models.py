@@ -65,9 +65,13 @@ STUDENTS_FAULTS = {
         lambda folder: (folder / "generation_config.json").write_text("{"),
         "can't load .*valid JSON",
     ),
+    "beams": (
+        lambda folder: edit(folder, "generation_config.json", length_penalty=0.8),
+        "generation_config.json of .*`length_penalty`",
+    ),
     "eos": (
         lambda folder: edit(folder, "generation_config.json", eos_token_id="x"),
-        "generation_config.json of .*: ",
+        "generation_config.json of .*: eos_token_id is 'x', expected a token id",
     ),
     "adapter": (
         lambda folder: (folder / "adapter_config.json").write_text("{}"),
@@ -140,6 +144,23 @@ def test_a_padding_token_without_an_embedding(tmp_path):
 def test_responses_that_could_not_end(tmp_path):
     with pytest.raises(UserError, match=r"vocab_size: responses end with one of the ids \(2,\)"):
         train(config(tmp_path, vocab_size=2))
+
+
+@pytest.mark.parametrize("setting", ["min_p", "typical_p", "epsilon_cutoff", "temperature"])
+def test_sampling_settings_of_a_checkpoint_are_kept(tmp_path, setting):
+    run = config(tmp_path)
+    edit(tmp_path / "student", "generation_config.json", **{setting: 0.5})
+    train(run)
+    saved = json.loads((tmp_path / "run/final/generation_config.json").read_text())
+    assert saved[setting] == 0.5
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"base_model_name_or_path": null}', "\xff"])
+def test_an_adapter_without_a_model(tmp_path, text):
+    run = config(tmp_path)
+    (tmp_path / "teacher/adapter_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"^teacher: .*(names no model|can't load 'None')"):
+        train(run)
 
 
 def test_a_teacher_with_an_adapter(tmp_path):
