@@ -2,6 +2,7 @@
 
 import argparse
 import faulthandler
+import io
 import sys
 from dataclasses import fields
 
@@ -55,4 +56,7 @@ def _failed(error: object, status: int) -> int:
 
 if __name__ == "__main__":
     faulthandler.enable()  # a reward that crashes the process is then named
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # for terminals that can't show every character
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main())

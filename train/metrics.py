@@ -115,7 +115,7 @@ def check_finite(row: dict[str, Any]) -> None:
         return
     text = (
         f"step {row['step']}: the loss is {row['loss']} and its gradient norm {row['grad_norm']}; "
-        "the weights were not updated, and the last checkpoint is untouched."
+        "the weights were not updated."
     )
     if row["teacher_forbidden"]:
         text += (
@@ -125,7 +125,10 @@ def check_finite(row: dict[str, Any]) -> None:
     elif math.isfinite(row["entropy"]) and not math.isfinite(row["kl"]):
         text += " The teacher's logits are infinite or NaN: its checkpoint may be damaged."
     elif math.isfinite(row["kl"]) and not math.isfinite(row["loss"]):
-        text += " The KL is finite: lower reward_weight, the rewards' weights or entropy_weight."
+        text += (
+            " The KL is finite: lower reward_weight, the rewards' own weights, dense_weight or "
+            "entropy_weight."
+        )
     else:
         text += " Try a lower learning_rate, or a smaller max_grad_norm."
     raise NonFiniteError(text)

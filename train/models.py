@@ -1,6 +1,7 @@
 """Student, teachers and tokenizer from `transformers` checkpoints, as inputs of a loss."""
 
 import json
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -293,15 +294,16 @@ def _check_generation_config(folder: Path, generation: GenerationConfig | None) 
     listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if not all(type(index) is int for index in listed):
         raise UserError(f"{name}: eos_token_id is {ids!r}, expected a token id, or a list of them")
-    try:
-        generation.validate(strict=True)
-    except ValueError:
-        generation.do_sample = True
+    with tempfile.TemporaryDirectory() as somewhere:
         try:
-            generation.validate(strict=True)
-        except ValueError as error:
-            reason = " ".join(str(error).split("\n")[:2])
-            raise UserError(f"{name}: {reason}") from error
+            generation.save_pretrained(somewhere)
+        except ValueError:
+            generation.do_sample = True
+            try:
+                generation.save_pretrained(somewhere)
+            except ValueError as error:
+                reason = " ".join(str(error).split("\n")[:2])
+                raise UserError(f"{name}: {reason}") from error
 
 
 def _load(option: str, loader: type, path: str, **options):

@@ -28,7 +28,6 @@ import os
 import re
 import sys
 import traceback
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from decimal import Decimal
@@ -189,8 +188,8 @@ def load_function(option: str, path: str) -> Callable[..., Any]:
 def users_code(what: str, verb: str = "raised", hint: str = "") -> Iterator[None]:
     """Runs code of the user's such that it can't end the run without a word, or change its course.
 
-    The code has random numbers of torch's of its own, which depend on the run's; so it may seed
-    them. The working directory and torch's defaults are restored.
+    The code has random numbers of torch's of its own, which a number of the run's seeds; so it may
+    seed them, too. The working directory and torch's defaults are restored.
 
     Args:
         what, verb: the beginning of the error message, which goes on with the exception.
@@ -207,10 +206,13 @@ def users_code(what: str, verb: str = "raised", hint: str = "") -> Iterator[None
         torch.get_default_device(),
     )
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+    seed = int(torch.randint(2**62, (), device="cpu"))
     try:
         with torch.random.fork_rng(devices):
-            torch.manual_seed(zlib.crc32(b"".join(state.numpy().tobytes() for state in states)))
+            # Those that are restored, of which `torch.manual_seed` would change more.
+            torch.default_generator.manual_seed(seed)
+            if devices:
+                torch.cuda.manual_seed(seed)
             yield
         if sys.stdout.closed or sys.stderr.closed:
             raise UserError(f"{what}: closed the output of the run")

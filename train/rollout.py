@@ -80,6 +80,11 @@ class Sampler:
                 f"vocab_size: responses end with one of the ids {all_eos_ids}, but only the first "
                 f"{vocab_size} are drawn"
             )
+        if config.mask_truncated_completions and not eos_ids:
+            raise UserError(
+                "mask_truncated_completions: set, but neither the tokenizer nor the model has an "
+                "EOS token, so that every response would be left out"
+            )
         pad_id = tokenizer.pad_token_id
         # One that was added to the tokenizer alone has no embedding.
         if not isinstance(pad_id, int) or pad_id >= vocab_size:

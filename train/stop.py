@@ -1,9 +1,12 @@
 """A run that ends early: it says what happened, and how to go on."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -53,6 +56,10 @@ def last_words(config: TrainConfig, *kinds: type[BaseException]) -> Iterator[Non
         raise
 
 
+# The handler that `sigterm` has replaced, while it has.
+_replaced: list[Any] = []
+
+
 @contextmanager
 def sigterm() -> Iterator[list[int]]:
     """A list to which the first SIGTERM is added; a second one does what it did before.
@@ -67,10 +74,38 @@ def sigterm() -> Iterator[list[int]]:
 
     def note(number: int, _: object) -> None:
         received.append(number)
-        signal.signal(signal.SIGTERM, before)
+        _restore()
 
-    before = signal.signal(signal.SIGTERM, note) or signal.SIG_DFL
+    _replaced.append(signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, note)
     try:
         yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _restore()
+
+
+def _restore() -> None:
+    if _replaced:
+        signal.signal(signal.SIGTERM, _replaced.pop())
+
+
+# Processes that a reward forks must not inherit the handler: `terminate` would not end them. The
+# signal waits meanwhile, since Python forgets those that come in the midst of a fork.
+
+
+def _mask(how: int) -> None:
+    if _replaced:
+        signal.pthread_sigmask(how, {signal.SIGTERM})
+
+
+def _in_child() -> None:
+    if _replaced:
+        _restore()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+os.register_at_fork(
+    before=partial(_mask, signal.SIG_BLOCK),
+    after_in_parent=partial(_mask, signal.SIG_UNBLOCK),
+    after_in_child=_in_child,
+)

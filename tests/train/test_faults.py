@@ -7,6 +7,7 @@ nothing happened.
 import asyncio
 import errno
 import io
+import multiprocessing
 import os
 import random
 import resource
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import config, rows, run_options
+from helpers import config, rows, run_options, write_prompts
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
@@ -32,7 +34,7 @@ from train.checkpoint import find_checkpoint
 from train.config import UserError, make_config
 from train.loop import train
 from train.rewards import Scorer
-from train.stop import StoppedError
+from train.stop import StoppedError, sigterm
 
 ROOT = Path(__file__).parents[2]
 LAST = "step-000006"
@@ -745,6 +747,29 @@ def test_a_reward_draws_new_numbers_each_time(tmp_path, monkeypatch):
     drawn = [row["reward"] for row in outcome(tmp_path / "draws", monkeypatch, draw, 5)]
     assert drawn[:2] == [0, 0]
     assert 0 < drawn[3] != drawn[4] > 0
+
+
+def test_rewards_draw_other_numbers_than_each_other(tmp_path):
+    (tmp_path / "r.py").write_text(
+        "import torch\ndef a(completions): return torch.rand(len(completions))\nb = a\n"
+    )
+    names = ("a", "b")
+    held_out = str(write_prompts(tmp_path / "eval.jsonl"))
+    options = {"eval_file": held_out, "per_device_eval_batch_size": 4, "max_steps": 1}
+    train(config(tmp_path, rewards=[f"{tmp_path}/r.py:{name}" for name in names], **options))
+    scores = [row[name] for row in rows(tmp_path / "run", "samples")[:8] for name in names]
+    assert len(set(scores)) == 16
+
+
+def test_workers_of_a_reward_can_be_terminated():
+    with sigterm() as received:
+        for _ in range(20):  # at any moment
+            worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            worker.start()
+            worker.terminate()
+            worker.join()
+            assert worker.exitcode == -signal.SIGTERM
+    assert not received
 
 
 def test_a_setup_that_dies_leaves_nothing(tmp_path):

@@ -65,10 +65,6 @@ STUDENTS_FAULTS = {
         lambda folder: (folder / "generation_config.json").write_text("{"),
         "can't load .*valid JSON",
     ),
-    "beams": (
-        lambda folder: edit(folder, "generation_config.json", length_penalty=0.8),
-        "generation_config.json of .*`length_penalty`",
-    ),
     "eos": (
         lambda folder: edit(folder, "generation_config.json", eos_token_id="x"),
         "generation_config.json of .*: eos_token_id is 'x', expected a token id",
@@ -146,13 +142,31 @@ def test_responses_that_could_not_end(tmp_path):
         train(config(tmp_path, vocab_size=2))
 
 
-@pytest.mark.parametrize("setting", ["min_p", "typical_p", "epsilon_cutoff", "temperature"])
-def test_sampling_settings_of_a_checkpoint_are_kept(tmp_path, setting):
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *((name, 0.5) for name in ("min_p", "typical_p", "epsilon_cutoff", "temperature")),
+        ("length_penalty", 0.8),
+        ("early_stopping", True),
+        ("output_scores", True),
+        ("pad_token_id", -1),
+    ],
+)
+def test_generation_settings_of_a_checkpoint_are_kept(tmp_path, setting, value):
     run = config(tmp_path)
-    edit(tmp_path / "student", "generation_config.json", **{setting: 0.5})
+    edit(tmp_path / "student", "generation_config.json", **{setting: value})
     train(run)
     saved = json.loads((tmp_path / "run/final/generation_config.json").read_text())
-    assert saved[setting] == 0.5
+    assert saved[setting] == value
+
+
+def test_without_an_end_no_response_is_kept(tmp_path):
+    run = config(tmp_path, mask_truncated_completions=True)
+    for file in ("config.json", "generation_config.json"):
+        edit(tmp_path / "student", file, eos_token_id=None)
+    edit(tmp_path / "student", "tokenizer_config.json", eos_token=None)
+    with pytest.raises(UserError, match="mask_truncated_completions: set, but neither"):
+        train(run)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"base_model_name_or_path": null}', "\xff"])
